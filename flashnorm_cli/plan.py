@@ -1,0 +1,531 @@
+"""The plan of a fold: which norms are folded into which tensors on disk, which are kept, and why.
+
+`make_plan` reads a config and headers, never a weight. A `Plan` is plain data: other code can use it, print it,
+or check it, without transformers or torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flashnorm_cli import __version__
+from flashnorm_cli.checkpoint import RECORD, Checkpoint
+from flashnorm_cli.errors import FlashNormError, PlanError
+from flashnorm_cli.safetensors_file import tensor_nbytes
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from flashnorm_cli.trace import Trace
+
+FORMAT = 1
+FOLDABLE_DTYPES = ("BF16", "F16", "F32", "F64")
+FINAL_NORM_CHOICES = ("auto", "keep", "untie")
+# Runtimes that tie head and embedding whatever the files say: llama.cpp drops the separate head of these without a
+# word. A fact about runtimes, not about models: what can be folded is decided by the trace alone.
+HARD_WIRED_TIES = ("gemma", "gemma2", "cohere", "cohere2")
+# Readers of `flashnorm_folded` (vLLM #41431, transformers #45742) make these weightless by their names.
+WEIGHTLESS_BY_FLAG = re.compile(r"(^|\.)(layers\.\d+\.(input_layernorm|post_attention_layernorm)|model\.norm)\.weight$")
+
+
+@dataclass(frozen=True)
+class Run:
+    """`length` channels scaled by the norm's elements from `start` on, `repeat` times over. No norm: unscaled."""
+
+    norm: str | None
+    start: int
+    length: int
+    repeat: int = 1
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm's weight on disk. Its gain is `scale * weight + offset`; `reason` says why it is kept (None: folded)."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    scale: float
+    offset: float
+    readers: tuple[str, ...]
+    reason: str | None
+
+    @property
+    def folded(self) -> bool:
+        return self.reason is None
+
+    @property
+    def identity(self) -> float:
+        """The weight with which the norm scales by one: 1 for `w`, 0 for `1 + w`."""
+        return (1.0 - self.offset) / self.scale
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A tensor on disk that takes gains along `dim`; `runs` cover the dimension in order.
+
+    `values_from` names the tensor whose values are scaled, where that is another one: an untied head starts from
+    the embedding.
+    """
+
+    tensor: str
+    dim: int
+    runs: tuple[Run, ...]
+    values_from: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `fold` does to a checkpoint.
+
+    `added` maps tensors that the source does not have to (dtype, shape). `lm_head` is "folded", "untied", "kept" or
+    "none"; `untie` says that `tie_word_embeddings` becomes false. `not_traced` are norms that the forward did not reach, `unread` tensors that the model does not read.
+    """
+
+    source: str
+    commit: str | None
+    architecture: str
+    model_type: str
+    transformers: str
+    norms: tuple[Norm, ...]
+    readers: tuple[Reader, ...]
+    lm_head: str
+    untie: bool
+    added: dict[str, tuple[str, tuple[int, ...]]]
+    folded_flag: bool
+    not_traced: tuple[str, ...]
+    unread: tuple[str, ...]
+    notes: tuple[str, ...]
+    bytes_total: int
+    bytes_changed: int
+    bytes_added: int
+
+    @property
+    def folded(self) -> tuple[Norm, ...]:
+        return tuple(n for n in self.norms if n.folded)
+
+    @property
+    def kept(self) -> tuple[Norm, ...]:
+        return tuple(n for n in self.norms if not n.folded)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values; runs become [norm, start, length, repeat]."""
+        plain = dataclasses.asdict(self)
+        for reader in plain["readers"]:
+            reader["runs"] = [list(run.values()) for run in reader["runs"]]
+        for norm, mine in zip(plain["norms"], self.norms, strict=True):
+            norm["folded"] = mine.folded
+        return {"format": FORMAT, "tool": f"flashnorm-cli {__version__}", **plain}
+
+
+def pattern_of(name: str) -> str:
+    """A name with its layer and expert numbers replaced by `*`."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)
+
+
+def grouped(names: Iterable[str]) -> list[tuple[str, int]]:
+    """Patterns of names with how many each stands for, in order of first appearance."""
+    return list(Counter(pattern_of(name) for name in names).items())
+
+
+def refuse_folded(checkpoint: Checkpoint) -> None:
+    """Raise FlashNormError for a checkpoint that says it has been folded already."""
+    has_record = (checkpoint.folder / RECORD).exists()
+    if has_record or checkpoint.config.get("flashnorm_folded") or "flashnorm" in checkpoint.config:
+        where = RECORD if has_record else "config.json"
+        raise FlashNormError(
+            f"{checkpoint.source.name}: is folded already ({where} says so); folding twice would do nothing good. "
+            "Fold its source instead"
+        )
+
+
+def make_plan(checkpoint: Checkpoint, final_norm: str = "auto", trust_remote_code: bool = False) -> Plan:
+    """Derive the plan from the model's own forward, on the meta device.
+
+    Args:
+        checkpoint: from `open_checkpoint`, with or without its weights.
+        final_norm: what to do with the norm before the output head. "auto" folds it, and unties a tied head where
+            the runtimes allow; "keep" keeps it; "untie" folds it in any case.
+        trust_remote_code: whether the checkpoint's own Python code may run.
+    Raises:
+        FlashNormError: the checkpoint is folded already.
+        PlanError: the architecture cannot be built, traced, or matched with the tensors on disk.
+    """
+    import transformers
+
+    from flashnorm_cli import runtime
+
+    refuse_folded(checkpoint)
+    config = runtime.load_config(checkpoint.folder, trust_remote_code)
+    cls = runtime.model_class(config, checkpoint.folder, trust_remote_code)
+    return _Planner(checkpoint, config, cls, final_norm, transformers.__version__).plan()
+
+
+class _Planner:
+    """The steps of `make_plan`; `kept` collects the reasons, by runtime parameter, as they are found."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, config: PretrainedConfig, cls: Any, final_norm: str, version: str
+    ) -> None:
+        self.checkpoint, self.config, self.cls, self.final_norm = checkpoint, config, cls, final_norm
+        self.version = version
+        self.notes: list[str] = []
+        self.kept: dict[str, str] = {}
+        self.added: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self.values_from: dict[str, str] = {}  # added tensor -> the tensor whose values it starts from
+        self.norm_tensors: dict[str, str] = {}  # runtime gain -> its tensor on disk
+        self.on_disk: dict[str, torch.Tensor] = {}
+        self.lost: dict[str, torch.Tensor] = {}
+        self.unread: list[str] = []
+        self.untied: tuple[str, str] | None = None  # runtime names of the head and of the embedding
+
+    def plan(self) -> Plan:
+        from flashnorm_cli import runtime
+        from flashnorm_cli.trace import trace_forward
+
+        self.model, missing = runtime.build(self.checkpoint, self.config, self.cls)
+        self.trace = trace_forward(self.model)
+        self.kept.update(self.trace.kept)
+        lm_head = self._final_norm(missing)
+        self._keep_where_a_branch_was_not_seen()
+        self._match(runtime.ids_on_disk(self.model, self.trace))
+        lm_head = self._keep_for_unread_tensors(lm_head)
+        self._find_norms()
+        found = self._find_readers()
+        if any(g in self.kept for g in self._head_gains()):
+            lm_head = "kept"
+        return self._assemble(found, lm_head)
+
+    # ---- the output head ----------------------------------------------------------------------------------------
+
+    def _head(self) -> str | None:
+        """Runtime name of the output head's weight."""
+        head = self.model.get_output_embeddings()
+        weight = getattr(head, "weight", None)
+        return next((name for name, p in self.model.named_parameters() if p is weight), None)
+
+    def _head_gains(self) -> list[str]:
+        head = self.trace.readers.get(self._head() or "")
+        return self.trace.gains_of(head.ids) if head else []
+
+    def _final_norm(self, missing: set[str]) -> str:
+        """Decide about the norm before the head; returns the state of `lm_head`."""
+        from flashnorm_cli import runtime
+
+        gains = [g for g in self._head_gains() if g not in self.kept]
+        tied = bool(self.trace.tied_conflicts)
+        for gain, embeddings in self.trace.tied_conflicts.items():
+            if gain not in gains:  # a tie that is not the output head's: nothing to untie
+                self.kept.setdefault(gain, f"`{min(embeddings)}`, which reads it, is an embedding too")
+        if not gains:
+            return "kept" if self._head_gains() else "none"
+        declared = runtime.tie_declared(self.config)
+        text_type = self.config.get_text_config(decoder=True).model_type
+        why = None
+        if self.final_norm == "keep":
+            why = "--final-norm keep"
+        elif (tied or declared) and text_type in HARD_WIRED_TIES:
+            why = f"the output head is tied to the embedding, and runtimes tie it for {text_type} whatever the files say"
+            if self.final_norm == "untie":
+                self.notes.append(f"{why}: llama.cpp will drop the separate head and compute wrong logits")
+                why = None
+        if why is None and tied:
+            why = self._untie(missing)
+            if why and self.final_norm == "untie":
+                raise PlanError(f"the output head cannot be untied: {why}")
+        elif why is None and declared:
+            head = self._head() or ""
+            self.untied = (head, head)  # its own tensor is on disk already: only the config has to say so
+        if why is not None:
+            for gain in gains:
+                self.kept[gain] = why
+            return "kept"
+        return "untied" if self.untied else "folded"
+
+    def _untie(self, missing: set[str]) -> str | None:
+        """Go on with the model whose head is separate, or say why not."""
+        from flashnorm_cli import runtime
+        from flashnorm_cli.trace import trace_forward
+
+        embedding = self._head() or ""
+        model, missing_untied = runtime.build(self.checkpoint, self.config, self.cls, untied=True)
+        trace = trace_forward(model)
+        new = {n for n, _ in model.named_parameters()} - {n for n, _ in self.model.named_parameters()}
+        if trace.tied_conflicts or not new:
+            return "the output head is tied to the embedding in the model's code"
+        if len(new) != 1 or missing_untied - missing != new:
+            return f"untying would leave {', '.join(sorted(missing_untied - missing - new) or sorted(new))} without weights"
+        if trace.fingerprint != self.trace.fingerprint:
+            return "the model computes something else when its head is untied"
+        self.model, self.trace = model, trace
+        self.untied = (new.pop(), embedding)
+        return None
+
+    # ---- what the trace may not have seen -----------------------------------------------------------------------
+
+    def _keep_where_a_branch_was_not_seen(self) -> None:
+        """Keep norms of a layer that holds a kind of weight which the forward never reached, in any layer.
+
+        It may be a branch for other inputs (experts for image tokens) that reads the same norm. A weight that other
+        layers do use is one that this layer skips by its config (a shared key and value cache).
+        """
+        matrices = {name for name, p in self.model.named_parameters() if p.ndim > 1}
+        used = {pattern_of(name) for name in matrices & self.trace.reached}
+        by_layer: dict[str, str] = {}
+        for name in sorted(matrices - self.trace.reached):
+            layer = _layer_of(name)
+            if layer and pattern_of(name) not in used:
+                by_layer.setdefault(layer, name)
+        for gain in self.trace.gains:
+            unseen = by_layer.get(_layer_of(gain) or "-")
+            if unseen:
+                self.kept.setdefault(gain, f"`{unseen}` in the same layer was not reached by a text forward and may read it")
+
+    def _keep_for_unread_tensors(self, lm_head: str) -> str:
+        """Keep the final norm where the files hold a head that the model does not read (MTP, EAGLE)."""
+        gains = [g for g in self._head_gains() if g not in self.kept]
+        tensors = self.checkpoint.tensors
+        stems = {name.rsplit(".", 1)[0] for name in [*self.on_disk, *self.lost]}
+        heads = [  # scales and zero points lie beside a tensor that the model does read
+            name
+            for name in self.unread
+            if len(tensors[name].shape) > 1 and not stems & {name[: m.start()] for m in re.finditer(r"\.", name)}
+        ]
+        if not gains or not heads or self.final_norm == "untie":
+            return lm_head
+        for gain in gains:
+            self.kept[gain] = (
+                f"`{pattern_of(heads[0])}` is on disk but not read by {self.cls.__name__} (a draft or multi-token "
+                "prediction head?) and may read it at run time; --final-norm untie folds it all the same"
+            )
+        return "kept"
+
+    # ---- from runtime parameters to tensors on disk -------------------------------------------------------------
+
+    def _match(self, canonical: dict[str, torch.Tensor]) -> None:
+        """Find each canonical name among the tensors on disk, which may have been saved under older names.
+
+        Fills `on_disk` (disk name -> ids) and `lost` (canonical names that are not there).
+        """
+        from flashnorm_cli import runtime
+        from flashnorm_cli.trace import count_nonzero
+
+        copies = Counter(id(p) for _, p in self.model.named_parameters(remove_duplicate=False))
+        expected = 0
+        for name, parameter in self.model.named_parameters():
+            if name in self.trace.gains:
+                expected += copies[id(parameter)] * parameter.numel()
+            elif name in self.trace.readers:
+                reader = self.trace.readers[name]
+                rows = parameter.numel() // parameter.shape[reader.dim]
+                expected += copies[id(parameter)] * rows * int((reader.ids > 0).sum())
+        if sum(count_nonzero(ids) for ids in canonical.values()) != expected:
+            raise PlanError(f"transformers maps two parameters of {self.cls.__name__} to the same tensor on disk")
+
+        tensors = self.checkpoint.tensors
+        self.on_disk = {name: ids for name, ids in canonical.items() if name in tensors}
+        self.lost = {name: ids for name, ids in canonical.items() if name not in tensors}
+        left = [name for name in tensors if name not in self.on_disk]
+        loads = runtime.loader_names(self.model, [*self.lost, *left])
+        by_target: dict[Any, list[str]] = {}
+        for name in left:
+            by_target.setdefault((loads[name], _numbers(name)), []).append(name)
+        for name in list(self.lost):
+            candidates = by_target.get((loads[name], _numbers(name)), [])
+            if len(candidates) == 1:
+                self.on_disk[candidates[0]] = self.lost.pop(name)
+        state = self.model.state_dict()
+        self.unread = [n for n in left if n not in self.on_disk and loads[n][0] not in state]
+
+        # A shared parameter needs only one of its names on disk. An untied head has none yet: it is added.
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        there = runtime.loader_names(self.model, list(self.on_disk)) if self.lost else {}
+        holds = {id(parameters[target]): name for name, (target, _) in there.items() if target in parameters}
+        for name in list(self.lost):
+            target = loads[name][0]
+            if target in parameters and id(parameters[target]) in holds:
+                del self.lost[name]
+            elif self.untied and target == self.untied[0]:
+                embedding = holds[id(parameters[self.untied[1]])]
+                entry = tensors[embedding]
+                self.added[name] = (entry.dtype, entry.shape)
+                self.values_from[name] = embedding
+
+    def _find_norms(self) -> None:
+        """Fill `norm_tensors`: the tensor on disk of each gain, which holds its elements in their order."""
+        import torch
+
+        own = {name: ids for name, ids in self.on_disk.items() if ids.numel() and int(ids.flatten()[0]) < 0}
+        by_first = {-int(ids.flatten()[0]): (name, ids) for name, ids in own.items()}
+        for gain in self.trace.gains.values():
+            name, ids = by_first.get(gain.first_id, (None, None))
+            if name is None or ids is None:
+                if gain.parameter not in self.kept:
+                    raise PlanError(
+                        f"{gain.parameter} is not in the checkpoint; where norms were left out, it was folded already"
+                    )
+                continue
+            self.norm_tensors[gain.parameter] = name
+            entry = self.checkpoint.tensors[name]
+            identity = (1.0 - gain.offset) / gain.scale
+            in_order = torch.arange(gain.first_id, gain.first_id + gain.size)
+            if entry.dtype not in FOLDABLE_DTYPES:
+                self.kept.setdefault(gain.parameter, f"its weight is stored as {entry.dtype}")
+            elif not torch.equal(-ids.flatten(), in_order):
+                self.kept.setdefault(gain.parameter, "its weight lies on disk in another order")
+            elif identity != float(int(identity)) or abs(identity) > 256:
+                self.kept.setdefault(gain.parameter, "no weight makes it exactly one")
+
+    def _find_readers(self) -> list[tuple[str, int, torch.Tensor]]:
+        """Readers as (tensor on disk, dim, ids along dim); the gains of a tensor that cannot take them are kept."""
+        from flashnorm_cli.trace import profile, varying_dims
+
+        readers = []
+        for name, ids in [*self.on_disk.items(), *self.lost.items()]:
+            gains = self.trace.gains_of(ids)
+            if not gains:
+                continue
+            dims = varying_dims(ids)
+            why = None if name in self.added else self._cannot_take(name, tuple(ids.shape), dims, gains[0])
+            if why is None:
+                dim = dims[0] if dims else ids.ndim - 1
+                readers.append((name, dim, profile(ids, dim)))
+            else:
+                for gain in gains:
+                    self.kept.setdefault(gain, f"`{pattern_of(name)}`, which reads it, {why}")
+        return readers
+
+    def _cannot_take(self, name: str, shape: tuple[int, ...], dims: list[int], gain: str) -> str | None:
+        tensors = self.checkpoint.tensors
+        stem = name.removesuffix("weight")
+        if name not in tensors:
+            packed = next((n for n in self.unread if n.startswith((name + "_", stem))), None)
+            if packed is None:
+                raise PlanError(f"{name}, which reads {gain}, is not in the checkpoint")
+            return f"is packed or quantized on disk (`{pattern_of(packed)}`)"
+        entry = tensors[name]
+        scale = next((n for n in self.unread if n.startswith((name + "_", stem))), None)
+        if entry.dtype not in FOLDABLE_DTYPES or scale is not None:
+            beside = f", beside `{pattern_of(scale)}`" if scale else ""
+            return f"is quantized on disk ({entry.dtype}{beside})"
+        if entry.shape != shape:
+            if "quantization_config" in self.checkpoint.config:
+                return f"is packed on disk (shape {list(entry.shape)})"
+            raise PlanError(f"{name} has shape {list(entry.shape)} on disk, but the config asks for {list(shape)}")
+        if len(dims) > 1:
+            return "is joined on disk with weights that read something else"
+        return None
+
+    # ---- the result ---------------------------------------------------------------------------------------------
+
+    def _assemble(self, found: list[tuple[str, int, torch.Tensor]], lm_head: str) -> Plan:
+        checkpoint, trace = self.checkpoint, self.trace
+        element = {}  # id -> (norm's tensor, element) of what is folded
+        for gain in trace.gains.values():
+            if gain.parameter not in self.kept:
+                tensor = self.norm_tensors[gain.parameter]
+                element.update({gain.first_id + i: (tensor, i) for i in range(gain.size)})
+        readers = []
+        read_by: dict[str, list[str]] = {}
+        for name, dim, ids in found:
+            runs = _runs([element.get(i) for i in ids.tolist()])
+            norms = dict.fromkeys(run.norm for run in runs if run.norm)
+            for gain_name in trace.gains_of(ids):
+                read_by.setdefault(gain_name, []).append(name)
+            if norms:
+                readers.append(Reader(name, dim, runs, self.values_from.get(name)))
+        used = {reader.tensor for reader in readers}
+        added = {name: what for name, what in self.added.items() if name in used}
+        norms_found = [
+            Norm(
+                self.norm_tensors.get(g.parameter, g.parameter),
+                g.shape,
+                g.scale,
+                g.offset,
+                tuple(read_by.get(g.parameter, ())),
+                self.kept.get(g.parameter),
+            )
+            for g in trace.gains.values()
+        ]
+        norms_found += [Norm(name, shape, 1.0, 0.0, (), why) for name, shape, why in self._other_norms()]
+        order = {name: i for i, name in enumerate(checkpoint.tensors)}
+        norms_found.sort(key=lambda n: order.get(n.tensor, len(order)))
+        fed_and_kept = [g for g in self.kept if g in trace.fed]
+        by_name = [n.tensor for n in norms_found if not n.folded and WEIGHTLESS_BY_FLAG.search(n.tensor)]
+        folded = [n for n in norms_found if n.folded]
+        sizes = {name: entry.nbytes for name, entry in checkpoint.tensors.items()}
+        changed = [r.tensor for r in readers if r.tensor in sizes] + [n.tensor for n in folded]
+        return Plan(
+            source=checkpoint.source.name,
+            commit=checkpoint.commit,
+            architecture=self.cls.__name__,
+            model_type=self.config.model_type,
+            transformers=self.version,
+            norms=tuple(norms_found),
+            readers=tuple(sorted(readers, key=lambda r: order.get(r.tensor, len(order)))),
+            lm_head=lm_head,
+            untie=lm_head == "untied",
+            added=added,
+            folded_flag=bool(folded) and not fed_and_kept and not by_name,
+            not_traced=tuple(self._not_traced()),
+            unread=tuple(self.unread),
+            notes=tuple(self.notes),
+            bytes_total=sum(sizes.values()),
+            bytes_changed=sum(sizes[name] for name in changed),
+            bytes_added=sum(tensor_nbytes(dtype, shape) or 0 for dtype, shape in added.values()),
+        )
+
+    def _norm_modules(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [
+            (f"{path}.{name}" if path else name, parameter)
+            for path, module in self.model.named_modules()
+            if "norm" in type(module).__name__.lower()
+            for name, parameter in module.named_parameters(recurse=False)
+            if name not in ("bias",)
+        ]
+
+    def _other_norms(self) -> list[tuple[str, tuple[int, ...], str]]:
+        """Norm modules that ran, but whose weight the trace did not see scaling a normalised activation."""
+        return [
+            (name, tuple(parameter.shape), "its weight does not act as a gain of a normalised activation")
+            for name, parameter in self._norm_modules()
+            if name in self.trace.reached and name not in self.trace.gains
+        ]
+
+    def _not_traced(self) -> list[str]:
+        return [name for name, parameter in self._norm_modules() if name not in self.trace.reached]
+
+
+def _runs(elements: list[tuple[str, int] | None]) -> tuple[Run, ...]:
+    """Compress one (norm, element) per channel: consecutive elements make a run, equal runs a repetition."""
+    runs: list[Run] = []
+    for place in elements:
+        norm, start = place if place is not None else (None, 0)
+        last = runs[-1] if runs else None
+        if last and last.norm == norm and (norm is None or last.start + last.length == start):
+            runs[-1] = dataclasses.replace(last, length=last.length + 1)
+        else:
+            runs.append(Run(norm, start, 1))
+    merged: list[Run] = []
+    for run in runs:
+        last = merged[-1] if merged else None
+        if last and dataclasses.replace(last, repeat=1) == run:
+            merged[-1] = dataclasses.replace(last, repeat=last.repeat + 1)
+        else:
+            merged.append(run)
+    return tuple(merged)
+
+
+def _layer_of(name: str) -> str | None:
+    """The outermost numbered module that a parameter belongs to: `model.layers.3` of `model.layers.3.mlp.up.weight`."""
+    found = re.match(r"(.*?(?:^|\.)\d+)\.", name)
+    return found.group(1) if found else None
+
+
+def _numbers(name: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"(?:^|(?<=\.))\d+(?=\.)", name))

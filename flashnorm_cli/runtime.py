@@ -1,0 +1,205 @@
+"""The checkpoint's model on the meta device, and the way between its parameters and the tensors on disk.
+
+transformers renames, merges and splits tensors while it loads them. Its own loader is run here on meta tensors of
+the shapes that the headers give, so that the model remembers which conversions this very checkpoint needed; its
+own reverse conversion (the one behind `save_pretrained`) then carries the gains' ids to the disk's layout.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from flashnorm_cli.checkpoint import Checkpoint
+from flashnorm_cli.errors import PlanError
+from flashnorm_cli.trace import Trace, small, varying_dims
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+TORCH_DTYPE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars, no load reports: there is nothing to load."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """The config as transformers reads it. Raises PlanError for an architecture that it does not know."""
+    from transformers import AutoConfig
+
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a config class may raise anything, remote code included
+        if "trust_remote_code" in str(error):
+            raise PlanError(f"{folder}: needs its own Python code to run; read it, then add --trust-remote-code") from error
+        raise PlanError(f"{folder}: transformers cannot read config.json: {_first_line(error)}") from error
+
+
+def model_class(config: PretrainedConfig, folder: Path, trust_remote_code: bool) -> Any:
+    """The class that config.json names, from transformers or from the checkpoint's own code."""
+    import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    names = config.architectures or []
+    auto_map = getattr(config, "auto_map", None) or {}
+    if trust_remote_code:
+        for auto, reference in auto_map.items():
+            if auto.startswith("AutoModel") and reference.rsplit(".", 1)[-1] in names:
+                return get_class_from_dynamic_module(reference, folder)
+    for name in names:
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    if names and any(str(v).rsplit(".", 1)[-1] in names for v in auto_map.values()):
+        raise PlanError(f"{names[0]} needs the checkpoint's own Python code; read it, then add --trust-remote-code")
+    if names:
+        raise PlanError(f"transformers {transformers.__version__} has no {names[0]}; a newer one may")
+    mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) in mapping:
+        return mapping[type(config)]
+    raise PlanError("config.json names no architecture, and its model_type has no language model")
+
+
+def build(
+    checkpoint: Checkpoint, config: PretrainedConfig, cls: Any, untied: bool = False
+) -> tuple[PreTrainedModel, set[str]]:
+    """The checkpoint's model on the meta device, "loaded" from the headers.
+
+    Args:
+        untied: with the output head separate from the embedding, whatever the config says.
+    Returns:
+        The model, and the runtime names of the parameters that the files do not hold.
+    Raises:
+        PlanError: the architecture cannot be built from this config.
+    """
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # plain linears: which of them are packed on disk, the headers tell
+    if untied:
+        set_tie(config, False)
+    tensors = {
+        name: torch.empty(entry.shape, dtype=TORCH_DTYPE.get(entry.dtype, torch.uint8), device="meta")
+        for name, entry in checkpoint.tensors.items()
+    }
+    try:
+        with quiet_transformers():
+            model, info = cls.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                device_map={"": "meta"},
+                dtype=torch.float32,
+                attn_implementation="eager",
+                experts_implementation="batched_mm",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # a model's own code may raise anything
+        raise PlanError(f"{cls.__name__} cannot be built from config.json: {_first_line(error)}") from error
+    return model.eval(), set(info["missing_keys"])
+
+
+def tie_declared(config: PretrainedConfig) -> bool:
+    """Whether the config ties the output head to the embedding, at its top or for its text model."""
+    text = config.get_text_config(decoder=True)
+    return bool(getattr(config, "tie_word_embeddings", False) or getattr(text, "tie_word_embeddings", False))
+
+
+def set_tie(config: PretrainedConfig, value: bool) -> None:
+    """Set `tie_word_embeddings` at the top and in every nested config that has it."""
+    for each in [config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", {}))]:
+        if each is not None and hasattr(each, "tie_word_embeddings"):
+            each.tie_word_embeddings = value
+
+
+class _KeepSmall(TorchFunctionMode):
+    """Run a conversion on expanded (stride-0) tensors without ever writing them out.
+
+    A stack of experts has gigabytes of positions and one varying dimension. Making it contiguous is skipped, and
+    parts that are joined along a dimension in which they are constant and equal are expanded, not copied.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.contiguous:
+            return args[0]
+        if func is torch.cat:
+            parts, dim = args[0], kwargs.get("dim", args[1] if len(args) > 1 else 0)
+            first = parts[0].narrow(dim, 0, 1)
+            if all(
+                p.shape[dim] and dim % p.ndim not in varying_dims(p) and _same(p.narrow(dim, 0, 1), first)
+                for p in parts
+            ):
+                shape = list(parts[0].shape)
+                shape[dim] = sum(p.shape[dim] for p in parts)
+                return first.expand(shape)
+        return func(*args, **kwargs)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(small(a), small(b))
+
+
+def ids_on_disk(model: PreTrainedModel, trace: Trace) -> dict[str, torch.Tensor]:
+    """The ids of every gain and reader in the layout of the disk.
+
+    Returns, per canonical disk name, an int64 tensor of the disk tensor's shape (expanded, not written out): at
+    each position, the id of the gain element that scales it, or 0. A gain's own tensor holds minus its own ids.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    first_names = {id(p): name for name, p in model.named_parameters()}
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first = first_names.get(id(tensor), name)
+        ids = torch.zeros((), dtype=torch.int64)
+        if first in trace.gains:
+            gain = trace.gains[first]
+            ids = -torch.arange(gain.first_id, gain.first_id + gain.size).view(gain.shape)
+        elif first in trace.readers:
+            reader = trace.readers[first]
+            ids = reader.ids.clamp(min=0).view([-1 if d == reader.dim else 1 for d in range(tensor.ndim)])
+        state[name] = ids.expand(tensor.shape)
+    try:
+        with quiet_transformers(), _KeepSmall():
+            reverted = revert_weight_conversion(model, state)
+    except Exception as error:  # a conversion is code of the model's own
+        raise PlanError(f"transformers cannot say how {type(model).__name__} lies on disk: {_first_line(error)}") from error
+    return {name: t[0] if isinstance(t, list) else t for name, t in reverted.items()}
+
+
+def loader_names(model: PreTrainedModel, disk_names: list[str]) -> dict[str, tuple[str, str | None]]:
+    """What the loader makes of each disk name: the parameter that it goes into, and the pattern that says how."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    conversions = getattr(model, "_weight_conversions", None) or []
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    state = model.state_dict()
+    return {
+        name: rename_source_key(name, renamings, converters, model.base_model_prefix, state) for name in disk_names
+    }
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,917 @@
+"""Follow every norm gain through one forward pass on the meta device.
+
+The trace answers, from the model's own forward and nothing else: where is a gain multiplied in, which
+parameters contract the scaled channels afterwards, and what else happens to the scaled tensor.
+
+How it works. `GainTracer` is a `TorchDispatchMode`: it sees every ATen operation, after Python composites
+(`F.linear`, `einsum`, `matmul`, `F.rms_norm`, ...) have been broken down to a few dozen of them. Beside each
+interesting meta tensor it keeps a small real companion of the same shape, mostly made of stride-0 dimensions:
+
+- *ids* of an activation: at each position, which channel of which gain that value is scaled by (0: none).
+  Data movement (view, transpose, slice, cat, ...) is applied to the companion as it is to the tensor, so that
+  tiled per-head gains, slices and concatenations need no code of their own.
+- *coords* of a parameter's view: for each dimension of the parameter, the coordinate that each value came from.
+- *values* of a tensor that does not depend on weights or activations (positions, masks, token ids).
+
+A matrix product of ids with a parameter makes the parameter a *reader*: its channel `coords` has to take the
+gain that `ids` names. Whatever does not commute with a per-channel gain makes the gain *escape*, and its norm
+keeps its weight. Operations whose result depends on unknown data (`nonzero` of router scores, `item`, boolean
+masks) answer "everything is selected", so that a loop over experts visits each of them.
+
+The idea of folding is Graef et al., FlashNorm (arXiv 2407.09577), section 2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from flashnorm_cli.errors import PlanError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BATCH, TOKENS = 2, 6
+# A value that no traced use of a reader has touched: any gain is compatible with it.
+UNUSED = -1
+# Companion values are only computed for tensors up to this size (positions and masks, never activations).
+MAX_KNOWN = 1 << 16
+# "Everything is selected" on a tensor larger than this would make the trace itself heavy.
+MAX_SELECTED = 1 << 22
+
+# Applied to the companion exactly as to the tensor: they only move values.
+MOVES = frozenset(
+    """view _unsafe_view reshape permute transpose t unsqueeze squeeze expand select slice split split_with_sizes
+    chunk unbind unflatten alias detach flip roll narrow diagonal repeat unfold movedim swapaxes
+    tensor_split""".split()
+)
+# The result has the input's shape and values (up to rounding): the companion is shared.
+SAME = frozenset("_to_copy clone contiguous lift lift_fresh lift_fresh_copy positive view_copy".split())
+# Gathers along dimensions: fine as long as the ids do not vary along the gathered dimension.
+GATHERS = frozenset("index index_select gather".split())
+# Only the shape or the dtype of the input is used.
+SHAPE_ONLY = frozenset(
+    "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full "
+    "new_empty_strided sym_size sym_numel sym_stride is_same_size".split()
+)
+# Random or uninitialised: their values are never known.
+UNKNOWN_VALUES = ("empty", "new_empty", "rand", "bernoulli", "normal", "multinomial", "uniform", "exponential")
+# A tensor divided by one of these, or multiplied by the reciprocal, has been normalised.
+DENOMINATORS = frozenset("rsqrt sqrt linalg_vector_norm norm std".split())
+SCORES = "its output enters attention scores (a product of two activations)"
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A parameter that scales a normalised activation channel by channel.
+
+    The factor is `scale * parameter + offset`: (1, 0) for the usual `w`, (1, 1) for the `1 + w` of Gemma.
+    `first_id` is the id of the parameter's first element; element `i` of the flattened parameter has
+    `first_id + i`.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    module: str
+    scale: float
+    offset: float
+    first_id: int
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass
+class Reader:
+    """A parameter that contracts scaled channels along `dim`; `ids[c]` is the gain element that scales channel c.
+
+    `ids` is int64 of length `shape[dim]`: 0 where the channel is read unscaled, `UNUSED` where it is not read.
+    """
+
+    parameter: str
+    dim: int
+    ids: torch.Tensor
+    module: str
+
+
+@dataclass
+class Trace:
+    """What one forward pass showed. All names are runtime parameter names, the first one of a shared parameter."""
+
+    gains: dict[str, Gain] = field(default_factory=dict)
+    readers: dict[str, Reader] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)  # gain -> the reason why its norm keeps its weight
+    tied_conflicts: dict[str, set[str]] = field(default_factory=dict)  # gain -> readers that are embeddings too
+    fed: set[str] = field(default_factory=set)  # gains that at least one parameter reads
+    reached: set[str] = field(default_factory=set)  # parameters that any operation touched
+    fingerprint: str = ""  # of the sequence of operations; equal for equal forwards
+
+    def gains_of(self, ids: torch.Tensor) -> list[str]:
+        """Names of the gains that scale something in an ids tensor."""
+        firsts = torch.tensor([g.first_id for g in self.gains.values()])
+        present = small(ids).flatten().unique()
+        which = torch.bucketize(present[present > 0], firsts, right=True) - 1
+        names = list(self.gains)
+        return [names[i] for i in which.unique().tolist()]
+
+
+@dataclass
+class _Weight:
+    """A view of a parameter: value = scale * parameter[coords] + offset."""
+
+    name: str
+    coords: tuple[torch.Tensor, ...]
+    scale: float = 1.0
+    offset: float = 0.0
+
+
+def small(companion: torch.Tensor) -> torch.Tensor:
+    """The same values without the repetitions that stride-0 dimensions stand for."""
+    for d in range(companion.ndim):
+        if companion.stride(d) == 0 and companion.shape[d]:
+            companion = companion.narrow(d, 0, 1)
+    return companion
+
+
+def count_nonzero(companion: torch.Tensor) -> int:
+    """Positions of a companion that are not 0, repetitions counted."""
+    values = small(companion)
+    return int((values != 0).sum()) * (companion.numel() // max(values.numel(), 1))
+
+
+def varying_dims(companion: torch.Tensor) -> list[int]:
+    """Dimensions along which a companion is not constant."""
+    if not companion.numel():
+        return []
+    companion = small(companion)
+    return [
+        d
+        for d in range(companion.ndim)
+        if companion.shape[d] > 1 and bool((companion != companion.narrow(d, 0, 1)).any())
+    ]
+
+
+def profile(companion: torch.Tensor, dim: int) -> torch.Tensor:
+    """The 1-D values along `dim` of a companion that is constant along all others."""
+    if not companion.numel():
+        return companion.new_zeros(companion.shape[dim])
+    index: list[Any] = [0] * companion.ndim
+    index[dim] = slice(None)
+    return companion[tuple(index)]
+
+
+def _constant_along(companion: torch.Tensor, dims: Iterable[int]) -> bool:
+    wanted = {d % companion.ndim for d in dims}
+    return not wanted & set(varying_dims(companion))
+
+
+def _coordinates(shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    """One stride-0 coordinate tensor per dimension."""
+    return tuple(
+        torch.arange(n).view([-1 if i == d else 1 for i in range(len(shape))]).expand(shape)
+        for d, n in enumerate(shape)
+    )
+
+
+def _take(companion: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """A companion that is constant along `dim`, with that dimension resized."""
+    one = companion.narrow(dim, 0, 1) if companion.shape[dim] else companion.new_zeros(()).expand_as(companion)
+    shape = list(companion.shape)
+    shape[dim] = size
+    return one.expand(shape)
+
+
+class GainTracer(TorchDispatchMode):
+    """Records into `self.trace` what happens to gains while the mode is active. See the module's docstring."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self._alive: list[Any] = []  # ids of dead tensors would be reused: keep what is tracked
+        self._ids: dict[int, torch.Tensor] = {}
+        self._weights: dict[int, _Weight] = {}
+        self._known: dict[int, torch.Tensor] = {}
+        self._normed: set[int] = set()
+        self._denominator: set[int] = set()
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._uses: dict[str, list[tuple[int, torch.Tensor, str]]] = {}  # reader -> (dim, ids, module)
+        self._other: dict[str, tuple[str, str]] = {}  # parameter -> first (operation, module) that is not a read
+        self._next_id = 1
+        self._modules: list[str] = []
+        self._names = {id(m): name for name, m in model.named_modules()}
+        self._digest = hashlib.sha256()
+        for name, parameter in model.named_parameters():
+            self._keep(parameter)
+            self._shapes[name] = tuple(parameter.shape)
+            self._weights[id(parameter)] = _Weight(name, _coordinates(tuple(parameter.shape)))
+
+    # ---- where we are -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def watching_modules(self) -> Iterator[None]:
+        """Know the module that is running, for the words of a reason."""
+
+        def enter(module: torch.nn.Module, _args: Any) -> None:
+            self._modules.append(self._names.get(id(module), type(module).__name__))
+
+        def leave(_module: torch.nn.Module, _args: Any, _out: Any) -> None:
+            self._modules.pop()
+
+        before = torch.nn.modules.module.register_module_forward_pre_hook(enter)
+        after = torch.nn.modules.module.register_module_forward_hook(leave)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+    @property
+    def module(self) -> str:
+        return self._modules[-1] if self._modules and self._modules[-1] else "the model"
+
+    # ---- recording ----------------------------------------------------------------------------------------------
+
+    def _keep(self, tensor: torch.Tensor) -> None:
+        self._alive.append(tensor)
+
+    def _set_ids(self, tensor: torch.Tensor, ids: torch.Tensor) -> None:
+        self._keep(tensor)
+        self._ids[id(tensor)] = ids
+
+    def set_known(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        """Tell the tracer the values of a meta tensor (token ids, a literal)."""
+        self._keep(tensor)
+        self._known[id(tensor)] = value
+
+    def value_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        if tensor.device.type != "meta":
+            return tensor
+        return self._known.get(id(tensor))
+
+    def escape(self, ids: torch.Tensor, why: str) -> None:
+        """The gains in `ids` cannot be folded; the first reason stands."""
+        for name in self.trace.gains_of(ids):
+            self.trace.kept.setdefault(name, f"{why} in `{self.module}`")
+
+    def _other_use(self, weight: _Weight, operation: str) -> None:
+        self._other.setdefault(weight.name, (operation, self.module))
+
+    def _read(self, weight: _Weight, along: int, ids: torch.Tensor | None, operation: str) -> bool:
+        """`weight` is contracted along its view's dimension `along` with channels scaled by the 1-D `ids`.
+
+        Returns False where the contraction does not run along exactly one dimension of the parameter.
+        """
+        dims = [d for d, c in enumerate(weight.coords) if along in varying_dims(c)]
+        if len(dims) != 1 or varying_dims(weight.coords[dims[0]]) != [along] or weight.offset != 0.0:
+            self._other_use(weight, operation)
+            return False
+        dim = dims[0]
+        full = torch.full((self._shapes[weight.name][dim],), UNUSED)
+        full[profile(weight.coords[dim], along)] = ids if ids is not None else 0
+        self._uses.setdefault(weight.name, []).append((dim, full, self.module))
+        return True
+
+    def _birth(self, out: torch.Tensor, weight: _Weight, coords: tuple[torch.Tensor, ...]) -> None:
+        """`out` is a normalised activation times the gain `weight`, whose coords are broadcast to out's shape."""
+        shape = self._shapes[weight.name]
+        gain = self.trace.gains.get(weight.name)
+        if gain is None:
+            gain = Gain(weight.name, shape, self.module, weight.scale, weight.offset, self._next_id)
+            self._next_id += gain.size
+            self.trace.gains[weight.name] = gain
+        elif (gain.scale, gain.offset) != (weight.scale, weight.offset):
+            self.trace.kept.setdefault(weight.name, "its weight is used in two different conventions")
+        flat = torch.zeros((), dtype=torch.int64)
+        for n, c in zip(shape, coords, strict=True):
+            flat = flat * n + c
+        self._set_ids(out, flat + gain.first_id)
+
+    # ---- dispatch -----------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        self._digest.update(name.encode())
+        self._digest.update(repr([a for a in args if isinstance(a, (int, float, bool))]).encode())
+        answer = self._data_dependent(func, name, args, kwargs)
+        if answer is not NotImplemented:
+            return answer
+        if name in GATHERS or name in ("index_put", "index_put_", "_index_put_impl_"):
+            args = self._without_masks(args)
+        inputs = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, torch.Tensor)]
+        on_meta = any(t.device.type == "meta" for t in inputs)
+        if on_meta and any(t.device.type != "meta" and t.ndim for t in inputs):
+            args, kwargs = tree_map(self._to_meta, (args, kwargs))
+            inputs = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, torch.Tensor)]
+        out = func(*args, **kwargs)
+        if on_meta or not inputs:
+            self._propagate_values(func, name, args, kwargs, inputs, out)
+        for t in inputs:
+            if id(t) in self._weights:
+                self.trace.reached.add(self._weights[id(t)].name)
+        if any(id(t) in self._ids or id(t) in self._weights for t in inputs):
+            self._propagate(func, name, args, kwargs, inputs, out)
+        self._propagate_norm(name, args, inputs, out)
+        return out
+
+    def _to_meta(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.device.type != "meta" and value.ndim:
+            meta = torch.empty_like(value, device="meta")
+            self.set_known(meta, value)
+            return meta
+        return value
+
+    # ---- values and data-dependent answers ----------------------------------------------------------------------
+
+    def _propagate_values(
+        self, func: Any, name: str, args: Any, kwargs: Any, inputs: list[torch.Tensor], out: Any
+    ) -> None:
+        outs = [o for o in tree_flatten(out)[0] if isinstance(o, torch.Tensor)]
+        if name.startswith(UNKNOWN_VALUES):
+            return
+        small = sum(o.numel() for o in outs) <= MAX_KNOWN
+        shape_only = name in SHAPE_ONLY
+        if not small or (not shape_only and any(self.value_of(t) is None for t in inputs)):
+            if func._schema.is_mutable:
+                self._forget(inputs)
+            return
+
+        def real(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                known = self.value_of(value)
+                return known if known is not None else torch.zeros((), dtype=value.dtype).expand(value.shape)
+            return torch.device("cpu") if isinstance(value, torch.device) else value
+
+        real_args, real_kwargs = tree_map(real, (args, kwargs))
+        if "device" in {a.name for a in func._schema.arguments}:
+            real_kwargs = {**real_kwargs, "device": torch.device("cpu")}
+        try:
+            values = func(*real_args, **real_kwargs)
+        except (RuntimeError, NotImplementedError, IndexError, TypeError):
+            return  # an operation without a CPU kernel for these dtypes: its values stay unknown
+        for tensor, value in zip(outs, (v for v in tree_flatten(values)[0] if isinstance(v, torch.Tensor)), strict=True):
+            if tensor.device.type == "meta":
+                self.set_known(tensor, value)
+
+    def _forget(self, inputs: list[torch.Tensor]) -> None:
+        """Unknown data was written into a tensor with known values: they, and those of its views, are void."""
+        for t in inputs:
+            known = self._known.get(id(t))
+            if known is not None:
+                pointer = known.untyped_storage().data_ptr()
+                self._known = {
+                    k: v for k, v in self._known.items() if v.untyped_storage().data_ptr() != pointer
+                }
+
+    def _select_all(self, mask: torch.Tensor) -> torch.Tensor:
+        """Indices of the selected positions, int64 of shape (selected, mask.ndim)."""
+        known = self.value_of(mask)
+        if known is None:
+            if mask.numel() > MAX_SELECTED:
+                raise PlanError(f"a selection over {mask.numel()} unknown values in `{self.module}`")
+            known = torch.ones((), dtype=torch.bool).expand(mask.shape)
+        return known.nonzero()
+
+    def _meta_with(self, value: torch.Tensor) -> torch.Tensor:
+        meta = torch.empty_like(value, device="meta")
+        self.set_known(meta, value)
+        return meta
+
+    def _guess(self, tensor: torch.Tensor) -> torch.Tensor:
+        known = self.value_of(tensor)
+        return known if known is not None else torch.ones(tensor.shape, dtype=tensor.dtype)
+
+    def _data_dependent(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Answers for operations that need data which a meta tensor does not have; NotImplemented for others."""
+        first = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if first is None or first.device.type != "meta":
+            return NotImplemented
+        if name in ("nonzero", "_local_scalar_dense", "bincount", "masked_select", "_unique2", "unique_dim", "equal"):
+            self._touch(first, name)
+        if name == "nonzero":
+            return self._meta_with(self._select_all(first))
+        if name == "_local_scalar_dense":
+            return self._guess(first).item()
+        if name == "_to_copy" and torch.device(kwargs.get("device") or "meta").type != "meta":
+            self._touch(first, "copying to the host")
+            return self._guess(first).to(kwargs.get("dtype") or first.dtype, copy=True)
+        if name == "bincount":
+            known, least = self.value_of(first), (list(args[1:]) + [None, 0])[1] or kwargs.get("minlength", 0)
+            counts = known.bincount(minlength=least) if known is not None else torch.ones(max(least, 1)).long()
+            return self._meta_with(counts)
+        if name == "masked_select":
+            source, mask = torch.broadcast_tensors(first, args[1])
+            return source[tuple(self._select_all(mask).unbind(1))]
+        if name == "_unique2":
+            flat = self._guess(first).flatten()
+            if self.value_of(first) is None:
+                flat = torch.arange(flat.numel()).to(flat.dtype)
+            return tuple(self._meta_with(t) for t in torch.unique(flat, True, True, True))
+        if name == "repeat_interleave" and func._overloadname == "Tensor":
+            return self._meta_with(torch.repeat_interleave(self._guess(first).long()))
+        if name == "equal":
+            known, other = self.value_of(first), self.value_of(args[1])
+            return known is None or other is None or torch.equal(known, other)
+        return NotImplemented
+
+    def _touch(self, tensor: torch.Tensor, operation: str) -> None:
+        ids, weight = self._ids.get(id(tensor)), self._weights.get(id(tensor))
+        if ids is not None:
+            self.escape(ids, f"its output decides what the model does (`{operation}`)")
+        if weight is not None:
+            self.trace.reached.add(weight.name)
+            self._other_use(weight, operation)
+
+    def _without_masks(self, args: Any) -> Any:
+        """Boolean indices become the integer indices of everything that they may select."""
+        if len(args) < 2 or not isinstance(args[1], (list, tuple)):
+            return args
+        indices: list[Any] = []
+        for index in args[1]:
+            if isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8):
+                indices.extend(self._meta_with(i) for i in self._select_all(index).unbind(1))
+            else:
+                indices.append(index)
+        return (args[0], indices, *args[2:])
+
+    # ---- what is normalised -------------------------------------------------------------------------------------
+
+    def _propagate_norm(self, name: str, args: Any, inputs: list[torch.Tensor], out: Any) -> None:
+        """Know normalised activations, so that only norms count as gains and not layer scales or skip weights."""
+        outs = [o for o in tree_flatten(out)[0] if isinstance(o, torch.Tensor)]
+
+        def mark(which: set[int]) -> None:
+            for o in outs:
+                self._keep(o)
+                which.add(id(o))
+
+        if name in DENOMINATORS or (name == "pow" and args[1:] in ((-0.5,), (0.5,))):
+            mark(self._denominator)
+            return
+        denominators = [id(t) in self._denominator for t in inputs]
+        if name in ("mul", "mul_", "div", "div_") and len(inputs) == 2 and any(denominators):
+            mark(self._denominator if all(denominators) else self._normed)
+        elif any(denominators) and name not in ("mm", "bmm", "addmm"):
+            mark(self._denominator)
+        elif any(id(t) in self._normed for t in inputs) and (
+            name in MOVES or name in SAME or name in GATHERS or name in ("mul", "mul_", "div", "div_", "neg")
+        ):
+            mark(self._normed)
+
+    # ---- gains --------------------------------------------------------------------------------------------------
+
+    def _propagate(
+        self, func: Any, name: str, args: Any, kwargs: Any, inputs: list[torch.Tensor], out: Any
+    ) -> None:
+        ids = [self._ids.get(id(t)) for t in inputs]
+        weights = [self._weights.get(id(t)) for t in inputs]
+        if name in SHAPE_ONLY:
+            return
+        if (name in MOVES or name in SAME) and func._overloadname != "dtype":  # view(dtype) reinterprets the bits
+            self._move(func, name, args, kwargs, inputs[0], out)
+        elif name in GATHERS and self._gather(func, name, args, inputs, out):
+            pass
+        elif name in ("cat", "stack") and not any(weights):
+            self._join(func, args, kwargs, inputs, ids, out)
+        elif name in ("mul", "mul_", "div", "div_"):
+            self._multiply(name, args, inputs, ids, weights, out)
+        elif name in ("add", "sub", "rsub", "neg", "add_", "sub_"):
+            self._add(name, args, kwargs, inputs, ids, weights, out)
+        elif name in ("sum", "mean", "constant_pad_nd", "masked_fill", "masked_fill_", "repeat_interleave"):
+            self._along_tokens(func, name, args, kwargs, inputs, ids, weights, out)
+        elif name in ("mm", "bmm", "mv", "dot", "_grouped_mm", "grouped_mm_fallback"):
+            self._product(name, inputs[0], inputs[1], out)
+        elif name in ("addmm", "baddbmm", "addmv", "addbmm") and ids[0] is None:
+            if weights[0] is not None:
+                self._other_use(weights[0], name)
+            self._product(name, inputs[1], inputs[2], out)
+        elif name == "linear":
+            self._product(name, inputs[0], inputs[1], out, weight_dim=-1)
+        elif name == "convolution" and self._convolution(args, out):
+            pass
+        elif name in ("native_layer_norm", "_fused_rms_norm", "rms_norm"):
+            self._fused_norm(name, args, inputs, out)
+        else:
+            self._anything_else(name, ids, weights)
+
+    def _anything_else(self, name: str, ids: list[torch.Tensor | None], weights: list[_Weight | None]) -> None:
+        for i in ids:
+            if i is not None:
+                self.escape(i, _words(name))
+        for w in weights:
+            if w is not None:
+                self._other_use(w, name)
+
+    def _move(self, func: Any, name: str, args: Any, kwargs: Any, source: torch.Tensor, out: Any) -> None:
+        def moved(companion: torch.Tensor) -> list[torch.Tensor]:
+            if name in SAME:
+                return [companion]
+            if name in ("view", "_unsafe_view"):  # a contiguous tensor's companion need not be contiguous itself
+                return [companion.reshape(out.shape)]
+            result = func(companion, *args[1:], **kwargs)
+            return list(result) if isinstance(result, (list, tuple)) else [result]
+
+        outs = list(out) if isinstance(out, (list, tuple)) else [out]
+        ids, weight = self._ids.get(id(source)), self._weights.get(id(source))
+        if ids is not None:
+            for o, companion in zip(outs, moved(ids), strict=True):
+                self._set_ids(o, companion)
+        if weight is not None:
+            parts = [moved(c) for c in weight.coords] if weight.coords else []
+            for n, o in enumerate(outs):
+                self._keep(o)
+                coords = tuple(p[n] for p in parts)
+                self._weights[id(o)] = _Weight(weight.name, coords, weight.scale, weight.offset)
+
+    def _gather(self, func: Any, name: str, args: Any, inputs: list[torch.Tensor], out: torch.Tensor) -> bool:
+        """Rows picked by indices. The companion is constant along the picked dimensions, so index 0 stands for all."""
+        source = inputs[0]
+        if any(id(t) in self._ids or id(t) in self._weights for t in inputs[1:]):
+            return False
+
+        if name == "index":
+            rows: Any = [None if i is None else torch.zeros(i.shape, dtype=torch.int64) for i in args[1]]
+            picked = [d for d, i in enumerate(rows) if i is not None]
+        else:
+            picked = [args[1] % source.ndim]
+
+        def gathered(companion: torch.Tensor) -> torch.Tensor:
+            if name == "index":
+                for d in range(companion.ndim):  # keep what is constant small: a stack of experts is large
+                    if d not in picked and companion.stride(d) == 0:
+                        companion = companion.narrow(d, 0, min(1, companion.shape[d]))
+                return func(companion, rows).expand(out.shape)  # type: ignore[no-any-return]
+            for d in range(companion.ndim):
+                size = out.shape[d]
+                companion = _take(companion, d, size) if d in picked else companion.narrow(d, 0, size)
+            return companion
+
+        ids, weight = self._ids.get(id(source)), self._weights.get(id(source))
+        if ids is not None:
+            if not _constant_along(ids, picked):
+                return False
+            self._set_ids(out, gathered(ids))
+        if weight is not None:
+            self._keep(out)
+            # An unknown row: its coordinate along the picked dimension is lost, the others stand.
+            coords = tuple(gathered(c) for c in weight.coords)
+            self._weights[id(out)] = _Weight(weight.name, coords, weight.scale, weight.offset)
+        return True
+
+    def _join(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        inputs: list[torch.Tensor],
+        ids: list[torch.Tensor | None],
+        out: torch.Tensor,
+    ) -> None:
+        zero = torch.zeros((), dtype=torch.int64)
+        companions = [i if i is not None else zero.expand(t.shape) for t, i in zip(inputs, ids, strict=True)]
+        self._set_ids(out, func(companions, *args[1:], **kwargs))
+
+    def _multiply(
+        self,
+        name: str,
+        args: Any,
+        inputs: list[torch.Tensor],
+        ids: list[torch.Tensor | None],
+        weights: list[_Weight | None],
+        out: torch.Tensor,
+    ) -> None:
+        in_place = name.endswith("_")
+        if len(inputs) == 1 or (len(inputs) == 2 and not any(weights) and ids[1] is None):
+            # A number, or an activation without a gain, scales the tensor: the gain stays where it was.
+            if isinstance(args[0], torch.Tensor) and ids[0] is not None:
+                self._set_ids(out, ids[0].broadcast_to(out.shape))
+            elif weights[0] is not None and not in_place and isinstance(args[1], (int, float)):
+                w, factor = weights[0], args[1] if name == "mul" else 1 / args[1]
+                self._keep(out)
+                self._weights[id(out)] = _Weight(w.name, w.coords, w.scale * factor, w.offset * factor)
+            else:
+                self._anything_else(name, ids, weights)
+            return
+        if ids[0] is None and ids[1] is not None and not any(weights) and name == "mul":
+            self._set_ids(out, ids[1].broadcast_to(out.shape))
+            return
+        w = next((w for w in weights if w is not None), None)
+        other = inputs[0] if weights[0] is None else inputs[1]
+        both = weights[0] is not None and weights[1] is not None
+        if w is not None and not both and name == "mul" and id(other) in self._normed and id(other) not in self._ids:
+            self._birth(out, w, tuple(c.broadcast_to(out.shape) for c in w.coords))
+            return
+        for i in ids:
+            if i is not None:
+                what = f"`{w.name}`" if w is not None else "another scaled tensor"
+                self.escape(i, f"its output is multiplied by {what}")
+        for weight in weights:
+            if weight is not None:
+                self._other_use(weight, name)
+
+    def _add(
+        self,
+        name: str,
+        args: Any,
+        kwargs: Any,
+        inputs: list[torch.Tensor],
+        ids: list[torch.Tensor | None],
+        weights: list[_Weight | None],
+        out: torch.Tensor,
+    ) -> None:
+        if len(inputs) == 1 and weights[0] is not None and not name.endswith("_"):
+            w, alpha = weights[0], kwargs.get("alpha", 1)
+            number = args[1] * alpha if name in ("add", "sub") else 0
+            sign = -1.0 if name in ("rsub", "neg") else 1.0
+            if name == "sub":
+                number = -number
+            elif name == "rsub":
+                number, sign = args[1], -float(alpha)
+            self._keep(out)
+            self._weights[id(out)] = _Weight(w.name, w.coords, sign * w.scale, sign * w.offset + number)
+            return
+        if name == "neg" and ids[0] is not None:
+            self._set_ids(out, ids[0])
+            return
+        if len(inputs) == 2 and ids[0] is not None and ids[1] is not None:
+            # g*a + g*b = g*(a + b): the same gain at each position.
+            left, right = torch.broadcast_tensors(ids[0], ids[1])
+            if left.shape == out.shape and torch.equal(left, right):
+                self._set_ids(out, left)
+                return
+            for i in ids:
+                if i is not None:
+                    self.escape(i, "its channels are mixed with each other (as rotary embeddings do)")
+        else:
+            for i in ids:
+                if i is not None:
+                    self.escape(i, "its output is added to another tensor (a residual or skip connection)")
+        for w2 in weights:
+            if w2 is not None:
+                self._other_use(w2, name)
+
+    def _along_tokens(
+        self,
+        func: Any,
+        name: str,
+        args: Any,
+        kwargs: Any,
+        inputs: list[torch.Tensor],
+        ids: list[torch.Tensor | None],
+        weights: list[_Weight | None],
+        out: torch.Tensor,
+    ) -> None:
+        """Linear operations over dimensions that the gain does not vary along."""
+        tagged = ids[0]
+        if tagged is None or any(w is not None for w in weights):
+            self._anything_else(name, ids, weights)
+        elif name in ("sum", "mean"):
+            dims = args[1] if len(args) > 1 and args[1] else list(range(tagged.ndim))
+            dims = [dims] if isinstance(dims, int) else dims
+            if _constant_along(tagged, dims):
+                keep = bool(args[2]) if len(args) > 2 else bool(kwargs.get("keepdim", False))
+                self._set_ids(out, tagged.amax(dims, keepdim=keep) if tagged.numel() else tagged.new_zeros(out.shape))
+            else:
+                self.escape(tagged, _words(name))
+        elif name == "constant_pad_nd":
+            pads, value = args[1], (list(args[2:]) + [0])[0]
+            padded = [tagged.ndim - 1 - n // 2 for n, p in enumerate(pads) if p]
+            if value == 0 and _constant_along(tagged, padded):
+                for d in padded:
+                    tagged = _take(tagged, d, out.shape[d])
+                self._set_ids(out, tagged)
+            else:
+                self.escape(ids[0], _words(name))  # type: ignore[arg-type]
+        elif name.startswith("masked_fill"):
+            fill = args[2]
+            if isinstance(fill, torch.Tensor):
+                known = self.value_of(fill)
+                fill = known.item() if known is not None else None
+            if fill == 0:
+                self._set_ids(out, tagged.broadcast_to(out.shape))
+            else:
+                self.escape(tagged, _words(name))
+        else:  # repeat_interleave
+            self._anything_else(name, ids, weights)
+
+    def _product(
+        self, name: str, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, weight_dim: int = -2
+    ) -> None:
+        """left[..., i, k] @ right[..., k, j]; `weight_dim` is k's place in `right`."""
+        sides = []
+        for tensor, k in ((left, left.ndim - 1), (right, max(right.ndim + weight_dim, 0))):
+            sides.append((tensor, self._ids.get(id(tensor)), self._weights.get(id(tensor)), k))
+        (_, left_ids, left_weight, _), (_, right_ids, right_weight, _) = sides
+        if left_weight is not None and right_weight is not None:
+            self._other_use(left_weight, name)
+            self._other_use(right_weight, name)
+            return
+        if left_weight is None and right_weight is None:
+            for n, (_, ids, _, k) in enumerate(sides):
+                other = right_ids if n == 0 else left_ids
+                if ids is None:
+                    continue
+                if other is None and name in ("mm", "bmm") and _constant_along(ids, [k]):
+                    self._through_product(ids, k, n == 0, out)
+                else:
+                    self.escape(ids, SCORES)
+            return
+        weight, weight_k = (left_weight, sides[0][3]) if left_weight is not None else (right_weight, sides[1][3])
+        ids, k = (right_ids, sides[1][3]) if left_weight is not None else (left_ids, sides[0][3])
+        if weight is None:
+            return
+        if ids is None:
+            self._read(weight, weight_k, None, name)
+            return
+        varying = varying_dims(ids)
+        if k in varying and len(varying) > 1:
+            self._other_use(weight, name)
+            self.escape(ids, f"`{weight.name}` reads it with a different gain per row")
+        elif k in varying or not varying:
+            if not self._read(weight, weight_k, profile(ids, k), name):
+                self.escape(ids, f"`{weight.name}` does not read it along one dimension")
+        else:  # the gain lies along another dimension and passes through
+            self._read(weight, weight_k, None, name)
+            if name in ("mm", "bmm"):
+                self._through_product(ids, k, left_weight is None, out)
+            else:
+                self.escape(ids, _words(name))
+
+    def _through_product(self, ids: torch.Tensor, k: int, is_left: bool, out: torch.Tensor) -> None:
+        """The summed dimension carries one gain per row (or column): the product keeps it."""
+        kept = ids.select(k, 0) if ids.shape[k] else ids.new_zeros(ids.shape[:k] + ids.shape[k + 1 :])
+        self._set_ids(out, kept.unsqueeze(-1 if is_left else -2).expand(out.shape))
+
+    def _convolution(self, args: Any, out: torch.Tensor) -> bool:
+        x, weight_tensor, bias, *_rest, transposed, _output_padding, groups = args
+        ids, weight = self._ids.get(id(x)), self._weights.get(id(weight_tensor))
+        if isinstance(bias, torch.Tensor) and id(bias) in self._weights:
+            self._other_use(self._weights[id(bias)], "convolution")
+        if weight is None or transposed or groups not in (1, x.shape[1]):
+            return False
+        along = 1 if groups == 1 else 0  # a depthwise kernel has one filter per channel, along its first dimension
+        if ids is None:
+            return self._read(weight, along, None, "convolution")
+        return varying_dims(ids) in ([], [1]) and self._read(weight, along, profile(ids, 1), "convolution")
+
+    def _fused_norm(self, name: str, args: Any, inputs: list[torch.Tensor], out: Any) -> None:
+        result = out[0] if isinstance(out, (list, tuple)) else out
+        x_ids = self._ids.get(id(inputs[0]))
+        if x_ids is not None:
+            self.escape(x_ids, _words(name))
+        weight = self._weights.get(id(args[2])) if isinstance(args[2], torch.Tensor) else None
+        self._keep(result)
+        self._normed.add(id(result))
+        if weight is None:
+            return
+        self._birth(result, weight, tuple(c.broadcast_to(result.shape) for c in weight.coords))
+        if name == "native_layer_norm" and isinstance(args[3], torch.Tensor):
+            self.trace.kept.setdefault(weight.name, "it is a LayerNorm with a bias, which folding a gain does not move")
+
+    # ---- the end ------------------------------------------------------------------------------------------------
+
+    def finish(self, output: Any) -> Trace:
+        """Judge every use once the forward is over. `output` is what the forward returned."""
+        self._modules.clear()
+        for tensor in _tensors_in(output):
+            ids = self._ids.get(id(tensor))
+            if ids is not None:
+                for name in self.trace.gains_of(ids):
+                    self.trace.kept.setdefault(name, "the model returns its output")
+        trace = self.trace
+        for name, uses in self._uses.items():
+            dim, ids, module = uses[0]
+            merged = ids.clone()
+            conflict: list[str] = []
+            for other_dim, other, _ in uses[1:]:
+                if other_dim != dim:
+                    conflict += trace.gains_of(merged) + trace.gains_of(other)
+                    continue
+                differ = (merged != other) & (merged != UNUSED) & (other != UNUSED)
+                conflict += trace.gains_of(merged[differ]) + trace.gains_of(other[differ])
+                merged = torch.where(merged == UNUSED, other, merged)
+            fed = trace.gains_of(merged)
+            trace.fed.update(fed, conflict)
+            for gain in conflict:
+                trace.kept.setdefault(gain, f"`{name}`, which reads it, also reads an input without this gain")
+            if name in self._other:
+                operation, where = self._other[name]
+                for gain in fed:
+                    if operation == "embedding" and gain not in trace.kept:
+                        trace.tied_conflicts.setdefault(gain, set()).add(name)
+                    else:
+                        trace.kept.setdefault(
+                            gain, f"`{name}`, which reads it, has another use (`{operation}` in `{where}`)"
+                        )
+            if fed:
+                trace.readers[name] = Reader(name, dim, merged, module)
+        for gain in trace.gains:
+            if gain in self._other:
+                operation, where = self._other[gain]
+                trace.kept.setdefault(gain, f"its weight has another use (`{operation}` in `{where}`)")
+            elif gain in trace.readers or gain in self._uses:
+                trace.kept.setdefault(gain, "its weight is also used as a linear layer's")
+            elif gain not in trace.fed:
+                trace.kept.setdefault(gain, "nothing that can take the gain reads its output")
+        for gain in trace.kept:
+            trace.tied_conflicts.pop(gain, None)
+        trace.fingerprint = self._digest.hexdigest()
+        return trace
+
+
+def _words(operation: str) -> str:
+    """What an operation does to a gain, for somebody who knows the model and not ATen."""
+    name = operation.rstrip("_")
+    if "attention" in name:
+        return SCORES
+    if name in ("pow", "square", "linalg_vector_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm", "mean", "var"):
+        return "its output is normalised or averaged again"
+    if name in ("copy", "index_put", "index_copy", "slice_scatter", "scatter", "index_add"):
+        return "its output is written into another tensor"
+    return f"its output goes through `{name}`, which a per-channel gain cannot pass,"
+
+
+def _tensors_in(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:
+    """Tensors in nested outputs, caches included (plain objects, searched a few levels deep)."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth == 0 or value is None or isinstance(value, (str, bytes, int, float, type)):
+        return
+    elif isinstance(value, dict):
+        for v in value.values():
+            yield from _tensors_in(v, depth - 1)
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from _tensors_in(v, depth)
+    elif hasattr(value, "__dict__") and not isinstance(value, torch.nn.Module):
+        yield from _tensors_in(vars(value), depth)
+
+
+class _Literals(TorchFunctionMode):
+    """`torch.tensor(3)` makes a meta tensor without an operation that the tracer could see: tell it the value."""
+
+    def __init__(self, tracer: GainTracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (
+            func in (torch.tensor, torch.as_tensor)
+            and isinstance(out, torch.Tensor)
+            and out.device.type == "meta"
+            and not any(isinstance(a, torch.Tensor) for a in tree_flatten(args)[0])
+        ):
+            with torch.utils._python_dispatch._disable_current_modes():
+                self.tracer.set_known(out, torch.tensor(*args, **{**(kwargs or {}), "device": "cpu"}))
+        return out
+
+
+def _inputs(model: PreTrainedModel, tracer: GainTracer) -> dict[str, Any]:
+    """A handful of token ids, and what else the forward cannot do without."""
+    signature = inspect.signature(model.forward).parameters
+    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 8)
+    values = (torch.arange(BATCH * TOKENS) * 7 + 3).view(BATCH, TOKENS) % vocabulary
+    tokens = torch.empty_like(values, device="meta")
+    tracer.set_known(tokens, values)
+    inputs: dict[str, Any] = {"input_ids": tokens}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens
+    if "use_cache" in signature:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def trace_forward(model: PreTrainedModel) -> Trace:
+    """Run one text forward of a model on the meta device and follow its gains.
+
+    Args:
+        model: on the meta device, in eval mode.
+    Raises:
+        PlanError: the forward cannot run on the meta device; the message names operation and module.
+    """
+    tracer = GainTracer(model)
+    inputs = _inputs(model, tracer)
+    try:
+        with torch.no_grad(), torch.device("meta"), tracer.watching_modules(), _Literals(tracer), tracer:
+            output = model(**inputs)
+    except PlanError:
+        raise
+    except Exception as error:  # anything may come out of a model's own code, remote code included
+        last = str(error).strip().splitlines() or [type(error).__name__]
+        raise PlanError(
+            f"the forward of {type(model).__name__} cannot be traced: it stopped in `{tracer.module}` "
+            f"({type(error).__name__}: {last[0]})"
+        ) from error
+    return tracer.finish(output)
