@@ -84,13 +84,14 @@ class Plan:
     """Everything that `fold` does to a checkpoint.
 
     `added` maps tensors that the source does not have to (dtype, shape). `lm_head` is "folded", "untied", "kept" or
-    "none"; `untie` says that `tie_word_embeddings` becomes false. `not_traced` are norms that the forward did not reach, `unread` tensors that the model does not read.
+    "none"; `text_config` are the keys to the text model's nested config; `untie` says that `tie_word_embeddings` becomes false. `not_traced` are norms that the forward did not reach, `unread` tensors that the model does not read.
     """
 
     source: str
     commit: str | None
     architecture: str
     model_type: str
+    text_config: tuple[str, ...]
     transformers: str
     norms: tuple[Norm, ...]
     readers: tuple[Reader, ...]
@@ -186,10 +187,8 @@ class _Planner:
 
     def plan(self) -> Plan:
         from flashnorm_cli import runtime
-        from flashnorm_cli.trace import trace_forward
 
-        self.model, missing = runtime.build(self.checkpoint, self.config, self.cls)
-        self.trace = trace_forward(self.model)
+        self.model, missing, self.trace = self._traced()
         self.kept.update(self.trace.kept)
         lm_head = self._final_norm(missing)
         self._keep_where_a_branch_was_not_seen()
@@ -200,6 +199,23 @@ class _Planner:
         if any(g in self.kept for g in self._head_gains()):
             lm_head = "kept"
         return self._assemble(found, lm_head)
+
+    def _traced(self, untied: bool = False) -> tuple[PreTrainedModel, set[str], Trace]:
+        """The model on the meta device, its parameters that the files lack, and the trace of its forward.
+
+        Attention and experts have several implementations; the plainest that runs is the one to follow.
+        """
+        from flashnorm_cli import runtime
+        from flashnorm_cli.trace import trace_forward
+
+        first_error = None
+        for attention, experts in (("eager", "batched_mm"), ("eager", "eager"), ("sdpa", "eager")):
+            try:
+                model, missing = runtime.build(self.checkpoint, self.config, self.cls, attention, experts, untied)
+                return model, missing, trace_forward(model)
+            except PlanError as error:
+                first_error = first_error or error
+        raise first_error or PlanError("no implementation of attention to trace")
 
     # ---- the output head ----------------------------------------------------------------------------------------
 
@@ -249,12 +265,8 @@ class _Planner:
 
     def _untie(self, missing: set[str]) -> str | None:
         """Go on with the model whose head is separate, or say why not."""
-        from flashnorm_cli import runtime
-        from flashnorm_cli.trace import trace_forward
-
         embedding = self._head() or ""
-        model, missing_untied = runtime.build(self.checkpoint, self.config, self.cls, untied=True)
-        trace = trace_forward(model)
+        model, missing_untied, trace = self._traced(untied=True)
         new = {n for n, _ in model.named_parameters()} - {n for n, _ in self.model.named_parameters()}
         if trace.tied_conflicts or not new:
             return "the output head is tied to the embedding in the model's code"
@@ -465,6 +477,7 @@ class _Planner:
             commit=checkpoint.commit,
             architecture=self.cls.__name__,
             model_type=self.config.model_type,
+            text_config=_path_to(self.config, self.config.get_text_config(decoder=True)) or (),
             transformers=self.version,
             norms=tuple(norms_found),
             readers=tuple(sorted(readers, key=lambda r: order.get(r.tensor, len(order)))),
@@ -519,6 +532,18 @@ def _runs(elements: list[tuple[str, int] | None]) -> tuple[Run, ...]:
         else:
             merged.append(run)
     return tuple(merged)
+
+
+def _path_to(config: PretrainedConfig, nested: PretrainedConfig) -> tuple[str, ...] | None:
+    """The keys that lead from a config to one of its nested configs; () for the config itself."""
+    if config is nested:
+        return ()
+    for key in getattr(config, "sub_configs", {}):
+        below = getattr(config, key, None)
+        path = _path_to(below, nested) if below is not None else None
+        if path is not None:
+            return (key, *path)
+    return None
 
 
 def _layer_of(name: str) -> str | None:

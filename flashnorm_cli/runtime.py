@@ -80,11 +80,12 @@ def model_class(config: PretrainedConfig, folder: Path, trust_remote_code: bool)
 
 
 def build(
-    checkpoint: Checkpoint, config: PretrainedConfig, cls: Any, untied: bool = False
+    checkpoint: Checkpoint, config: PretrainedConfig, cls: Any, attention: str, experts: str, untied: bool = False
 ) -> tuple[PreTrainedModel, set[str]]:
     """The checkpoint's model on the meta device, "loaded" from the headers.
 
     Args:
+        attention, experts: implementations, by their names in transformers.
         untied: with the output head separate from the embedding, whatever the config says.
     Returns:
         The model, and the runtime names of the parameters that the files do not hold.
@@ -108,8 +109,8 @@ def build(
                 state_dict=tensors,
                 device_map={"": "meta"},
                 dtype=torch.float32,
-                attn_implementation="eager",
-                experts_implementation="batched_mm",
+                attn_implementation=attention,
+                experts_implementation=experts,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )

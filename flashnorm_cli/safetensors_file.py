@@ -115,7 +115,7 @@ def header_size(start: bytes, file_size: int, where: str) -> int:
         raise CheckpointError(f"{where}: not safetensors: its header would be {length} bytes long")
     if LENGTH_BYTES + length > file_size:
         raise CheckpointError(
-            f"{where}: truncated: the header alone takes {LENGTH_BYTES + length} bytes, the file has {file_size}"
+            f"{where}: truncated: the header takes {LENGTH_BYTES + length} bytes, the file has {file_size}"
         )
     return LENGTH_BYTES + length
 

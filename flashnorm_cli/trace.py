@@ -208,6 +208,7 @@ class GainTracer(TorchDispatchMode):
         self._uses: dict[str, list[tuple[int, torch.Tensor, str]]] = {}  # reader -> (dim, ids, module)
         self._other: dict[str, tuple[str, str]] = {}  # parameter -> first (operation, module) that is not a read
         self._next_id = 1
+        self._accounted_for = True
         self._modules: list[str] = []
         self._names = {id(m): name for name, m in model.named_modules()}
         self._digest = hashlib.sha256()
@@ -246,6 +247,7 @@ class GainTracer(TorchDispatchMode):
         self._alive.append(tensor)
 
     def _set_ids(self, tensor: torch.Tensor, ids: torch.Tensor) -> None:
+        self._accounted_for = True
         self._keep(tensor)
         self._ids[id(tensor)] = ids
 
@@ -261,6 +263,7 @@ class GainTracer(TorchDispatchMode):
 
     def escape(self, ids: torch.Tensor, why: str) -> None:
         """The gains in `ids` cannot be folded; the first reason stands."""
+        self._accounted_for = True
         for name in self.trace.gains_of(ids):
             self.trace.kept.setdefault(name, f"{why} in `{self.module}`")
 
@@ -280,6 +283,7 @@ class GainTracer(TorchDispatchMode):
         full = torch.full((self._shapes[weight.name][dim],), UNUSED)
         full[profile(weight.coords[dim], along)] = ids if ids is not None else 0
         self._uses.setdefault(weight.name, []).append((dim, full, self.module))
+        self._accounted_for = True
         return True
 
     def _birth(self, out: torch.Tensor, weight: _Weight, coords: tuple[torch.Tensor, ...]) -> None:
@@ -306,9 +310,12 @@ class GainTracer(TorchDispatchMode):
         self._digest.update(repr([a for a in args if isinstance(a, (int, float, bool))]).encode())
         answer = self._data_dependent(func, name, args, kwargs)
         if answer is not NotImplemented:
+            self._lost(name, args)
             return answer
         if name in GATHERS or name in ("index_put", "index_put_", "_index_put_impl_"):
             args = self._without_masks(args)
+        if name == "split_with_sizes":
+            args = (args[0], self._sizes_that_add_up(args), *args[2:])
         inputs = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, torch.Tensor)]
         on_meta = any(t.device.type == "meta" for t in inputs)
         if on_meta and any(t.device.type != "meta" and t.ndim for t in inputs):
@@ -320,8 +327,13 @@ class GainTracer(TorchDispatchMode):
         for t in inputs:
             if id(t) in self._weights:
                 self.trace.reached.add(self._weights[id(t)].name)
-        if any(id(t) in self._ids or id(t) in self._weights for t in inputs):
+        scaled = [self._ids[id(t)] for t in inputs if id(t) in self._ids]
+        if scaled or any(id(t) in self._weights for t in inputs):
+            self._accounted_for = name in SHAPE_ONLY
             self._propagate(func, name, args, kwargs, inputs, out)
+            if not self._accounted_for:  # no rule said where the gain went: it must not be lost silently
+                for ids in scaled:
+                    self.escape(ids, _words(name))
         self._propagate_norm(name, args, inputs, out)
         return out
 
@@ -397,14 +409,11 @@ class GainTracer(TorchDispatchMode):
         first = args[0] if args and isinstance(args[0], torch.Tensor) else None
         if first is None or first.device.type != "meta":
             return NotImplemented
-        if name in ("nonzero", "_local_scalar_dense", "bincount", "masked_select", "_unique2", "unique_dim", "equal"):
-            self._touch(first, name)
         if name == "nonzero":
             return self._meta_with(self._select_all(first))
         if name == "_local_scalar_dense":
             return self._guess(first).item()
         if name == "_to_copy" and torch.device(kwargs.get("device") or "meta").type != "meta":
-            self._touch(first, "copying to the host")
             return self._guess(first).to(kwargs.get("dtype") or first.dtype, copy=True)
         if name == "bincount":
             known, least = self.value_of(first), (list(args[1:]) + [None, 0])[1] or kwargs.get("minlength", 0)
@@ -425,13 +434,23 @@ class GainTracer(TorchDispatchMode):
             return known is None or other is None or torch.equal(known, other)
         return NotImplemented
 
-    def _touch(self, tensor: torch.Tensor, operation: str) -> None:
-        ids, weight = self._ids.get(id(tensor)), self._weights.get(id(tensor))
-        if ids is not None:
-            self.escape(ids, f"its output decides what the model does (`{operation}`)")
-        if weight is not None:
-            self.trace.reached.add(weight.name)
-            self._other_use(weight, operation)
+    def _lost(self, name: str, args: Any) -> None:
+        """An answer carries no ids: whatever scaled its inputs has escaped."""
+        for tensor in tree_flatten(args)[0]:
+            if isinstance(tensor, torch.Tensor):
+                ids, weight = self._ids.get(id(tensor)), self._weights.get(id(tensor))
+                if ids is not None:
+                    self.escape(ids, f"its output decides what the model does (`{name}`)")
+                if weight is not None:
+                    self.trace.reached.add(weight.name)
+                    self._other_use(weight, name)
+
+    def _sizes_that_add_up(self, args: Any) -> Any:
+        """Sizes that were guessed (tokens per expert) are shared out so that they add up."""
+        size, parts = args[0].shape[(list(args[2:]) + [0])[0]], len(args[1])
+        if sum(args[1]) == size:
+            return args[1]
+        return [size // parts + (n < size % parts) for n in range(parts)]
 
     def _without_masks(self, args: Any) -> Any:
         """Boolean indices become the integer indices of everything that they may select."""
@@ -859,13 +878,17 @@ def _tensors_in(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:
 
 
 class _Literals(TorchFunctionMode):
-    """`torch.tensor(3)` makes a meta tensor without an operation that the tracer could see: tell it the value."""
+    """What Python sees of values without an operation: `torch.tensor(3)` as it is made, `f"expert_{index}"`."""
 
     def __init__(self, tracer: GainTracer) -> None:
         super().__init__()
         self.tracer = tracer
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__format__ and args[0].device.type == "meta" and args[0].ndim == 0:
+            known = self.tracer.value_of(args[0])
+            if known is not None:
+                return format(known.item(), *args[1:])
         out = func(*args, **(kwargs or {}))
         if (
             func in (torch.tensor, torch.as_tensor)

@@ -1,0 +1,3 @@
+from flashnorm_cli.cli import main
+
+main()

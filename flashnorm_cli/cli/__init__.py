@@ -1,0 +1,92 @@
+"""The `flashnorm` command: one file per command, shared options in `options.py`, all printing in `output.py`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from flashnorm_cli import __version__
+from flashnorm_cli.cli import options
+from flashnorm_cli.cli.demo import demo
+from flashnorm_cli.cli.fold import fold
+from flashnorm_cli.cli.plan import plan
+from flashnorm_cli.errors import EXIT_ERROR, EXIT_USAGE, FlashNormError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="flashnorm",
+    help="Fold RMSNorm weights into the linear layers behind them.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(epilog=options.examples("flashnorm demo"))(demo)
+app.command(
+    epilog=options.examples(
+        "flashnorm plan ./Llama-3.2-1B",
+        "flashnorm plan Qwen/Qwen3-30B-A3B",
+        "flashnorm plan ./my-model --trust-remote-code --json",
+    )
+)(plan)
+app.command(
+    epilog=options.examples(
+        "flashnorm fold ./Llama-3.2-1B",
+        "flashnorm fold Qwen/Qwen3-8B ./qwen3-8b-folded --workers 8",
+        "flashnorm fold google/gemma-3-1b-it --final-norm keep --json",
+    )
+)(fold)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"flashnorm {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line. Exit codes: 0 done, 1 error, 2 wrong usage, 3 not equivalent, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        result = typer.main.get_command(app).main(arguments, prog_name="flashnorm", standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+    except FlashNormError as error:
+        if "--debug" in arguments:
+            raise
+        code = _fail(str(error), error.exit_code)
+    except typer.TyperException as error:  # an unknown option, a missing argument
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context is not None else "flashnorm"
+        message = getattr(error, "format_message", lambda: str(error))()
+        code = _fail(f"{' '.join(message.split())} See: {where} --help", EXIT_USAGE)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail("interrupted; the same command goes on where it stopped", INTERRUPTED)
+    except BrokenPipeError:  # `flashnorm plan ... | head`
+        sys.stderr.close()
+        code = EXIT_ERROR
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        code = _fail(
+            f"{type(error).__name__}: {' '.join(str(error).split())} (a bug in flashnorm: please report it with the "
+            "output of --debug)",
+            EXIT_ERROR,
+        )
+    sys.exit(code)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"flashnorm: {message}", file=sys.stderr)
+    return code

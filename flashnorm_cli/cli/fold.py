@@ -1,0 +1,96 @@
+"""`flashnorm fold`: write the folded checkpoint."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flashnorm_cli.cli import options
+from flashnorm_cli.cli.output import Output, size
+from flashnorm_cli.cli.plan import plan_summary
+
+
+def fold(
+    model: options.ModelArg,
+    output: Annotated[
+        Path | None, typer.Argument(help="The folder to write; by default ./<name>-FlashNorm.", show_default=False)
+    ] = None,
+    layout: Annotated[
+        options.Layout,
+        typer.Option(
+            help="Folded norms are written as ones (zeros for 1 + w), which loads everywhere; or left out, which "
+            "stock vLLM and llama.cpp refuse."
+        ),
+    ] = "identity",
+    final_norm: options.FinalNormOpt = "auto",
+    revision: options.RevisionOpt = None,
+    token: options.TokenOpt = None,
+    cache_dir: options.CacheDirOpt = None,
+    local_files_only: options.LocalFilesOnlyOpt = False,
+    trust_remote_code: options.TrustRemoteCodeOpt = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default="one per processor, up to 8")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that holds a checkpoint.")] = False,
+    json: options.JsonOpt = False,
+    quiet: options.QuietOpt = False,
+    debug: options.DebugOpt = False,
+) -> None:
+    """Fold norm weights into the linear layers that read them, and write the checkpoint.
+
+    The model computes the same and needs no norm weights. Shards are streamed, memory stays flat. An interrupted
+    fold goes on where it stopped when the same command is run again.
+    """
+    out = Output(json, quiet)
+    with out.progress() as report:
+        report(0, 0, "Starting")
+        from flashnorm_cli.fold import fold as run
+
+        started = time.monotonic()
+        result = run(
+            model,
+            output,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            trust_remote_code=trust_remote_code,
+            final_norm=final_norm,
+            layout=layout,
+            workers=workers,
+            overwrite=overwrite,
+            on_progress=report,
+        )
+    seconds = time.monotonic() - started
+    plan = result.plan
+    out.data(
+        {
+            "output": str(result.output),
+            "layout": result.layout,
+            "flashnorm_folded": plan.folded_flag,
+            "folded": len(plan.folded),
+            "kept": len(plan.kept),
+            "readers": len(plan.readers),
+            "lm_head": plan.lm_head,
+            "bytes_written": result.bytes_written,
+            "bytes_added": plan.bytes_added,
+            "flushed_to_zero": result.flushed,
+            "resumed_shards": list(result.resumed),
+            "left_out": list(result.left_out),
+            "seconds": round(seconds, 3),
+        }
+    )
+    out.text(*plan_summary(plan))
+    if result.resumed:
+        out.text(f"Went on after an interruption: {len(result.resumed)} shards were finished already.")
+    if result.flushed:
+        flushed = sum(result.flushed.values())
+        out.text(f"{flushed} products in {len(result.flushed)} tensors were too small for their dtype and became zero.")
+    if result.left_out:
+        out.text(f"Left out, weights in other formats: {', '.join(result.left_out)}")
+    if layout == "dropped":
+        out.text(
+            "Layout dropped: transformers warns and fills the norms in; stock vLLM and llama.cpp will not load this."
+        )
+    out.text(f"Wrote {size(result.bytes_written)} in {seconds:.1f} s to {result.output}")

@@ -1,0 +1,35 @@
+"""Options that several commands share, so that they are named and explained once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+FinalNorm = Literal["auto", "keep", "untie"]
+Layout = Literal["identity", "dropped"]
+
+ModelArg = Annotated[str, typer.Argument(help="A local folder or a Hub id.", show_default=False)]
+RevisionOpt = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
+TokenOpt = Annotated[str | None, typer.Option(help="Hub token; by default the one you logged in with.")]
+CacheDirOpt = Annotated[Path | None, typer.Option(help="Where Hub files are cached.")]
+LocalFilesOnlyOpt = Annotated[bool, typer.Option("--local-files-only", help="Use the cache, never the network.")]
+TrustRemoteCodeOpt = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the checkpoint's own Python code to build the model.")
+]
+FinalNormOpt = Annotated[
+    FinalNorm,
+    typer.Option(
+        help="The norm before the output head: fold it, untying a tied head where runtimes allow (auto); keep it; "
+        "or fold and untie in any case."
+    ),
+]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+DebugOpt = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def examples(*commands: str) -> str:
+    """The examples block at the end of a command's help; `\\b` keeps its lines apart."""
+    return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)

@@ -1,0 +1,322 @@
+"""Fold a checkpoint: plan it, rewrite its shards one after the other, publish the folder when all is done."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashnorm_cli import __version__, record
+from flashnorm_cli.checkpoint import CONFIG, INDEX, RECORD, Checkpoint, Source, open_checkpoint
+from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
+from flashnorm_cli.plan import FINAL_NORM_CHOICES, Plan, make_plan, refuse_folded
+from flashnorm_cli.rewrite import Edit, Fill, Scale, ShardJob, rewrite_shard
+
+JOURNAL = "journal.json"
+TORCH_DTYPE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# done bytes, all bytes, what is going on
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """What a fold did. `flushed` counts, per tensor, products that became zero; `resumed` shards were done before."""
+
+    output: Path
+    plan: Plan
+    layout: str
+    bytes_written: int
+    flushed: dict[str, int]
+    resumed: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def fold(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+    final_norm: str = "auto",
+    layout: str = "identity",
+    workers: int | None = None,
+    overwrite: bool = False,
+    on_progress: Progress | None = None,
+) -> FoldResult:
+    """Fold the norm gains of a checkpoint into the linear layers that read them, and write the result beside it.
+
+    Shards are rewritten as streams, so that memory stays flat whatever the model's size. The output appears under
+    its name only when it is complete; a fold that was interrupted goes on from its last finished shard.
+
+    Args:
+        model: a local folder or a Hub id.
+        output: the folder to write; by default `<name>-FlashNorm` in the current folder.
+        revision, token, cache_dir, local_files_only: as in huggingface_hub.
+        trust_remote_code: let the checkpoint's own Python code define the architecture.
+        final_norm: "auto", "keep" or "untie"; see `make_plan`.
+        layout: "identity" writes folded norms as the identity of their convention, "dropped" leaves them out.
+        workers: threads; by default the number of processors, 8 at most.
+        overwrite: replace an output folder that holds a checkpoint.
+        on_progress: called with (bytes done, bytes in all, what is going on).
+    Raises:
+        UsageError: the call contradicts itself or the file system.
+        FlashNormError: the checkpoint is broken, folded already, has nothing to fold, or cannot be planned.
+    """
+    if final_norm not in FINAL_NORM_CHOICES:
+        raise UsageError(f"final_norm is one of {', '.join(FINAL_NORM_CHOICES)}, not {final_norm!r}")
+    if layout not in record.LAYOUTS:
+        raise UsageError(f"layout is one of {', '.join(record.LAYOUTS)}, not {layout!r}")
+    if workers is not None and workers < 1:
+        raise UsageError(f"workers has to be at least 1, not {workers}")
+    workers = workers or min(os.cpu_count() or 1, 8)
+    report = on_progress or (lambda done, total, what: None)
+    source = Source(str(model), revision, token, Path(cache_dir) if cache_dir else None, local_files_only)
+
+    report(0, 0, "Reading headers")
+    checkpoint = open_checkpoint(source, weights=False)
+    refuse_folded(checkpoint)
+    target = _check_output(checkpoint, Path(output) if output else Path(f"{checkpoint.name}-FlashNorm"), overwrite)
+    report(0, 0, f"Tracing {', '.join(checkpoint.config.get('architectures') or ['the model'])}")
+    plan = make_plan(checkpoint, final_norm, trust_remote_code)
+    if not plan.folded:
+        reasons = "; ".join(dict.fromkeys(n.reason or "" for n in plan.kept)) or "it has no norm with a weight"
+        raise FlashNormError(f"{model}: there is nothing to fold: {reasons}")
+    if checkpoint.commit is not None:
+        report(0, 0, f"Downloading {source.name}")
+        planned, checkpoint = checkpoint, open_checkpoint(dataclasses.replace(source, revision=checkpoint.commit))
+        if {n: h.raw for n, h in planned.shards.items()} != {n: h.raw for n, h in checkpoint.shards.items()}:
+            raise CheckpointError(f"{model}: its headers changed between plan and download; run it again")
+
+    gains = _read_gains(checkpoint, plan)
+    jobs = _jobs(checkpoint, plan, gains, layout)
+    with _work_folder(target, _fingerprint(checkpoint, plan, gains, layout)) as work:
+        result = _write(checkpoint, plan, layout, jobs, work, workers, report)
+        _publish(work, target)
+    return dataclasses.replace(result, output=target)
+
+
+# ---- before the first write ------------------------------------------------------------------------------------------
+
+
+def _check_output(checkpoint: Checkpoint, output: Path, overwrite: bool) -> Path:
+    """The output's absolute path, which may be written. Raises UsageError where that could lose something."""
+    target = output.expanduser().absolute()
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UsageError(f"{output}: exists and is not a folder")
+    real, source = target.resolve(), checkpoint.folder.resolve()
+    if real == source or source in real.parents or real in source.parents:
+        raise UsageError(f"{output}: overlaps with the source {checkpoint.folder}; choose another output folder")
+    if target.exists() and any(target.iterdir()):
+        if not overwrite:
+            raise UsageError(f"{output}: exists already; add --overwrite to replace it")
+        if not (target / CONFIG).exists():
+            raise UsageError(f"{output}: is not a checkpoint (no {CONFIG}), so it will not be overwritten")
+    parent = target.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{output}: cannot write in {parent}")
+    return target
+
+
+def _read_gains(checkpoint: Checkpoint, plan: Plan) -> dict[str, torch.Tensor]:
+    """Gains of the folded norms, by tensor: float32 of shape (elements,)."""
+    gains = {}
+    for norm in plan.folded:
+        shard = checkpoint.shard_of[norm.tensor]
+        entry = checkpoint.tensors[norm.tensor]
+        with (checkpoint.folder / shard).open("rb") as file:
+            file.seek(checkpoint.shards[shard].data_start + entry.start)
+            raw = bytearray(file.read(entry.nbytes))
+        weight = torch.frombuffer(raw, dtype=TORCH_DTYPE[entry.dtype]).float()
+        gain = weight if norm.scale == 1.0 else weight * norm.scale
+        gains[norm.tensor] = gain if norm.offset == 0.0 else gain + norm.offset
+        if not bool(gains[norm.tensor].isfinite().all()):
+            raise FlashNormError(f"{norm.tensor}: holds inf or NaN; this checkpoint is broken")
+    if all(bool((g == 1.0).all()) for g in gains.values()):
+        raise FlashNormError(
+            f"{checkpoint.source.name}: every norm that could be folded holds the identity already: there is nothing to fold"
+        )
+    return gains
+
+
+def _jobs(checkpoint: Checkpoint, plan: Plan, gains: dict[str, torch.Tensor], layout: str) -> list[ShardJob]:
+    """One job per shard; tensors that the source does not have go to the end of the last one."""
+
+    def scale(reader: Any) -> Scale:
+        parts = []
+        for run in reader.runs:
+            part = gains[run.norm][run.start : run.start + run.length] if run.norm else torch.ones(run.length)
+            parts.append(part.repeat(run.repeat))
+        if reader.values_from is None:
+            return Scale(reader.dim, torch.cat(parts))
+        shard = checkpoint.shard_of[reader.values_from]
+        return Scale(reader.dim, torch.cat(parts), (checkpoint.folder / shard, checkpoint.shards[shard], reader.values_from))
+
+    edits: dict[str, Edit] = {r.tensor: scale(r) for r in plan.readers}
+    dropped = frozenset(n.tensor for n in plan.folded) if layout == "dropped" else frozenset()
+    edits.update({n.tensor: Fill(n.identity) for n in plan.folded if n.tensor not in dropped})
+    last = list(checkpoint.shards)[-1]
+    jobs = []
+    for name, header in checkpoint.shards.items():
+        mine = {tensor: edit for tensor, edit in edits.items() if tensor in header.tensors}
+        add = {}
+        if name == last:
+            for tensor, (dtype, shape) in plan.added.items():
+                edit = edits[tensor]
+                if isinstance(edit, Scale):
+                    add[tensor] = (dtype, shape, edit)
+        jobs.append(ShardJob(checkpoint.folder / name, Path(name), header, mine, dropped & set(header.tensors), add))
+    return jobs
+
+
+def _fingerprint(checkpoint: Checkpoint, plan: Plan, gains: dict[str, torch.Tensor], layout: str) -> str:
+    """Equal for two runs that would write the same bytes: a later run may go on only with such shards."""
+    digest = hashlib.sha256(json.dumps([__version__, layout, plan.to_json()], sort_keys=True).encode())
+    for name, header in checkpoint.shards.items():
+        stat = (checkpoint.folder / name).stat()
+        digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}".encode() + header.raw)
+    for gain in gains.values():
+        digest.update(gain.numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _work_folder(target: Path, fingerprint: str) -> Iterator[Path]:
+    """A folder beside the output, `.<name>.partial`, held by this process alone.
+
+    What an earlier run of the same fold finished in it stays; anything else in it is removed.
+    """
+    work = target.with_name(f".{target.name}.partial")
+    with _disk_errors(target):
+        work.mkdir(parents=True, exist_ok=True)
+        lock = os.open(work / JOURNAL, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FlashNormError(f"{target}: another fold is writing it right now") from None
+        with _disk_errors(target):
+            if os.pread(lock, 1 << 16, 0).decode(errors="replace") != fingerprint:
+                for path in work.iterdir():
+                    if path.name != JOURNAL:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, fingerprint.encode(), 0)
+            yield work
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        hint = "; free some space and run it again" if error.errno == errno.ENOSPC else ""
+        raise FlashNormError(f"{target}: {error.strerror or error}{hint}") from error
+
+
+def _write(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    layout: str,
+    jobs: list[ShardJob],
+    work: Path,
+    workers: int,
+    report: Progress,
+) -> FoldResult:
+    flushed_file = work / "flushed.json"
+    flushed: dict[str, int] = json.loads(flushed_file.read_text()) if flushed_file.exists() else {}
+    resumed = tuple(job.target.name for job in jobs if (work / job.target).exists())
+    sizes = {job.target.name: job.target_header().file_size for job in jobs}
+    total, done = sum(sizes.values()), sum(sizes[name] for name in resumed)
+    free = shutil.disk_usage(work).free
+    if total - done > free:
+        raise FlashNormError(
+            f"{work.parent}: {total - done:,} bytes are to be written, but only {free:,} are free there"
+        )
+    for job in jobs:
+        name = job.target.name
+        if name in resumed:
+            continue
+        part = work / f"{name}.part"
+        part.unlink(missing_ok=True)
+
+        def on_bytes(n: int, name: str = name) -> None:
+            nonlocal done
+            done += n
+            report(done, total, name)
+
+        counts = rewrite_shard(dataclasses.replace(job, target=part), workers, on_bytes)
+        flushed.update({tensor: n for tensor, n in counts.items() if n})
+        _write_text(flushed_file, json.dumps(flushed))
+        part.rename(work / name)  # from now on the shard counts as finished
+
+    report(total, total, "Writing config and record")
+    for relative in checkpoint.others:
+        (work / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint.folder / relative, work / relative)
+    if checkpoint.index is not None:
+        dropped = frozenset().union(*(job.drop for job in jobs))
+        original = (checkpoint.folder / INDEX).read_text(encoding="utf-8")
+        if dropped or plan.added:
+            index = record.folded_index(checkpoint.index, plan, dropped, jobs[-1].target.name, checkpoint)
+            original = record.dump_like(index, original)
+        _write_text(work / INDEX, original)
+    _write_text(
+        work / RECORD, json.dumps(record.full_record(checkpoint, plan, layout, flushed), indent=2) + "\n"
+    )
+    original = (checkpoint.folder / CONFIG).read_text(encoding="utf-8")
+    config = record.folded_config(checkpoint.config, plan, layout)
+    _write_text(work / CONFIG, record.dump_like(config, original))
+    return FoldResult(work, plan, layout, total, flushed, resumed, checkpoint.left_out)
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a small file so that it is there as a whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
+
+
+def _publish(work: Path, target: Path) -> None:
+    """Give the finished folder its name; an older output is removed only then."""
+    for name in (JOURNAL, "flushed.json"):
+        (work / name).unlink(missing_ok=True)
+    old = None
+    if target.exists():
+        if any(target.iterdir()):
+            old = target.with_name(f".{target.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+        else:
+            target.rmdir()
+    work.rename(target)
+    if old is not None:
+        shutil.rmtree(old)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,108 @@
+"""What a folded checkpoint says of itself: flags in config.json, the whole plan in flashnorm.json, the index."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from flashnorm_cli import __version__
+from flashnorm_cli.checkpoint import CONFIG, INDEX, Checkpoint
+from flashnorm_cli.plan import FORMAT, Plan, grouped
+
+LAYOUTS = ("identity", "dropped")
+# Small files are hashed whole. A shard's sha256 is written where the Hub cache knows it already: hashing gigabytes
+# would cost as much as folding them.
+HASH_UP_TO = 64 << 20
+
+
+def config_record(plan: Plan, layout: str) -> dict[str, Any]:
+    """The `flashnorm` object of config.json: what a runtime needs to know, by patterns of tensor names."""
+    kept: dict[str, str] = {}
+    for norm in plan.kept:
+        kept.setdefault(grouped([norm.tensor])[0][0], re.sub(r"\.\d+\b", ".*", norm.reason or ""))
+    return {
+        "format": FORMAT,
+        "tool": f"flashnorm-cli {__version__}",
+        "layout": layout,
+        "folded": [pattern for pattern, _ in grouped(n.tensor for n in plan.folded)],
+        "kept": kept,
+        "lm_head": plan.lm_head,
+    }
+
+
+def folded_config(config: dict[str, Any], plan: Plan, layout: str) -> dict[str, Any]:
+    """config.json of the folded checkpoint: the source's keys in their order, then the flags."""
+    new = json.loads(json.dumps(config))
+    record = config_record(plan, layout)
+    nested = new
+    for key in plan.text_config:
+        nested = nested.get(key) if isinstance(nested, dict) else None
+    levels = [new] if nested is new or not isinstance(nested, dict) else [new, nested]
+    for level in levels:
+        if plan.untie:
+            level["tie_word_embeddings"] = False
+        level["flashnorm_folded"] = plan.folded_flag
+        level["flashnorm"] = record
+    return new
+
+
+def folded_index(index: dict[str, Any], plan: Plan, dropped: frozenset[str], shard: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The index with dropped tensors taken out and added ones put into `shard`; totals follow."""
+    new = json.loads(json.dumps(index))
+    new["weight_map"] = {n: s for n, s in new["weight_map"].items() if n not in dropped}
+    new["weight_map"].update(dict.fromkeys(plan.added, shard))
+    metadata = new.get("metadata")
+    if isinstance(metadata, dict):
+        gone = [checkpoint.tensors[n] for n in dropped]
+        if isinstance(metadata.get("total_size"), int):
+            metadata["total_size"] += plan.bytes_added - sum(e.nbytes for e in gone)
+        if isinstance(metadata.get("total_parameters"), int):
+            metadata["total_parameters"] += sum(_product(s) for _, s in plan.added.values())
+            metadata["total_parameters"] -= sum(_product(e.shape) for e in gone)
+    return new
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total
+
+
+def dump_like(value: dict[str, Any], original: str) -> str:
+    """JSON in the style of the original text: its indent, its escapes, its last newline."""
+    indent = re.search(r"\n([ \t]+)\S", original)
+    text = json.dumps(
+        value, indent=indent.group(1) if indent else None, ensure_ascii=original.isascii() or "\\u" in original
+    )
+    return text + ("\n" if original.endswith("\n") else "")
+
+
+def file_facts(path: Path, header: bytes | None = None) -> dict[str, Any]:
+    """Size and hash of a file: sha256 of the whole where it is cheap or known, of its header for other shards."""
+    facts: dict[str, Any] = {"size": path.stat().st_size}
+    blob = path.resolve().name if path.is_symlink() else ""
+    if re.fullmatch(r"[0-9a-f]{64}", blob):  # the Hub cache names a large file by its sha256
+        facts["sha256"] = blob
+    elif facts["size"] <= HASH_UP_TO:
+        facts["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    if header is not None:
+        facts["header_sha256"] = hashlib.sha256(header).hexdigest()
+    return facts
+
+
+def full_record(checkpoint: Checkpoint, plan: Plan, layout: str, flushed: dict[str, int]) -> dict[str, Any]:
+    """The content of flashnorm.json. No date in it: the same fold gives the same bytes."""
+    names = [CONFIG, *([INDEX] if checkpoint.index else []), *checkpoint.shards]
+    headers = {name: header.raw for name, header in checkpoint.shards.items()}
+    return {
+        **plan.to_json(),
+        "layout": layout,
+        "source_files": {name: file_facts(checkpoint.folder / name, headers.get(name)) for name in names},
+        "left_out": list(checkpoint.left_out),
+        "flushed_to_zero": {name: n for name, n in flushed.items() if n},
+        "verify": None,
+    }
