@@ -1,3 +1,46 @@
-"""Fold RMSNorm gains into the linear layers that read them, and prove that the model stays the same."""
+"""Fold RMSNorm gains into the linear layers that read them, and prove that the model stays the same.
+
+The public names are loaded when they are first used: torch and transformers take seconds to import.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flashnorm_cli.checkpoint import Checkpoint, Source, open_checkpoint
+    from flashnorm_cli.errors import FlashNormError
+    from flashnorm_cli.fold import FoldResult, fold
+    from flashnorm_cli.plan import Plan, make_plan
 
 __version__ = "0.1.0"
+__all__ = [
+    "Checkpoint",
+    "FlashNormError",
+    "FoldResult",
+    "Plan",
+    "Source",
+    "fold",
+    "make_plan",
+    "open_checkpoint",
+]
+
+_HOME = {
+    "Checkpoint": "checkpoint",
+    "Source": "checkpoint",
+    "open_checkpoint": "checkpoint",
+    "FlashNormError": "errors",
+    "FoldResult": "fold",
+    "fold": "fold",
+    "Plan": "plan",
+    "make_plan": "plan",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value  # so that the function `fold` stands before the module of the same name
+    return value

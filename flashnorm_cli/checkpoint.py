@@ -6,6 +6,7 @@ Nothing here reads a weight. A local folder and a Hub repository look the same t
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
-from flashnorm_cli.safetensors_file import LENGTH_BYTES, Header, TensorEntry, header_size, parse_header, read_header
+from flashnorm_cli.safetensors_file import (
+    LENGTH_BYTES,
+    Header,
+    TensorEntry,
+    header_size,
+    parse_header,
+    read_header,
+)
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -104,17 +112,31 @@ def open_checkpoint(source: Source, weights: bool = True) -> Checkpoint:
 
 
 def _open_folder(source: Source, folder: Path, commit: str | None) -> Checkpoint:
-    config = read_json(folder / CONFIG)
+    config = _read_config(folder)
     index, names = _shard_names(folder)
     shards = {name: read_header(folder / name) for name in names}
     _check_index(index, shards, folder)
-    others, left_out = [], []
+    others: list[str] = []
+    left_out: list[str] = []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         if path.is_dir() or {".git", ".cache"} & set(relative.parts) or relative.as_posix() in (*names, CONFIG, INDEX):
             continue
-        (left_out if path.name.endswith(tuple(OTHER_WEIGHTS)) else others).append(relative.as_posix())
+        if path.name.endswith(tuple(OTHER_WEIGHTS)):
+            left_out.append(relative.as_posix())
+        elif path.is_file() and os.access(path, os.R_OK):
+            others.append(relative.as_posix())
+        else:
+            raise CheckpointError(f"{path}: cannot be read, so it cannot be carried over")
     return Checkpoint(source, folder, commit, config, shards, index, tuple(others), tuple(left_out))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / CONFIG)
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+        raise CheckpointError(f"{folder / CONFIG}: architectures is no list of class names")
+    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -231,7 +253,7 @@ def _open_hub(source: Source, weights: bool) -> Checkpoint:
     commit = folder.name
     if weights or source.local_files_only:
         return _open_folder(source, folder, commit)
-    config = read_json(folder / CONFIG)
+    config = _read_config(folder)
     index = read_json(folder / INDEX) if (folder / INDEX).exists() else None
     names = index_shards(index, f"{source.name}/{INDEX}") if index else [SINGLE]
     with hub_errors(source.name):

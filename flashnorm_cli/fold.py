@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
 from flashnorm_cli.plan import FINAL_NORM_CHOICES, Plan, make_plan, refuse_folded
 from flashnorm_cli.rewrite import Edit, Fill, Scale, ShardJob, rewrite_shard
 
-JOURNAL = "journal.json"
+# Beside the folder that is being filled: what it is for (locked while it is), and counts of finished shards.
+JOURNAL, FLUSHED = "journal", "flushed.json"
 TORCH_DTYPE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # done bytes, all bytes, what is going on
 Progress = Callable[[int, int, str], None]
@@ -97,13 +98,16 @@ def fold(
         raise FlashNormError(f"{model}: there is nothing to fold: {reasons}")
     if checkpoint.commit is not None:
         report(0, 0, f"Downloading {source.name}")
-        planned, checkpoint = checkpoint, open_checkpoint(dataclasses.replace(source, revision=checkpoint.commit))
+        planned, checkpoint = (
+            checkpoint,
+            open_checkpoint(dataclasses.replace(source, revision=checkpoint.commit)),
+        )
         if {n: h.raw for n, h in planned.shards.items()} != {n: h.raw for n, h in checkpoint.shards.items()}:
             raise CheckpointError(f"{model}: its headers changed between plan and download; run it again")
 
     gains = _read_gains(checkpoint, plan)
     jobs = _jobs(checkpoint, plan, gains, layout)
-    with _work_folder(target, _fingerprint(checkpoint, plan, gains, layout)) as work:
+    with _work_folder(target, _fingerprint(checkpoint, plan, gains, layout), checkpoint.shards) as work:
         result = _write(checkpoint, plan, layout, jobs, work, workers, report)
         _publish(work, target)
     return dataclasses.replace(result, output=target)
@@ -149,7 +153,7 @@ def _read_gains(checkpoint: Checkpoint, plan: Plan) -> dict[str, torch.Tensor]:
             raise FlashNormError(f"{norm.tensor}: holds inf or NaN; this checkpoint is broken")
     if all(bool((g == 1.0).all()) for g in gains.values()):
         raise FlashNormError(
-            f"{checkpoint.source.name}: every norm that could be folded holds the identity already: there is nothing to fold"
+            f"{checkpoint.source.name}: there is nothing to fold: every norm that could be holds the identity already"
         )
     return gains
 
@@ -165,7 +169,11 @@ def _jobs(checkpoint: Checkpoint, plan: Plan, gains: dict[str, torch.Tensor], la
         if reader.values_from is None:
             return Scale(reader.dim, torch.cat(parts))
         shard = checkpoint.shard_of[reader.values_from]
-        return Scale(reader.dim, torch.cat(parts), (checkpoint.folder / shard, checkpoint.shards[shard], reader.values_from))
+        return Scale(
+            reader.dim,
+            torch.cat(parts),
+            (checkpoint.folder / shard, checkpoint.shards[shard], reader.values_from),
+        )
 
     edits: dict[str, Edit] = {r.tensor: scale(r) for r in plan.readers}
     dropped = frozenset(n.tensor for n in plan.folded) if layout == "dropped" else frozenset()
@@ -199,30 +207,49 @@ def _fingerprint(checkpoint: Checkpoint, plan: Plan, gains: dict[str, torch.Tens
 
 
 @contextlib.contextmanager
-def _work_folder(target: Path, fingerprint: str) -> Iterator[Path]:
-    """A folder beside the output, `.<name>.partial`, held by this process alone.
+def _work_folder(target: Path, fingerprint: str, shards: Iterable[str]) -> Iterator[Path]:
+    """A folder beside the output, `.<name>.partial`, held by this process alone; yields the folder to fill in it.
 
-    What an earlier run of the same fold finished in it stays; anything else in it is removed.
+    Shards that an earlier run of the same fold finished stay, everything else in it is removed. After an error the
+    whole is removed, unless running the same command again could go on from a finished shard.
     """
     work = target.with_name(f".{target.name}.partial")
+    inside = work / "checkpoint"
     with _disk_errors(target):
         work.mkdir(parents=True, exist_ok=True)
         lock = os.open(work / JOURNAL, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise FlashNormError(f"{target}: another fold is writing it right now") from None
+        _lock(lock, work / JOURNAL, target)
         with _disk_errors(target):
-            if os.pread(lock, 1 << 16, 0).decode(errors="replace") != fingerprint:
-                for path in work.iterdir():
-                    if path.name != JOURNAL:
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
-                os.ftruncate(lock, 0)
-                os.pwrite(lock, fingerprint.encode(), 0)
-            yield work
+            same = os.pread(lock, 1 << 10, 0).decode(errors="replace") == fingerprint
+            for path in [*work.iterdir(), *(inside.iterdir() if inside.exists() else ())]:
+                is_shard = same and path.parent == inside and path.name in shards
+                if not is_shard and path not in (inside, work / JOURNAL) and not (same and path.name == FLUSHED):
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            inside.mkdir(exist_ok=True)
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, fingerprint.encode(), 0)
+            try:
+                yield inside
+            except BaseException as error:
+                hopeless = isinstance(error, FlashNormError)
+                if hopeless or not any((inside / name).exists() for name in shards):
+                    shutil.rmtree(work)
+                raise
+            shutil.rmtree(work)  # still locked: nobody else may begin in it
     finally:
         os.close(lock)
+
+
+def _lock(lock: int, journal: Path, target: Path) -> None:
+    """Hold the journal, and make sure that it is still the one that a second process would find."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = os.fstat(lock).st_ino == journal.stat().st_ino
+    except OSError:
+        mine = False
+    if not mine:
+        raise FlashNormError(f"{target}: another fold is writing it right now")
 
 
 @contextlib.contextmanager
@@ -230,7 +257,7 @@ def _disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hint = "; free some space and run it again" if error.errno == errno.ENOSPC else ""
+        hint = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
         raise FlashNormError(f"{target}: {error.strerror or error}{hint}") from error
 
 
@@ -243,7 +270,7 @@ def _write(
     workers: int,
     report: Progress,
 ) -> FoldResult:
-    flushed_file = work / "flushed.json"
+    flushed_file = work.parent / FLUSHED
     flushed: dict[str, int] = json.loads(flushed_file.read_text()) if flushed_file.exists() else {}
     resumed = tuple(job.target.name for job in jobs if (work / job.target).exists())
     sizes = {job.target.name: job.target_header().file_size for job in jobs}
@@ -251,7 +278,7 @@ def _write(
     free = shutil.disk_usage(work).free
     if total - done > free:
         raise FlashNormError(
-            f"{work.parent}: {total - done:,} bytes are to be written, but only {free:,} are free there"
+            f"{work.parent.parent}: {total - done:,} bytes are to be written, but only {free:,} are free there"
         )
     for job in jobs:
         name = job.target.name
@@ -281,9 +308,7 @@ def _write(
             index = record.folded_index(checkpoint.index, plan, dropped, jobs[-1].target.name, checkpoint)
             original = record.dump_like(index, original)
         _write_text(work / INDEX, original)
-    _write_text(
-        work / RECORD, json.dumps(record.full_record(checkpoint, plan, layout, flushed), indent=2) + "\n"
-    )
+    _write_text(work / RECORD, json.dumps(record.full_record(checkpoint, plan, layout, flushed), indent=2) + "\n")
     original = (checkpoint.folder / CONFIG).read_text(encoding="utf-8")
     config = record.folded_config(checkpoint.config, plan, layout)
     _write_text(work / CONFIG, record.dump_like(config, original))
@@ -302,8 +327,6 @@ def _write_text(path: Path, text: str) -> None:
 
 def _publish(work: Path, target: Path) -> None:
     """Give the finished folder its name; an older output is removed only then."""
-    for name in (JOURNAL, "flushed.json"):
-        (work / name).unlink(missing_ok=True)
     old = None
     if target.exists():
         if any(target.iterdir()):

@@ -84,7 +84,9 @@ class Plan:
     """Everything that `fold` does to a checkpoint.
 
     `added` maps tensors that the source does not have to (dtype, shape). `lm_head` is "folded", "untied", "kept" or
-    "none"; `text_config` are the keys to the text model's nested config; `untie` says that `tie_word_embeddings` becomes false. `not_traced` are norms that the forward did not reach, `unread` tensors that the model does not read.
+    "none"; `untie` says that `tie_word_embeddings` becomes false. `text_config` are the keys that lead to the text
+    model's nested config. `not_traced` are norms that the forward did not reach, `unread` tensors on disk that the
+    model does not read.
     """
 
     source: str
@@ -246,7 +248,9 @@ class _Planner:
         if self.final_norm == "keep":
             why = "--final-norm keep"
         elif (tied or declared) and text_type in HARD_WIRED_TIES:
-            why = f"the output head is tied to the embedding, and runtimes tie it for {text_type} whatever the files say"
+            why = (
+                f"the output head is tied to the embedding, and runtimes tie it for {text_type} whatever the files say"
+            )
             if self.final_norm == "untie":
                 self.notes.append(f"{why}: llama.cpp will drop the separate head and compute wrong logits")
                 why = None
@@ -271,7 +275,8 @@ class _Planner:
         if trace.tied_conflicts or not new:
             return "the output head is tied to the embedding in the model's code"
         if len(new) != 1 or missing_untied - missing != new:
-            return f"untying would leave {', '.join(sorted(missing_untied - missing - new) or sorted(new))} without weights"
+            lost = sorted(missing_untied - missing - new) or sorted(new)
+            return f"untying would leave {', '.join(lost)} without weights"
         if trace.fingerprint != self.trace.fingerprint:
             return "the model computes something else when its head is untied"
         self.model, self.trace = model, trace
@@ -296,7 +301,9 @@ class _Planner:
         for gain in self.trace.gains:
             unseen = by_layer.get(_layer_of(gain) or "-")
             if unseen:
-                self.kept.setdefault(gain, f"`{unseen}` in the same layer was not reached by a text forward and may read it")
+                self.kept.setdefault(
+                    gain, f"`{unseen}` in the same layer was not reached by a text forward and may read it"
+                )
 
     def _keep_for_unread_tensors(self, lm_head: str) -> str:
         """Keep the final norm where the files hold a head that the model does not read (MTP, EAGLE)."""

@@ -49,7 +49,9 @@ def folded_config(config: dict[str, Any], plan: Plan, layout: str) -> dict[str, 
     return new
 
 
-def folded_index(index: dict[str, Any], plan: Plan, dropped: frozenset[str], shard: str, checkpoint: Checkpoint) -> dict[str, Any]:
+def folded_index(
+    index: dict[str, Any], plan: Plan, dropped: frozenset[str], shard: str, checkpoint: Checkpoint
+) -> dict[str, Any]:
     """The index with dropped tensors taken out and added ones put into `shard`; totals follow."""
     new = json.loads(json.dumps(index))
     new["weight_map"] = {n: s for n, s in new["weight_map"].items() if n not in dropped}
@@ -76,7 +78,9 @@ def dump_like(value: dict[str, Any], original: str) -> str:
     """JSON in the style of the original text: its indent, its escapes, its last newline."""
     indent = re.search(r"\n([ \t]+)\S", original)
     text = json.dumps(
-        value, indent=indent.group(1) if indent else None, ensure_ascii=original.isascii() or "\\u" in original
+        value,
+        indent=indent.group(1) if indent else None,
+        ensure_ascii=original.isascii() or "\\u" in original,
     )
     return text + ("\n" if original.endswith("\n") else "")
 

@@ -146,11 +146,7 @@ class _Scaling:
         gain, dim = scale.gain.contiguous(), scale.dim
         if entry.dtype not in _DTYPES:
             raise PlanError(f"tensor {entry.name!r}: {entry.dtype} cannot take a gain")
-        if (
-            not 0 <= dim < len(entry.shape)
-            or gain.dtype != torch.float32
-            or gain.shape != (entry.shape[dim],)
-        ):
+        if not 0 <= dim < len(entry.shape) or gain.dtype != torch.float32 or gain.shape != (entry.shape[dim],):
             raise PlanError(
                 f"tensor {entry.name!r}: a {gain.dtype} gain of shape {list(gain.shape)} does not fit"
                 f" dimension {dim} of {list(entry.shape)}"
@@ -473,9 +469,7 @@ def _copy_file_range(part: _Range, target: int) -> _Range:
     """
     while part.length > 0 and hasattr(os, "copy_file_range"):
         try:
-            n = os.copy_file_range(
-                part.source.fd, target, part.length, part.source_offset, part.target_offset
-            )
+            n = os.copy_file_range(part.source.fd, target, part.length, part.source_offset, part.target_offset)
         except OSError as error:
             if error.errno in _NO_COPY_FILE_RANGE:
                 break

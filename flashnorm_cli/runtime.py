@@ -8,6 +8,7 @@ own reverse conversion (the one behind `save_pretrained`) then carries the gains
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +52,9 @@ def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a config class may raise anything, remote code included
         if "trust_remote_code" in str(error):
-            raise PlanError(f"{folder}: needs its own Python code to run; read it, then add --trust-remote-code") from error
+            raise PlanError(
+                f"{folder}: needs its own Python code to run; read it, then add --trust-remote-code"
+            ) from error
         raise PlanError(f"{folder}: transformers cannot read config.json: {_first_line(error)}") from error
 
 
@@ -80,7 +83,12 @@ def model_class(config: PretrainedConfig, folder: Path, trust_remote_code: bool)
 
 
 def build(
-    checkpoint: Checkpoint, config: PretrainedConfig, cls: Any, attention: str, experts: str, untied: bool = False
+    checkpoint: Checkpoint,
+    config: PretrainedConfig,
+    cls: Any,
+    attention: str,
+    experts: str,
+    untied: bool = False,
 ) -> tuple[PreTrainedModel, set[str]]:
     """The checkpoint's model on the meta device, "loaded" from the headers.
 
@@ -102,7 +110,7 @@ def build(
         for name, entry in checkpoint.tensors.items()
     }
     try:
-        with quiet_transformers():
+        with quiet_transformers(), _on_meta():
             model, info = cls.from_pretrained(
                 None,
                 config=config,
@@ -117,6 +125,34 @@ def build(
     except Exception as error:  # a model's own code may raise anything
         raise PlanError(f"{cls.__name__} cannot be built from config.json: {_first_line(error)}") from error
     return model.eval(), set(info["missing_keys"])
+
+
+class _StayOnMeta(TorchFunctionMode):
+    """Some conversions ask for the CPU, because their tensors are large; a meta tensor has nothing to move."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.to and args[0].device.type == "meta":
+            args = tuple(a for a in args if not isinstance(a, (str, torch.device)))
+            kwargs = {k: v for k, v in (kwargs or {}).items() if k != "device"}
+            if len(args) == 1 and not kwargs:
+                return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _on_meta() -> Iterator[None]:
+    """Load in this thread, which the mode above belongs to, instead of transformers' pool."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with _StayOnMeta():
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def tie_declared(config: PretrainedConfig) -> bool:
@@ -184,7 +220,9 @@ def ids_on_disk(model: PreTrainedModel, trace: Trace) -> dict[str, torch.Tensor]
         with quiet_transformers(), _KeepSmall():
             reverted = revert_weight_conversion(model, state)
     except Exception as error:  # a conversion is code of the model's own
-        raise PlanError(f"transformers cannot say how {type(model).__name__} lies on disk: {_first_line(error)}") from error
+        raise PlanError(
+            f"transformers cannot say how {type(model).__name__} lies on disk: {_first_line(error)}"
+        ) from error
     return {name: t[0] if isinstance(t, list) else t for name, t in reverted.items()}
 
 
@@ -196,9 +234,7 @@ def loader_names(model: PreTrainedModel, disk_names: list[str]) -> dict[str, tup
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     state = model.state_dict()
-    return {
-        name: rename_source_key(name, renamings, converters, model.base_model_prefix, state) for name in disk_names
-    }
+    return {name: rename_source_key(name, renamings, converters, model.base_model_prefix, state) for name in disk_names}
 
 
 def _first_line(error: Exception) -> str:

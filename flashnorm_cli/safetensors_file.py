@@ -111,6 +111,8 @@ def header_size(start: bytes, file_size: int, where: str) -> int:
     if file_size < LENGTH_BYTES or len(start) < LENGTH_BYTES:
         raise CheckpointError(f"{where}: truncated: {file_size} bytes cannot hold a safetensors header")
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
+    if start.startswith(b"version "):
+        raise CheckpointError(f"{where}: is a Git LFS pointer, not the file itself; run: git lfs pull")
     if length > MAX_JSON_BYTES:
         raise CheckpointError(f"{where}: not safetensors: its header would be {length} bytes long")
     if LENGTH_BYTES + length > file_size:
@@ -150,9 +152,7 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     return Header(raw, tensors, metadata)
 
 
-def build_header(
-    entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None
-) -> Header:
+def build_header(entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None) -> Header:
     """Header of a new file that holds `entries` (name, dtype, shape) one after the other, in that order.
 
     Padded with spaces to a multiple of 8 bytes, as safetensors does. Raises CheckpointError for entries that

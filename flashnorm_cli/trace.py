@@ -65,7 +65,16 @@ SHAPE_ONLY = frozenset(
     "new_empty_strided sym_size sym_numel sym_stride is_same_size".split()
 )
 # Random or uninitialised: their values are never known.
-UNKNOWN_VALUES = ("empty", "new_empty", "rand", "bernoulli", "normal", "multinomial", "uniform", "exponential")
+UNKNOWN_VALUES = (
+    "empty",
+    "new_empty",
+    "rand",
+    "bernoulli",
+    "normal",
+    "multinomial",
+    "uniform",
+    "exponential",
+)
 # A tensor divided by one of these, or multiplied by the reciprocal, has been normalised.
 DENOMINATORS = frozenset("rsqrt sqrt linalg_vector_norm norm std".split())
 SCORES = "its output enters attention scores (a product of two activations)"
@@ -372,7 +381,9 @@ class GainTracer(TorchDispatchMode):
             values = func(*real_args, **real_kwargs)
         except (RuntimeError, NotImplementedError, IndexError, TypeError):
             return  # an operation without a CPU kernel for these dtypes: its values stay unknown
-        for tensor, value in zip(outs, (v for v in tree_flatten(values)[0] if isinstance(v, torch.Tensor)), strict=True):
+        for tensor, value in zip(
+            outs, (v for v in tree_flatten(values)[0] if isinstance(v, torch.Tensor)), strict=True
+        ):
             if tensor.device.type == "meta":
                 self.set_known(tensor, value)
 
@@ -382,9 +393,7 @@ class GainTracer(TorchDispatchMode):
             known = self._known.get(id(t))
             if known is not None:
                 pointer = known.untyped_storage().data_ptr()
-                self._known = {
-                    k: v for k, v in self._known.items() if v.untyped_storage().data_ptr() != pointer
-                }
+                self._known = {k: v for k, v in self._known.items() if v.untyped_storage().data_ptr() != pointer}
 
     def _select_all(self, mask: torch.Tensor) -> torch.Tensor:
         """Indices of the selected positions, int64 of shape (selected, mask.ndim)."""
@@ -416,7 +425,7 @@ class GainTracer(TorchDispatchMode):
         if name == "_to_copy" and torch.device(kwargs.get("device") or "meta").type != "meta":
             return self._guess(first).to(kwargs.get("dtype") or first.dtype, copy=True)
         if name == "bincount":
-            known, least = self.value_of(first), (list(args[1:]) + [None, 0])[1] or kwargs.get("minlength", 0)
+            known, least = self.value_of(first), args[2] if len(args) > 2 else kwargs.get("minlength", 0)
             counts = known.bincount(minlength=least) if known is not None else torch.ones(max(least, 1)).long()
             return self._meta_with(counts)
         if name == "masked_select":
@@ -447,7 +456,7 @@ class GainTracer(TorchDispatchMode):
 
     def _sizes_that_add_up(self, args: Any) -> Any:
         """Sizes that were guessed (tokens per expert) are shared out so that they add up."""
-        size, parts = args[0].shape[(list(args[2:]) + [0])[0]], len(args[1])
+        size, parts = args[0].shape[args[2] if len(args) > 2 else 0], len(args[1])
         if sum(args[1]) == size:
             return args[1]
         return [size // parts + (n < size % parts) for n in range(parts)]
@@ -475,7 +484,7 @@ class GainTracer(TorchDispatchMode):
                 self._keep(o)
                 which.add(id(o))
 
-        if name in DENOMINATORS or (name == "pow" and args[1:] in ((-0.5,), (0.5,))):
+        if name in DENOMINATORS or (name == "pow" and isinstance(args[1], float) and abs(args[1]) == 0.5):
             mark(self._denominator)
             return
         denominators = [id(t) in self._denominator for t in inputs]
@@ -490,9 +499,7 @@ class GainTracer(TorchDispatchMode):
 
     # ---- gains --------------------------------------------------------------------------------------------------
 
-    def _propagate(
-        self, func: Any, name: str, args: Any, kwargs: Any, inputs: list[torch.Tensor], out: Any
-    ) -> None:
+    def _propagate(self, func: Any, name: str, args: Any, kwargs: Any, inputs: list[torch.Tensor], out: Any) -> None:
         ids = [self._ids.get(id(t)) for t in inputs]
         weights = [self._weights.get(id(t)) for t in inputs]
         if name in SHAPE_ONLY:
@@ -536,7 +543,10 @@ class GainTracer(TorchDispatchMode):
         def moved(companion: torch.Tensor) -> list[torch.Tensor]:
             if name in SAME:
                 return [companion]
-            if name in ("view", "_unsafe_view"):  # a contiguous tensor's companion need not be contiguous itself
+            if name in (
+                "view",
+                "_unsafe_view",
+            ):  # a contiguous tensor's companion need not be contiguous itself
                 return [companion.reshape(out.shape)]
             result = func(companion, *args[1:], **kwargs)
             return list(result) if isinstance(result, (list, tuple)) else [result]
@@ -570,7 +580,7 @@ class GainTracer(TorchDispatchMode):
                 for d in range(companion.ndim):  # keep what is constant small: a stack of experts is large
                     if d not in picked and companion.stride(d) == 0:
                         companion = companion.narrow(d, 0, min(1, companion.shape[d]))
-                return func(companion, rows).expand(out.shape)  # type: ignore[no-any-return]
+                return func(companion, rows).expand(out.shape)
             for d in range(companion.ndim):
                 size = out.shape[d]
                 companion = _take(companion, d, size) if d in picked else companion.narrow(d, 0, size)
@@ -616,9 +626,9 @@ class GainTracer(TorchDispatchMode):
             if isinstance(args[0], torch.Tensor) and ids[0] is not None:
                 self._set_ids(out, ids[0].broadcast_to(out.shape))
             elif weights[0] is not None and not in_place and isinstance(args[1], (int, float)):
-                w, factor = weights[0], args[1] if name == "mul" else 1 / args[1]
+                mine, factor = weights[0], args[1] if name == "mul" else 1 / args[1]
                 self._keep(out)
-                self._weights[id(out)] = _Weight(w.name, w.coords, w.scale * factor, w.offset * factor)
+                self._weights[id(out)] = _Weight(mine.name, mine.coords, mine.scale * factor, mine.offset * factor)
             else:
                 self._anything_else(name, ids, weights)
             return
@@ -704,7 +714,7 @@ class GainTracer(TorchDispatchMode):
             else:
                 self.escape(tagged, _words(name))
         elif name == "constant_pad_nd":
-            pads, value = args[1], (list(args[2:]) + [0])[0]
+            pads, value = args[1], args[2] if len(args) > 2 else 0
             padded = [tagged.ndim - 1 - n // 2 for n, p in enumerate(pads) if p]
             if value == 0 and _constant_along(tagged, padded):
                 for d in padded:
@@ -854,7 +864,16 @@ def _words(operation: str) -> str:
     name = operation.rstrip("_")
     if "attention" in name:
         return SCORES
-    if name in ("pow", "square", "linalg_vector_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm", "mean", "var"):
+    if name in (
+        "pow",
+        "square",
+        "linalg_vector_norm",
+        "native_layer_norm",
+        "rms_norm",
+        "_fused_rms_norm",
+        "mean",
+        "var",
+    ):
         return "its output is normalised or averaged again"
     if name in ("copy", "index_put", "index_copy", "slice_scatter", "scatter", "index_add"):
         return "its output is written into another tensor"

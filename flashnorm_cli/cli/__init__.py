@@ -50,7 +50,8 @@ def _print_version(value: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
     pass
@@ -69,14 +70,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except typer.TyperException as error:  # an unknown option, a missing argument
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "flashnorm"
-        message = getattr(error, "format_message", lambda: str(error))()
-        code = _fail(f"{' '.join(message.split())} See: {where} --help", EXIT_USAGE)
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        code = _fail(f"{' '.join(message.split()).rstrip('.')}. See: {where} --help", EXIT_USAGE)
     except (KeyboardInterrupt, typer.Abort):
         code = _fail("interrupted; the same command goes on where it stopped", INTERRUPTED)
     except BrokenPipeError:  # `flashnorm plan ... | head`
         sys.stderr.close()
         code = EXIT_ERROR
-    except Exception as error:
+    except Exception as error:  # a mistake of ours still ends in one line; --debug shows the rest
         if "--debug" in arguments:
             raise
         code = _fail(

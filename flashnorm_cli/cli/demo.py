@@ -1,8 +1,91 @@
-"""`flashnorm demo`."""
+"""`flashnorm demo`: the main job on the model that comes with the package."""
+
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
 from flashnorm_cli.cli import options
+from flashnorm_cli.cli.output import Output, size
+from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_OK
+
+if TYPE_CHECKING:
+    from flashnorm_cli.demo import DemoResult
 
 
-def demo(debug: options.DebugOpt = False) -> None:
-    """TODO"""
+def demo(
+    output: Annotated[
+        Path | None,
+        typer.Argument(help="Keep the folded model in this folder.", show_default="a temporary folder"),
+    ] = None,
+    json: options.JsonOpt = False,
+    quiet: options.QuietOpt = False,
+    debug: options.DebugOpt = False,
+) -> None:
+    """Fold the small trained Llama that comes with flashnorm, offline, and compare it with its source."""
+    out = Output(json, quiet)
+    with TemporaryDirectory() as scratch, out.progress() as report:
+        report(0, 0, "Folding and comparing the demo model")
+        from flashnorm_cli.demo import run_demo
+
+        result = run_demo(output or Path(scratch) / "demo-FlashNorm")
+    out.data(
+        {
+            "equivalent": result.equivalent,
+            "folded": len(result.fold.plan.folded),
+            "readers": len(result.fold.plan.readers),
+            "algebra_error": result.algebra,
+            "rounding_error": result.rounding,
+            "noise_floor": result.noise_floor,
+            "next_byte_agreement": result.agreement,
+            "perplexity_source": result.perplexity_source,
+            "perplexity_folded": result.perplexity_folded,
+            "text_source": result.text_source,
+            "text_folded": result.text_folded,
+            "output": str(output) if output else None,
+        }
+    )
+    out.text(*_story(result, output))
+    raise typer.Exit(EXIT_OK if result.equivalent else EXIT_NOT_EQUIVALENT)
+
+
+def _story(result: DemoResult, output: Path | None) -> list[str]:
+    plan = result.fold.plan
+    low, high = result.gains
+    same = (
+        "the same text"
+        if result.text_source == result.text_folded
+        else "different texts (a near tie went the other way)"
+    )
+    where = f"{output}" if output else "a temporary folder (give one to keep it: flashnorm demo ./demo-FlashNorm)"
+    lines = [
+        f"A byte-level Llama with {result.parameters / 1e6:.1f} M parameters, trained until its norm weights lay "
+        f"between {low:.2f} and {high:.2f}.",
+        "",
+        f"Folded   {len(plan.folded)} norms into the {len(plan.readers)} linear layers that read them; every norm "
+        "weight is now 1.",
+        f"         {size(result.fold.bytes_written)} in {result.fold_seconds:.1f} s, written to {where}",
+        "",
+        "Checked  on text it was not trained on      source   folded",
+        f"         perplexity per byte               {result.perplexity_source:7.4f}  {result.perplexity_folded:7.4f}",
+        f"         In float32 the logits agree to {result.algebra:.0e} (relative): the algebra is exact.",
+        f"         Rounding the folded weights to bfloat16 moves them by {result.rounding:.1e}; merely running",
+        f"         the source in bfloat16 moves them by {result.noise_floor:.1e}.",
+        f"         The next byte is the same at {result.agreement:.2%} of positions.",
+        "",
+        f"Wrote    {same}:",
+        *(
+            f"         {name}  {' '.join(text.split())}"
+            for name, text in (("source", result.text_source), ("folded", result.text_folded))
+        ),
+        "",
+        "Equivalent." if result.equivalent else "NOT equivalent: please report this.",
+        "",
+        "Next, with a model of yours (a folder or a Hub id):",
+        "  flashnorm plan <model>       what would be folded, what is kept, and why",
+        "  flashnorm fold <model>       write ./<name>-FlashNorm; it loads wherever <model> does",
+    ]
+    return lines

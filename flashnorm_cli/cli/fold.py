@@ -16,7 +16,8 @@ from flashnorm_cli.cli.plan import plan_summary
 def fold(
     model: options.ModelArg,
     output: Annotated[
-        Path | None, typer.Argument(help="The folder to write; by default ./<name>-FlashNorm.", show_default=False)
+        Path | None,
+        typer.Argument(help="The folder to write; by default ./<name>-FlashNorm.", show_default=False),
     ] = None,
     layout: Annotated[
         options.Layout,
@@ -31,7 +32,9 @@ def fold(
     cache_dir: options.CacheDirOpt = None,
     local_files_only: options.LocalFilesOnlyOpt = False,
     trust_remote_code: options.TrustRemoteCodeOpt = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads.", show_default="one per processor, up to 8")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads.", show_default="one per processor, up to 8")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that holds a checkpoint.")] = False,
     json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,

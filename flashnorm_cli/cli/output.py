@@ -38,8 +38,15 @@ class Output:
 
         Yields a function of (bytes done, bytes in all, what is going on). Shown on a terminal only.
         """
-        from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
-        from rich.progress import TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
         columns = (
             SpinnerColumn(),

@@ -1,0 +1,123 @@
+"""Every RMSNorm family of the installed transformers: fold a tiny random checkpoint, compare the logits.
+
+`python tests/test_architectures.py` writes docs/architectures.md, from the same plans.
+"""
+
+import json
+import re
+import secrets
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import families
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from flashnorm_cli.checkpoint import Source, open_checkpoint
+from flashnorm_cli.cli import main
+from flashnorm_cli.plan import Plan, grouped, make_plan
+
+DOC = Path(__file__).parent.parent / "docs" / "architectures.md"
+MAX_ERROR = 1e-5
+# Norms without weights, LayerNorms with biases, or norms behind the sums of a residual stream only.
+NOTHING_TO_FOLD = ("hrm_text", "kosmos-2.5", "nanochat", "neomme")
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(a) for a in arguments])
+    return stopped.value.code
+
+
+def checkpoint_of(family: str, folder: Path) -> transformers.PreTrainedModel:
+    model = families.build(family, seed=0)
+    families.randomize_gains(model, seed=1)
+    families.save(model, folder)
+    return model
+
+
+@pytest.mark.parametrize("family", families.families())
+def test_family(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, output = tmp_path / "source", tmp_path / "output"
+    cls = type(checkpoint_of(family, source))
+    if family in NOTHING_TO_FOLD:
+        assert run("fold", source, output) == 1
+        assert "nothing to fold" in capsys.readouterr().err
+        assert not output.exists()
+        return
+
+    assert run("fold", source, output, "--json") == 0, capsys.readouterr().err
+    report = json.loads(capsys.readouterr().out)
+    assert report["folded"] > 0
+
+    original = cls.from_pretrained(source, dtype=torch.float32).eval()
+    folded, info = cls.from_pretrained(output, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    seed = secrets.randbelow(1 << 31)  # fresh inputs each time; the seed is in the message
+    inputs = families.text_inputs(original, seed)
+    expected = families.logits(original, inputs)
+    error = distance(families.logits(folded.eval(), inputs), expected)
+    assert error < MAX_ERROR, f"seed {seed}"
+
+    # The same comparison sees a fold that forgot the readers: norms at the identity, linears untouched.
+    tensors = load_file(source / "model.safetensors")
+    for norm in json.loads((output / "flashnorm.json").read_text())["norms"]:
+        if norm["folded"]:
+            tensors[norm["tensor"]].fill_(1.0 - norm["offset"])
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    forgetful = cls.from_pretrained(source, dtype=torch.float32).eval()
+    assert distance(families.logits(forgetful, inputs), expected) > 100 * MAX_ERROR, f"seed {seed}"
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def row(family: str, plan: Plan) -> str:
+    """A line of docs/architectures.md. Numbers in the counts depend on the tiny models' layers, so there are none."""
+
+    def short(name: str) -> str:
+        return f"`{name.removesuffix('.weight')}`"
+
+    folded = [short(p) for p, _ in grouped(n.tensor for n in plan.folded)]
+    kept: dict[str, list[str]] = {}
+    for norm in plan.kept:
+        reason = re.sub(r" in `[^`]*`$", "", re.sub(r"\.\d+\b", ".*", norm.reason or ""))
+        names = kept.setdefault(reason, [])
+        pattern = short(grouped([norm.tensor])[0][0])
+        if pattern not in names:
+            names.append(pattern)
+    why = "<br>".join(f"{', '.join(names)}: {reason}" for reason, names in kept.items())
+    return f"| {family} | {plan.architecture} | {'<br>'.join(folded)} | {why} | {plan.lm_head} |"
+
+
+def write_doc() -> None:
+    rows = []
+    for family in families.families():
+        with TemporaryDirectory() as folder:
+            checkpoint_of(family, Path(folder))
+            rows.append(row(family, make_plan(open_checkpoint(Source(folder)))))
+    DOC.write_text(
+        f"""# Architectures
+
+What `flashnorm fold` does to each family of transformers {transformers.__version__} that carries an RMSNorm, as
+planned for a tiny random model of it. Written by `python tests/test_architectures.py`; the test in that file folds
+each of them and compares float32 logits (relative error under {MAX_ERROR:.0e}). A family that is not listed is
+planned in the same way, from its own forward: run `flashnorm plan`.
+
+`*` stands for layer numbers. `lm_head`: *folded*, *untied* (a tied head gets weights of its own), *kept* (the final
+norm keeps its weight), *none* (no head). Norms of image and audio towers, which a text forward does not reach, are
+left alone and not listed.
+
+| family | class | folded | kept, and why | lm_head |
+|--|--|--|--|--|
+"""
+        + "\n".join(rows)
+        + "\n"
+    )
+
+
+if __name__ == "__main__":
+    write_doc()
