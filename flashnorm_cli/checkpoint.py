@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ OTHER_WEIGHTS = (
 ).split()
 # Enough for most headers, so that a Hub shard costs one request.
 FIRST_BYTES = 1 << 18
+# done bytes, all bytes, what is going on
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,14 @@ class Checkpoint:
         return Path(self.source.name).expanduser().resolve().name
 
 
-def open_checkpoint(source: Source, weights: bool = True) -> Checkpoint:
+def open_checkpoint(source: Source, weights: bool = True, on_progress: Progress | None = None) -> Checkpoint:
     """Find a checkpoint and check that its files hold together.
 
     Args:
         source: a local folder or a Hub id.
         weights: whether the shards themselves have to be on this disk; without, a Hub repository costs its small
             files and one ranged request per shard.
+        on_progress: called with (bytes done, bytes in all, what is going on) while shards are downloaded.
     Raises:
         UsageError: the name is neither a folder nor a Hub id.
         CheckpointError: the files do not hold together.
@@ -105,7 +108,7 @@ def open_checkpoint(source: Source, weights: bool = True) -> Checkpoint:
         raise UsageError(f"{source.name}: is a file; name the folder that holds config.json and the shards")
     if source.name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.name):
         raise UsageError(f"{source.name}: no such folder")
-    return _open_hub(source, weights)
+    return _open_hub(source, weights, on_progress)
 
 
 # ---- local folders ---------------------------------------------------------------------------------------------------
@@ -113,7 +116,7 @@ def open_checkpoint(source: Source, weights: bool = True) -> Checkpoint:
 
 def _open_folder(source: Source, folder: Path, commit: str | None) -> Checkpoint:
     config = _read_config(folder)
-    index, names = _shard_names(folder)
+    index, names = _shard_names(folder, str(folder), {path.name for path in folder.iterdir()})
     shards = {name: read_header(folder / name) for name in names}
     _check_index(index, shards, folder)
     others: list[str] = []
@@ -152,26 +155,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _shard_names(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    if (folder / INDEX).exists():
+def _shard_names(folder: Path, where: str, files: Collection[str]) -> tuple[dict[str, Any] | None, list[str]]:
+    """The index and the shards of a checkpoint of these files; `where` names it in errors."""
+    if INDEX in files:
         index = read_json(folder / INDEX)
-        names = index_shards(index, str(folder / INDEX))
+        names = index_shards(index, f"{where}/{INDEX}")
         for name in names:
-            if not (folder / name).exists():
-                raise CheckpointError(f"{folder}: {INDEX} names {name}, which is not there")
+            if name not in files:
+                raise CheckpointError(f"{where}: {INDEX} names {name}, which is not there")
         return index, names
-    if (folder / SINGLE).exists():
+    if SINGLE in files:
         return None, [SINGLE]
-    if any(folder.glob("pytorch_model*.bin")) or any(folder.glob("*.bin")):
+    here = sorted(name for name in files if "/" not in name)
+    if any(name.endswith(".bin") for name in here):
         raise CheckpointError(
-            f"{folder}: holds no safetensors, only .bin weights; convert it first: python -c "
-            f"\"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}', dtype='auto')"
-            f".save_pretrained('{folder.name}-safetensors')\""
+            f"{where}: holds no safetensors, only .bin weights; convert it first: python -c "
+            f"\"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{where}', dtype='auto')"
+            f".save_pretrained('{where.rsplit('/', 1)[-1]}-safetensors')\""
         )
-    found = sorted(p.name for p in folder.glob("*.safetensors"))
+    found = [name for name in here if name.endswith(".safetensors")]
     if found:
-        raise CheckpointError(f"{folder}: there is neither {SINGLE} nor {INDEX}, only {', '.join(found[:3])}")
-    raise CheckpointError(f"{folder}: there are no safetensors weights ({SINGLE} or {INDEX})")
+        raise CheckpointError(f"{where}: there is neither {SINGLE} nor {INDEX}, only {', '.join(found[:3])}")
+    raise CheckpointError(f"{where}: there are no safetensors weights ({SINGLE} or {INDEX})")
 
 
 def index_shards(index: dict[str, Any], where: str) -> list[str]:
@@ -220,62 +225,129 @@ def hub_errors(name: str) -> Iterator[None]:
         raise FlashNormError(
             f"{name}: neither a local folder nor a repository on the Hub (a private one needs --token)"
         ) from None
-    except errors.EntryNotFoundError as error:
-        raise FlashNormError(f"{name}: {str(error).splitlines()[0]}") from None
     except errors.HFValidationError as error:
         raise UsageError(f"{name}: no folder here, and not a Hub id: {error}") from None
-    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise FlashNormError(f"{name}: the Hub could not be reached: {lines[0] if lines else error!r}") from None
+    except errors.LocalEntryNotFoundError as error:
+        # Not in the cache: either the network was not to be used, or it failed and the cache was the way out.
+        if error.__cause__ is None or isinstance(error.__cause__, errors.OfflineModeIsEnabled):
+            raise FlashNormError(f"{name}: is not in the Hub cache as a whole, and the network is off") from None
+        raise FlashNormError(f"{name}: {_why(error.__cause__)}") from None
+    except errors.RemoteEntryNotFoundError as error:
+        raise FlashNormError(f"{name}: {str(error).splitlines()[-1]}") from None
+    except OSError as error:  # of the Hub, of the network, or of the disk that the cache is on
+        raise FlashNormError(f"{name}: {_why(error)}") from None
     except Exception as error:
         if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
             raise
-        raise FlashNormError(f"{name}: the Hub could not be reached: {error}") from None
+        raise FlashNormError(f"{name}: {_why(error)}") from None
 
 
-def _open_hub(source: Source, weights: bool) -> Checkpoint:
-    from huggingface_hub import snapshot_download
+def _why(error: BaseException) -> str:
+    """What went wrong between here and the Hub, in one line."""
+    from huggingface_hub.errors import HfHubHTTPError
 
-    ignore = [f"*{suffix}" for suffix in OTHER_WEIGHTS if suffix != ".safetensors"]
-    if not weights:
-        ignore.append("*.safetensors")
-    with hub_errors(source.name):
-        folder = Path(
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if status == 401:
+            return "the Hub does not accept the token"
+        said = (error.server_message or error.response.reason_phrase).splitlines()[0]
+        return f"the Hub answered {status}: {said}" + ("; try again later" if status == 429 or status >= 500 else "")
+    if isinstance(error, OSError) and error.filename:
+        return f"the Hub cache: {error.strerror}: {error.filename}"
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"the Hub could not be reached: {lines[0] if lines else type(error).__name__}"
+
+
+def _bar(what: str, report: Progress | None) -> type[Any]:
+    """A progress bar class for huggingface_hub that hands bytes on to `report` and draws nothing."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.counts_bytes = kwargs.get("unit") == "B"  # the other ones count files
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            if report and self.counts_bytes:
+                report(int(self.n), int(self.total or 0), what)
+
+    return Bar
+
+
+def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Checkpoint:
+    """Small files always come to the cache; shards only for `weights`, and only those that the index names."""
+    from huggingface_hub import get_cached_repo_tree, snapshot_download
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    def download(revision: str | None, **more: Any) -> Path:
+        return Path(
             snapshot_download(
                 source.name,
-                revision=source.revision,
+                revision=revision,
                 token=source.token,
                 cache_dir=source.cache_dir,
                 local_files_only=source.local_files_only,
-                ignore_patterns=ignore,
+                **{"tqdm_class": _bar("", None), **more},
             )
         )
-    commit = folder.name
-    if weights or source.local_files_only:
-        return _open_folder(source, folder, commit)
-    config = _read_config(folder)
-    index = read_json(folder / INDEX) if (folder / INDEX).exists() else None
-    names = index_shards(index, f"{source.name}/{INDEX}") if index else [SINGLE]
+
     with hub_errors(source.name):
-        shards = _hub_headers(source, commit, names)
+        folder = download(source.revision, ignore_patterns=[f"*{suffix}" for suffix in OTHER_WEIGHTS])
+        commit = folder.name
+        try:
+            tree = get_cached_repo_tree(source.name, revision=commit, cache_dir=source.cache_dir)
+            sizes = {file.path: file.size for file in tree}
+        except CachedRepoTreeNotFoundError:  # a cache that an older huggingface_hub has filled
+            paths = (path for path in folder.rglob("*") if path.is_file())
+            sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    if CONFIG not in sizes:
+        raise CheckpointError(f"{source.name}: there is no {CONFIG}: is this a transformers checkpoint?")
+    index, names = _shard_names(folder, source.name, sizes)
+    left_out = tuple(sorted(n for n in sizes if n.endswith(tuple(OTHER_WEIGHTS)) and n not in names))
+    cached = all((folder / name).exists() for name in names)
+    if not cached and source.local_files_only:
+        raise FlashNormError(f"{source.name}: its weights are not in the Hub cache, and the network is off")
+    if not cached and weights:
+        with hub_errors(source.name):
+            download(commit, allow_patterns=names, tqdm_class=_bar(f"Downloading {source.name}", on_progress))
+    if cached or weights:
+        return replace(_open_folder(source, folder, commit), left_out=left_out)
+    with hub_errors(source.name):
+        shards = _hub_headers(source, commit, {name: sizes[name] for name in names})
     _check_index(index, shards, source.name)
-    others = tuple(sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()))
-    return Checkpoint(source, folder, commit, config, shards, index, others)
+    others = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    others = [name for name in others if name not in (CONFIG, INDEX) and name not in left_out]
+    return Checkpoint(source, folder, commit, read_json(folder / CONFIG), shards, index, tuple(others), left_out)
 
 
-def _hub_headers(source: Source, commit: str, names: list[str]) -> dict[str, Header]:
-    from huggingface_hub import HfFileSystem
+def _hub_headers(source: Source, commit: str, sizes: dict[str, int]) -> dict[str, Header]:
+    """The shards' headers, by ranged requests: one for each shard, or two where its header is long."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        build_hf_headers,
+        hf_raise_for_status,
+        http_backoff,
+    )
 
-    hub = HfFileSystem(token=source.token)
+    # Not HfFileSystem: it lists the repository again in each thread, and knows no ids without a user ("gpt2").
+    headers = build_hf_headers(token=source.token)
+
+    def read(name: str, start: int, end: int) -> bytes:
+        url = hf_hub_url(source.name, name, revision=commit)
+        wanted = {**headers, "Range": f"bytes={start}-{end - 1}"}
+        answer = http_backoff("GET", url, headers=wanted, timeout=HF_HUB_DOWNLOAD_TIMEOUT, max_retries=3)
+        hf_raise_for_status(answer)
+        return answer.content[: end - start]
 
     def header(name: str) -> Header:
-        path = f"{source.name}@{commit}/{name}"
-        size = int(hub.info(path)["size"])
-        start = hub.cat_file(path, start=0, end=min(FIRST_BYTES, size), cache_type="none")
-        need = header_size(start[:LENGTH_BYTES], size, f"{source.name}/{name}")
+        where, size = f"{source.name}/{name}", sizes[name]
+        start = read(name, 0, min(FIRST_BYTES, size)) if size else b""
+        need = header_size(start[:LENGTH_BYTES], size, where)
         if need > len(start):
-            start += hub.cat_file(path, start=len(start), end=need, cache_type="none")
-        return parse_header(start[:need], size, f"{source.name}/{name}")
+            start += read(name, len(start), need)
+        return parse_header(start[:need], size, where)
 
     with ThreadPoolExecutor(8) as pool:
-        return dict(zip(names, pool.map(header, names), strict=True))
+        return dict(zip(sizes, pool.map(header, sizes), strict=True))

@@ -15,8 +15,8 @@ from flashnorm_cli.fold import FoldResult, fold
 from flashnorm_cli.runtime import quiet_transformers
 
 MODEL = Path(__file__).parent / "demo_model"
-PROMPT = "And the king said unto "
-NEW_BYTES = 120
+PROMPT = "It is a truth universally acknowledged, "
+NEW_BYTES = 76
 # What `flashnorm` calls equivalent: exact algebra in float32, and rounding no worse than the dtype's own.
 MAX_ALGEBRA_ERROR = 1e-5
 MAX_NOISE_RATIO = 1.5

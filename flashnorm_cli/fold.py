@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,14 @@ from typing import Any
 import torch
 
 from flashnorm_cli import __version__, record
-from flashnorm_cli.checkpoint import CONFIG, INDEX, RECORD, Checkpoint, Source, open_checkpoint
+from flashnorm_cli.checkpoint import CONFIG, INDEX, RECORD, Checkpoint, Progress, Source, open_checkpoint
 from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
 from flashnorm_cli.plan import FINAL_NORM_CHOICES, Plan, make_plan, refuse_folded
-from flashnorm_cli.rewrite import Edit, Fill, Scale, ShardJob, rewrite_shard
+from flashnorm_cli.rewrite import Edit, Fill, GainOverflowError, Scale, ShardJob, rewrite_shard
 
 # Beside the folder that is being filled: what it is for (locked while it is), and counts of finished shards.
 JOURNAL, FLUSHED = "journal", "flushed.json"
 TORCH_DTYPE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# done bytes, all bytes, what is going on
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,11 @@ def fold(
     report(0, 0, "Reading headers")
     checkpoint = open_checkpoint(source, weights=False)
     refuse_folded(checkpoint)
-    target = _check_output(checkpoint, Path(output) if output else Path(f"{checkpoint.name}-FlashNorm"), overwrite)
+    wanted = Path(output) if output else Path(f"{checkpoint.name}-FlashNorm")
+    try:
+        target = _check_output(checkpoint, wanted, overwrite)
+    except OSError as error:
+        raise UsageError(f"{wanted}: {error.strerror}") from error
     report(0, 0, f"Tracing {', '.join(checkpoint.config.get('architectures') or ['the model'])}")
     plan = make_plan(checkpoint, final_norm, trust_remote_code)
     if not plan.folded:
@@ -100,7 +102,7 @@ def fold(
         report(0, 0, f"Downloading {source.name}")
         planned, checkpoint = (
             checkpoint,
-            open_checkpoint(dataclasses.replace(source, revision=checkpoint.commit)),
+            open_checkpoint(dataclasses.replace(source, revision=checkpoint.commit), on_progress=report),
         )
         if {n: h.raw for n, h in planned.shards.items()} != {n: h.raw for n, h in checkpoint.shards.items()}:
             raise CheckpointError(f"{model}: its headers changed between plan and download; run it again")
@@ -119,7 +121,9 @@ def fold(
 def _check_output(checkpoint: Checkpoint, output: Path, overwrite: bool) -> Path:
     """The output's absolute path, which may be written. Raises UsageError where that could lose something."""
     target = output.expanduser().absolute()
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
+    if target.is_symlink():
+        raise UsageError(f"{output}: is a symbolic link; name the folder itself")
+    if target.exists() and not target.is_dir():
         raise UsageError(f"{output}: exists and is not a folder")
     real, source = target.resolve(), checkpoint.folder.resolve()
     if real == source or source in real.parents or real in source.parents:
@@ -232,7 +236,7 @@ def _work_folder(target: Path, fingerprint: str, shards: Iterable[str]) -> Itera
             try:
                 yield inside
             except BaseException as error:
-                hopeless = isinstance(error, FlashNormError)
+                hopeless = isinstance(error, (GainOverflowError, CheckpointError))
                 if hopeless or not any((inside / name).exists() for name in shards):
                     shutil.rmtree(work)
                 raise

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from flashnorm_cli import __version__
@@ -286,24 +287,33 @@ class _Planner:
     # ---- what the trace may not have seen -----------------------------------------------------------------------
 
     def _keep_where_a_branch_was_not_seen(self) -> None:
-        """Keep norms of a layer that holds a kind of weight which the forward never reached, in any layer.
+        """Keep norms beside weights which the forward never reached, and which may read them on another input.
 
-        It may be a branch for other inputs (experts for image tokens) that reads the same norm. A weight that other
-        layers do use is one that this layer skips by its config (a shared key and value cache).
+        In the same layer: experts for image tokens, say. A weight whose namesake in another layer is used is one
+        that this layer skips by its config (a shared key and value cache). Elsewhere: the other members of a list
+        of which the forward used some, experts that are chosen one at a time.
         """
         matrices = {name for name, p in self.model.named_parameters() if p.ndim > 1}
-        used = {pattern_of(name) for name in matrices & self.trace.reached}
-        by_layer: dict[str, str] = {}
-        for name in sorted(matrices - self.trace.reached):
-            layer = _layer_of(name)
-            if layer and pattern_of(name) not in used:
-                by_layer.setdefault(layer, name)
+        reached = matrices & self.trace.reached
+        used = {_any_layer(name) for name in reached}
+        lists_used = {_list_of(name) for name in reached}
+        lists_with_norms = {_list_of(name) for name, _ in self._norm_modules()}
+        in_layer: dict[str | None, str] = {}
+        in_list: dict[str, str] = {}
+        for name in sorted(matrices - reached):
+            if _any_layer(name) not in used:
+                in_layer.setdefault(_layer_of(name), name)
+            members = _list_of(name)
+            if members and members in lists_used - lists_with_norms:
+                in_list.setdefault(members, name)
+        in_layer.pop(None, None)
         for gain in self.trace.gains:
-            unseen = by_layer.get(_layer_of(gain) or "-")
+            parent = gain.rsplit(".", 2)[0] + "." if gain.count(".") > 1 else ""
+            unseen = in_layer.get(_layer_of(gain)) or next(
+                (n for m, n in in_list.items() if m.startswith(parent)), None
+            )
             if unseen:
-                self.kept.setdefault(
-                    gain, f"`{unseen}` in the same layer was not reached by a text forward and may read it"
-                )
+                self.kept.setdefault(gain, f"`{unseen}` was not reached by a text forward and may read it")
 
     def _keep_for_unread_tensors(self, lm_head: str) -> str:
         """Keep the final norm where the files hold a head that the model does not read (MTP, EAGLE)."""
@@ -379,8 +389,10 @@ class _Planner:
         """Fill `norm_tensors`: the tensor on disk of each gain, which holds its elements in their order."""
         import torch
 
-        own = {name: ids for name, ids in self.on_disk.items() if ids.numel() and int(ids.flatten()[0]) < 0}
-        by_first = {-int(ids.flatten()[0]): (name, ids) for name, ids in own.items()}
+        from flashnorm_cli.trace import count_nonzero, small
+
+        own = {name: small(ids) for name, ids in self.on_disk.items() if count_nonzero(ids) and small(ids).max() < 0}
+        by_first = {-int(ids.max()): (name, ids) for name, ids in own.items()}
         for gain in self.trace.gains.values():
             name, ids = by_first.get(gain.first_id, (None, None))
             if name is None or ids is None:
@@ -444,20 +456,22 @@ class _Planner:
 
     def _assemble(self, found: list[tuple[str, int, torch.Tensor]], lm_head: str) -> Plan:
         checkpoint, trace = self.checkpoint, self.trace
-        element = {}  # id -> (norm's tensor, element) of what is folded
-        for gain in trace.gains.values():
-            if gain.parameter not in self.kept:
-                tensor = self.norm_tensors[gain.parameter]
-                element.update({gain.first_id + i: (tensor, i) for i in range(gain.size)})
+        gains = [
+            (g.first_id, None if g.parameter in self.kept else self.norm_tensors[g.parameter])
+            for g in trace.gains.values()
+        ]
+        runs_of: dict[bytes, tuple[Run, ...]] = {}  # thousands of experts share few patterns
+        gains_of: dict[bytes, list[str]] = {}
         readers = []
         read_by: dict[str, list[str]] = {}
         for name, dim, ids in found:
-            runs = _runs([element.get(i) for i in ids.tolist()])
-            norms = dict.fromkeys(run.norm for run in runs if run.norm)
-            for gain_name in trace.gains_of(ids):
+            key = ids.numpy().tobytes()
+            if key not in runs_of:
+                runs_of[key], gains_of[key] = _runs(ids, gains), trace.gains_of(ids)
+            for gain_name in gains_of[key]:
                 read_by.setdefault(gain_name, []).append(name)
-            if norms:
-                readers.append(Reader(name, dim, runs, self.values_from.get(name)))
+            if any(run.norm for run in runs_of[key]):
+                readers.append(Reader(name, dim, runs_of[key], self.values_from.get(name)))
         used = {reader.tensor for reader in readers}
         added = {name: what for name, what in self.added.items() if name in used}
         norms_found = [
@@ -521,24 +535,31 @@ class _Planner:
         return [name for name, parameter in self._norm_modules() if name not in self.trace.reached]
 
 
-def _runs(elements: list[tuple[str, int] | None]) -> tuple[Run, ...]:
-    """Compress one (norm, element) per channel: consecutive elements make a run, equal runs a repetition."""
+def _runs(ids: torch.Tensor, gains: list[tuple[int, str | None]]) -> tuple[Run, ...]:
+    """Compress the ids along a dimension: consecutive elements make a run, equal runs that follow a repetition.
+
+    `gains` are (first id, tensor on disk or None where the gain is kept), by rising id.
+    """
+    import torch
+
+    firsts = torch.tensor([0, *(first for first, _ in gains)])
+    tensors = [None, *(tensor for _, tensor in gains)]
+    which = torch.bucketize(ids.clamp(min=0), firsts, right=True) - 1
+    folded = torch.tensor([tensor is not None for tensor in tensors])[which]
+    element = torch.where(folded, ids - firsts[which], 0)
+    which = torch.where(folded, which, 0)
+    step = torch.where(folded[1:], 1, 0)
+    ends = ((which[1:] != which[:-1]) | (element[1:] - element[:-1] != step)).nonzero().flatten() + 1
+    borders = [0, *ends.tolist(), len(ids)]
     runs: list[Run] = []
-    for place in elements:
-        norm, start = place if place is not None else (None, 0)
+    for start, end in pairwise(borders):
+        run = Run(tensors[int(which[start])], int(element[start]), end - start)
         last = runs[-1] if runs else None
-        if last and last.norm == norm and (norm is None or last.start + last.length == start):
-            runs[-1] = dataclasses.replace(last, length=last.length + 1)
+        if last and (last.norm, last.start, last.length) == (run.norm, run.start, run.length):
+            runs[-1] = dataclasses.replace(last, repeat=last.repeat + 1)
         else:
-            runs.append(Run(norm, start, 1))
-    merged: list[Run] = []
-    for run in runs:
-        last = merged[-1] if merged else None
-        if last and dataclasses.replace(last, repeat=1) == run:
-            merged[-1] = dataclasses.replace(last, repeat=last.repeat + 1)
-        else:
-            merged.append(run)
-    return tuple(merged)
+            runs.append(run)
+    return tuple(runs)
 
 
 def _path_to(config: PretrainedConfig, nested: PretrainedConfig) -> tuple[str, ...] | None:
@@ -556,6 +577,17 @@ def _path_to(config: PretrainedConfig, nested: PretrainedConfig) -> tuple[str, .
 def _layer_of(name: str) -> str | None:
     """The outermost numbered module that a parameter belongs to: `model.layers.3` of `model.layers.3.mlp.up.weight`."""
     found = re.match(r"(.*?(?:^|\.)\d+)\.", name)
+    return found.group(1) if found else None
+
+
+def _any_layer(name: str) -> str:
+    """A name with the number of its layer, but not of its expert, replaced."""
+    return re.sub(r"(?:^|(?<=\.))\d+(?=\.)", "*", name, count=1)
+
+
+def _list_of(name: str) -> str | None:
+    """The innermost numbered list that a parameter belongs to: `mlp.experts` of `mlp.experts.3.up.weight`."""
+    found = re.match(r"(.*(?:^|\.))\d+\.", name)
     return found.group(1) if found else None
 
 

@@ -70,12 +70,13 @@ def model_class(config: PretrainedConfig, folder: Path, trust_remote_code: bool)
             if auto.startswith("AutoModel") and reference.rsplit(".", 1)[-1] in names:
                 return get_class_from_dynamic_module(reference, folder)
     for name in names:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
     if names and any(str(v).rsplit(".", 1)[-1] in names for v in auto_map.values()):
         raise PlanError(f"{names[0]} needs the checkpoint's own Python code; read it, then add --trust-remote-code")
     if names:
-        raise PlanError(f"transformers {transformers.__version__} has no {names[0]}; a newer one may")
+        raise PlanError(f"transformers {transformers.__version__} has no model class {names[0]}; a newer one may")
     mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) in mapping:
         return mapping[type(config)]
@@ -239,4 +240,6 @@ def loader_names(model: PreTrainedModel, disk_names: list[str]) -> dict[str, tup
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].endswith(":"):
+        return " ".join(lines[:2])
     return lines[0] if lines else type(error).__name__

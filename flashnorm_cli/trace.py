@@ -27,9 +27,9 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 BATCH, TOKENS = 2, 6
 # A value that no traced use of a reader has touched: any gain is compatible with it.
 UNUSED = -1
+# A coordinate that was chosen by an index which the trace does not follow.
+UNKNOWN = -1
 # Companion values are only computed for tensors up to this size (positions and masks, never activations).
 MAX_KNOWN = 1 << 16
 # "Everything is selected" on a tensor larger than this would make the trace itself heavy.
@@ -125,12 +127,14 @@ class Trace:
     fed: set[str] = field(default_factory=set)  # gains that at least one parameter reads
     reached: set[str] = field(default_factory=set)  # parameters that any operation touched
     fingerprint: str = ""  # of the sequence of operations; equal for equal forwards
+    _firsts: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # first ids of the gains
 
     def gains_of(self, ids: torch.Tensor) -> list[str]:
         """Names of the gains that scale something in an ids tensor."""
-        firsts = torch.tensor([g.first_id for g in self.gains.values()])
+        if len(self._firsts) != len(self.gains):
+            self._firsts = torch.tensor([g.first_id for g in self.gains.values()])
         present = small(ids).flatten().unique()
-        which = torch.bucketize(present[present > 0], firsts, right=True) - 1
+        which = torch.bucketize(present[present > 0], self._firsts, right=True) - 1
         names = list(self.gains)
         return [names[i] for i in which.unique().tolist()]
 
@@ -218,6 +222,8 @@ class GainTracer(TorchDispatchMode):
         self._other: dict[str, tuple[str, str]] = {}  # parameter -> first (operation, module) that is not a read
         self._next_id = 1
         self._accounted_for = True
+        self.guess = True  # what a condition on unknown data answers
+        self.guessed = False  # whether one was asked
         self._modules: list[str] = []
         self._names = {id(m): name for name, m in model.named_modules()}
         self._digest = hashlib.sha256()
@@ -298,6 +304,9 @@ class GainTracer(TorchDispatchMode):
     def _birth(self, out: torch.Tensor, weight: _Weight, coords: tuple[torch.Tensor, ...]) -> None:
         """`out` is a normalised activation times the gain `weight`, whose coords are broadcast to out's shape."""
         shape = self._shapes[weight.name]
+        if weight.scale == 0.0 or any(bool((small(c) == UNKNOWN).any()) for c in coords):
+            self._other_use(weight, "index" if weight.scale else "mul")
+            return
         gain = self.trace.gains.get(weight.name)
         if gain is None:
             gain = Gain(weight.name, shape, self.module, weight.scale, weight.offset, self._next_id)
@@ -308,7 +317,7 @@ class GainTracer(TorchDispatchMode):
         flat = torch.zeros((), dtype=torch.int64)
         for n, c in zip(shape, coords, strict=True):
             flat = flat * n + c
-        self._set_ids(out, flat + gain.first_id)
+        self._set_ids(out, (flat + gain.first_id).expand(out.shape))
 
     # ---- dispatch -----------------------------------------------------------------------------------------------
 
@@ -319,7 +328,7 @@ class GainTracer(TorchDispatchMode):
         self._digest.update(repr([a for a in args if isinstance(a, (int, float, bool))]).encode())
         answer = self._data_dependent(func, name, args, kwargs)
         if answer is not NotImplemented:
-            self._lost(name, args)
+            self.lose(name, args)
             return answer
         if name in GATHERS or name in ("index_put", "index_put_", "_index_put_impl_"):
             args = self._without_masks(args)
@@ -411,7 +420,7 @@ class GainTracer(TorchDispatchMode):
 
     def _guess(self, tensor: torch.Tensor) -> torch.Tensor:
         known = self.value_of(tensor)
-        return known if known is not None else torch.ones(tensor.shape, dtype=tensor.dtype)
+        return known if known is not None else torch.full(tensor.shape, int(self.guess)).to(tensor.dtype)
 
     def _data_dependent(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """Answers for operations that need data which a meta tensor does not have; NotImplemented for others."""
@@ -421,6 +430,7 @@ class GainTracer(TorchDispatchMode):
         if name == "nonzero":
             return self._meta_with(self._select_all(first))
         if name == "_local_scalar_dense":
+            self.guessed = self.guessed or self.value_of(first) is None
             return self._guess(first).item()
         if name == "_to_copy" and torch.device(kwargs.get("device") or "meta").type != "meta":
             return self._guess(first).to(kwargs.get("dtype") or first.dtype, copy=True)
@@ -443,7 +453,7 @@ class GainTracer(TorchDispatchMode):
             return known is None or other is None or torch.equal(known, other)
         return NotImplemented
 
-    def _lost(self, name: str, args: Any) -> None:
+    def lose(self, name: str, args: Any) -> None:
         """An answer carries no ids: whatever scaled its inputs has escaped."""
         for tensor in tree_flatten(args)[0]:
             if isinstance(tensor, torch.Tensor):
@@ -504,7 +514,10 @@ class GainTracer(TorchDispatchMode):
         weights = [self._weights.get(id(t)) for t in inputs]
         if name in SHAPE_ONLY:
             return
-        if (name in MOVES or name in SAME) and func._overloadname != "dtype":  # view(dtype) reinterprets the bits
+        writes = any(a.kwarg_only and a.alias_info is not None for a in func._schema.arguments)
+        if writes or kwargs.get("rounding_mode") or _narrows(name, out):
+            self._anything_else(name, ids, weights)  # out= may have older views; and what no gain commutes with
+        elif (name in MOVES or name in SAME) and func._overloadname != "dtype":  # view(dtype) reinterprets the bits
             self._move(func, name, args, kwargs, inputs[0], out)
         elif name in GATHERS and self._gather(func, name, args, inputs, out):
             pass
@@ -593,8 +606,11 @@ class GainTracer(TorchDispatchMode):
             self._set_ids(out, gathered(ids))
         if weight is not None:
             self._keep(out)
-            # An unknown row: its coordinate along the picked dimension is lost, the others stand.
-            coords = tuple(gathered(c) for c in weight.coords)
+            # Which rows were picked is unknown: the coordinates that vary along them are lost, the others stand.
+            coords = tuple(
+                gathered(c) if _constant_along(c, picked) else torch.full((), UNKNOWN).expand(out.shape)
+                for c in weight.coords
+            )
             self._weights[id(out)] = _Weight(weight.name, coords, weight.scale, weight.offset)
         return True
 
@@ -787,7 +803,8 @@ class GainTracer(TorchDispatchMode):
         ids, weight = self._ids.get(id(x)), self._weights.get(id(weight_tensor))
         if isinstance(bias, torch.Tensor) and id(bias) in self._weights:
             self._other_use(self._weights[id(bias)], "convolution")
-        if weight is None or transposed or groups not in (1, x.shape[1]):
+        depthwise = groups == x.shape[1] == weight_tensor.shape[0]
+        if weight is None or transposed or not (groups == 1 or depthwise):
             return False
         along = 1 if groups == 1 else 0  # a depthwise kernel has one filter per channel, along its first dimension
         if ids is None:
@@ -810,14 +827,20 @@ class GainTracer(TorchDispatchMode):
 
     # ---- the end ------------------------------------------------------------------------------------------------
 
-    def finish(self, output: Any) -> Trace:
-        """Judge every use once the forward is over. `output` is what the forward returned."""
+    def leave_modules(self) -> None:
+        """The forward is over, if by an error."""
         self._modules.clear()
+
+    def returned(self, output: Any) -> None:
+        """The forward has returned `output`: gains in it have left the model."""
         for tensor in _tensors_in(output):
             ids = self._ids.get(id(tensor))
             if ids is not None:
                 for name in self.trace.gains_of(ids):
                     self.trace.kept.setdefault(name, "the model returns its output")
+
+    def finish(self) -> Trace:
+        """Judge every use once all forwards are over."""
         trace = self.trace
         for name, uses in self._uses.items():
             dim, ids, module = uses[0]
@@ -859,6 +882,11 @@ class GainTracer(TorchDispatchMode):
         return trace
 
 
+def _narrows(name: str, out: Any) -> bool:
+    """A cast to integers or to 8-bit floats, whose rounding depends on the scale."""
+    return name == "_to_copy" and not (out.dtype.is_complex or (out.dtype.is_floating_point and out.itemsize >= 2))
+
+
 def _words(operation: str) -> str:
     """What an operation does to a gain, for somebody who knows the model and not ATen."""
     name = operation.rstrip("_")
@@ -896,6 +924,9 @@ def _tensors_in(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:
         yield from _tensors_in(vars(value), depth)
 
 
+_SET_DATA: Any = cast(Any, torch.Tensor.data).__set__  # `z.data = other` is no operation
+
+
 class _Literals(TorchFunctionMode):
     """What Python sees of values without an operation: `torch.tensor(3)` as it is made, `f"expert_{index}"`."""
 
@@ -908,6 +939,8 @@ class _Literals(TorchFunctionMode):
             known = self.tracer.value_of(args[0])
             if known is not None:
                 return format(known.item(), *args[1:])
+        if func == _SET_DATA:
+            self.tracer.lose("data", args)
         out = func(*args, **(kwargs or {}))
         if (
             func in (torch.tensor, torch.as_tensor)
@@ -920,11 +953,11 @@ class _Literals(TorchFunctionMode):
         return out
 
 
-def _inputs(model: PreTrainedModel, tracer: GainTracer) -> dict[str, Any]:
+def _inputs(model: PreTrainedModel, tracer: GainTracer, batch: int, length: int) -> dict[str, Any]:
     """A handful of token ids, and what else the forward cannot do without."""
     signature = inspect.signature(model.forward).parameters
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 8)
-    values = (torch.arange(BATCH * TOKENS) * 7 + 3).view(BATCH, TOKENS) % vocabulary
+    values = (torch.arange(batch * length) * 7 + 3).view(batch, length) % vocabulary
     tokens = torch.empty_like(values, device="meta")
     tracer.set_known(tokens, values)
     inputs: dict[str, Any] = {"input_ids": tokens}
@@ -936,7 +969,10 @@ def _inputs(model: PreTrainedModel, tracer: GainTracer) -> dict[str, Any]:
 
 
 def trace_forward(model: PreTrainedModel) -> Trace:
-    """Run one text forward of a model on the meta device and follow its gains.
+    """Run text forwards of a model on the meta device and follow its gains.
+
+    The first forward decides whether the model can be traced. Two more look into branches that it may not have
+    taken, conditions on data answered the other way and a single token as in decoding, and can only add uses.
 
     Args:
         model: on the meta device, in eval mode.
@@ -944,7 +980,19 @@ def trace_forward(model: PreTrainedModel) -> Trace:
         PlanError: the forward cannot run on the meta device; the message names operation and module.
     """
     tracer = GainTracer(model)
-    inputs = _inputs(model, tracer)
+    _run(model, tracer, BATCH, TOKENS)
+    if tracer.guessed:
+        tracer.guess = False
+        with suppress(PlanError):
+            _run(model, tracer, BATCH, TOKENS)
+        tracer.guess = True
+    with suppress(PlanError):
+        _run(model, tracer, 1, 1)
+    return tracer.finish()
+
+
+def _run(model: PreTrainedModel, tracer: GainTracer, batch: int, length: int) -> None:
+    inputs = _inputs(model, tracer, batch, length)
     try:
         with torch.no_grad(), torch.device("meta"), tracer.watching_modules(), _Literals(tracer), tracer:
             output = model(**inputs)
@@ -956,4 +1004,6 @@ def trace_forward(model: PreTrainedModel) -> Trace:
             f"the forward of {type(model).__name__} cannot be traced: it stopped in `{tracer.module}` "
             f"({type(error).__name__}: {last[0]})"
         ) from error
-    return tracer.finish(output)
+    finally:
+        tracer.leave_modules()
+    tracer.returned(output)

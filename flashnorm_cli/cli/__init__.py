@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, NoReturn
 
@@ -19,7 +20,6 @@ INTERRUPTED = 130
 app = typer.Typer(
     name="flashnorm",
     help="Fold RMSNorm weights into the linear layers behind them.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -60,9 +60,13 @@ def _root(
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line. Exit codes: 0 done, 1 error, 2 wrong usage, 3 not equivalent, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    # Retries of huggingface_hub are none of the user's business until they have failed.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         result = typer.main.get_command(app).main(arguments, prog_name="flashnorm", standalone_mode=False)
         code = result if isinstance(result, int) else 0
+        if code == INTERRUPTED:  # typer has caught Ctrl-C already
+            raise KeyboardInterrupt
     except FlashNormError as error:
         if "--debug" in arguments:
             raise
