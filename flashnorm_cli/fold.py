@@ -331,17 +331,14 @@ def _write_text(path: Path, text: str) -> None:
 
 def _publish(work: Path, target: Path) -> None:
     """Give the finished folder its name; an older output is removed only then."""
-    old = None
-    if target.exists():
-        if any(target.iterdir()):
-            old = target.with_name(f".{target.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-        else:
-            target.rmdir()
+    old = target.with_name(f".{target.name}.old")
+    if target.exists() and any(target.iterdir()):
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    elif target.exists():
+        target.rmdir()
     work.rename(target)
-    if old is not None:
-        shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)  # also that of a run which was killed just before this line
     folder = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

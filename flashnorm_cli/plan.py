@@ -196,8 +196,8 @@ class _Planner:
         lm_head = self._final_norm(missing)
         self._keep_where_a_branch_was_not_seen()
         self._match(runtime.ids_on_disk(self.model, self.trace))
-        lm_head = self._keep_for_unread_tensors(lm_head)
         self._find_norms()
+        lm_head = self._keep_for_unread_tensors(lm_head)
         found = self._find_readers()
         if any(g in self.kept for g in self._head_gains()):
             lm_head = "kept"
@@ -287,37 +287,49 @@ class _Planner:
     # ---- what the trace may not have seen -----------------------------------------------------------------------
 
     def _keep_where_a_branch_was_not_seen(self) -> None:
-        """Keep norms beside weights which the forward never reached, and which may read them on another input.
+        """Keep norms beside weights that the forward never reached, and that may read them on another input.
 
-        In the same layer: experts for image tokens, say. A weight whose namesake in another layer is used is one
-        that this layer skips by its config (a shared key and value cache). Elsewhere: the other members of a list
-        of which the forward used some, experts that are chosen one at a time.
+        - In the same layer: experts for image tokens, say. A weight whose namesake in another layer is used is one
+          that this layer skips by its config (a shared key and value cache).
+        - Members of a list of which the forward used others: experts that are chosen one at a time.
+        - In the module that holds both the norm and a reader of it.
+        - Linear layers beside the output head which read the hidden size and end in another: heads for images.
         """
+        import torch
+
         matrices = {name for name, p in self.model.named_parameters() if p.ndim > 1}
         reached = matrices & self.trace.reached
+        unreached = sorted(matrices - reached)
         used = {_any_layer(name) for name in reached}
+        layers = {_list_of(name) for name, _ in self._norm_modules()}
         lists_used = {_list_of(name) for name in reached}
-        lists_with_norms = {_list_of(name) for name, _ in self._norm_modules()}
-        in_layer: dict[str | None, str] = {}
-        in_list: dict[str, str] = {}
-        for name in sorted(matrices - reached):
-            if _any_layer(name) not in used:
-                in_layer.setdefault(_layer_of(name), name)
-            members = _list_of(name)
-            if members and members in lists_used - lists_with_norms:
-                in_list.setdefault(members, name)
-        in_layer.pop(None, None)
-        for gain in self.trace.gains:
-            parent = gain.rsplit(".", 2)[0] + "." if gain.count(".") > 1 else ""
-            unseen = in_layer.get(_layer_of(gain)) or next(
-                (n for m, n in in_list.items() if m.startswith(parent)), None
-            )
+        in_layer = {_layer_of(n): n for n in reversed(unreached) if _layer_of(n) and _any_layer(n) not in used}
+        in_list = {_list_of(n): n for n in reversed(unreached) if _list_of(n) in lists_used - layers - {None}}
+        heads = {
+            f"{path}.weight": module.in_features
+            for path, module in self.model.named_modules()
+            if isinstance(module, torch.nn.Linear) and module.out_features != module.in_features
+        }
+        readers = {gain: name for name, r in self.trace.readers.items() for gain in self.trace.gains_of(r.ids)}
+        for name, gain in self.trace.gains.items():
+            parent = name.rsplit(".", 2)[0] + "." if name.count(".") > 1 else ""
+            if layer := _layer_of(name):
+                unseen = in_layer.get(layer)
+            elif parent and readers.get(name, "").startswith(parent):
+                unseen = next((n for n in unreached if n.startswith(parent)), None)
+            else:
+                unseen = next((n for m, n in in_list.items() if m and m.startswith(parent)), None) or next(
+                    (n for n in unreached if heads.get(n) == gain.size and not _layer_of(n)), None
+                )
             if unseen:
-                self.kept.setdefault(gain, f"`{unseen}` was not reached by a text forward and may read it")
+                self.kept.setdefault(name, f"`{unseen}` was not reached by a text forward and may read it")
 
     def _keep_for_unread_tensors(self, lm_head: str) -> str:
-        """Keep the final norm where the files hold a head that the model does not read (MTP, EAGLE)."""
-        gains = [g for g in self._head_gains() if g not in self.kept]
+        """Keep norms which a tensor may read that is on disk, but not read by the model.
+
+        A draft or multi-token prediction head (MTP, EAGLE) may read the final norm's output, a matrix within a layer
+        the layer's norms.
+        """
         tensors = self.checkpoint.tensors
         stems = {name.rsplit(".", 1)[0] for name in [*self.on_disk, *self.lost]}
         heads = [  # scales and zero points lie beside a tensor that the model does read
@@ -325,6 +337,12 @@ class _Planner:
             for name in self.unread
             if len(tensors[name].shape) > 1 and not stems & {name[: m.start()] for m in re.finditer(r"\.", name)}
         ]
+        by_layer = {_layer_of(name): name for name in reversed(heads)}
+        for gain, tensor in self.norm_tensors.items():
+            layer = _layer_of(tensor)
+            if layer in by_layer and layer is not None:
+                self.kept.setdefault(gain, f"`{by_layer[layer]}` is on disk but not read by {self.cls.__name__}")
+        gains = [g for g in self._head_gains() if g not in self.kept]
         if not gains or not heads or self.final_norm == "untie":
             return lm_head
         for gain in gains:

@@ -77,6 +77,7 @@ UNKNOWN_VALUES = (
     "uniform",
     "exponential",
 )
+PRODUCTS = frozenset("mm bmm mv dot _grouped_mm grouped_mm_fallback addmm baddbmm addmv addbmm".split())
 # A tensor divided by one of these, or multiplied by the reciprocal, has been normalised.
 DENOMINATORS = frozenset("rsqrt sqrt linalg_vector_norm norm std".split())
 SCORES = "its output enters attention scores (a product of two activations)"
@@ -132,7 +133,7 @@ class Trace:
     def gains_of(self, ids: torch.Tensor) -> list[str]:
         """Names of the gains that scale something in an ids tensor."""
         if len(self._firsts) != len(self.gains):
-            self._firsts = torch.tensor([g.first_id for g in self.gains.values()])
+            self._firsts = torch.tensor([g.first_id for g in self.gains.values()], device="cpu")
         present = small(ids).flatten().unique()
         which = torch.bucketize(present[present > 0], self._firsts, right=True) - 1
         names = list(self.gains)
@@ -211,7 +212,9 @@ class GainTracer(TorchDispatchMode):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.trace = Trace()
-        self._alive: list[Any] = []  # ids of dead tensors would be reused: keep what is tracked
+        # All that is known of a tensor is kept under its `_cdata`, the address of what the Python object stands
+        # for: the object itself may come to stand for another tensor. Addresses of the dead are reused: keep alive.
+        self._alive: list[Any] = []
         self._ids: dict[int, torch.Tensor] = {}
         self._weights: dict[int, _Weight] = {}
         self._known: dict[int, torch.Tensor] = {}
@@ -222,6 +225,7 @@ class GainTracer(TorchDispatchMode):
         self._other: dict[str, tuple[str, str]] = {}  # parameter -> first (operation, module) that is not a read
         self._next_id = 1
         self._accounted_for = True
+        self.auxiliary = False  # a forward after the first
         self.guess = True  # what a condition on unknown data answers
         self.guessed = False  # whether one was asked
         self._modules: list[str] = []
@@ -230,7 +234,7 @@ class GainTracer(TorchDispatchMode):
         for name, parameter in model.named_parameters():
             self._keep(parameter)
             self._shapes[name] = tuple(parameter.shape)
-            self._weights[id(parameter)] = _Weight(name, _coordinates(tuple(parameter.shape)))
+            self._weights[parameter._cdata] = _Weight(name, _coordinates(tuple(parameter.shape)))
 
     # ---- where we are -------------------------------------------------------------------------------------------
 
@@ -264,17 +268,17 @@ class GainTracer(TorchDispatchMode):
     def _set_ids(self, tensor: torch.Tensor, ids: torch.Tensor) -> None:
         self._accounted_for = True
         self._keep(tensor)
-        self._ids[id(tensor)] = ids
+        self._ids[tensor._cdata] = ids
 
     def set_known(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
         """Tell the tracer the values of a meta tensor (token ids, a literal)."""
         self._keep(tensor)
-        self._known[id(tensor)] = value
+        self._known[tensor._cdata] = value
 
     def value_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
         if tensor.device.type != "meta":
             return tensor
-        return self._known.get(id(tensor))
+        return self._known.get(tensor._cdata)
 
     def escape(self, ids: torch.Tensor, why: str) -> None:
         """The gains in `ids` cannot be folded; the first reason stands."""
@@ -324,6 +328,8 @@ class GainTracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
+        if func.namespace != "aten" and str(func.overloadpacket) != "transformers.grouped_mm_fallback":
+            name = str(func.overloadpacket)  # somebody's own operation: its name says nothing about what it does
         self._digest.update(name.encode())
         self._digest.update(repr([a for a in args if isinstance(a, (int, float, bool))]).encode())
         answer = self._data_dependent(func, name, args, kwargs)
@@ -342,11 +348,13 @@ class GainTracer(TorchDispatchMode):
         out = func(*args, **kwargs)
         if on_meta or not inputs:
             self._propagate_values(func, name, args, kwargs, inputs, out)
+        if self.auxiliary and name in PRODUCTS and any(t.numel() == 0 for t in inputs):
+            return out  # no token for this expert: nothing can be learnt from it
         for t in inputs:
-            if id(t) in self._weights:
-                self.trace.reached.add(self._weights[id(t)].name)
-        scaled = [self._ids[id(t)] for t in inputs if id(t) in self._ids]
-        if scaled or any(id(t) in self._weights for t in inputs):
+            if t._cdata in self._weights:
+                self.trace.reached.add(self._weights[t._cdata].name)
+        scaled = [self._ids[t._cdata] for t in inputs if t._cdata in self._ids]
+        if scaled or any(t._cdata in self._weights for t in inputs):
             self._accounted_for = name in SHAPE_ONLY
             self._propagate(func, name, args, kwargs, inputs, out)
             if not self._accounted_for:  # no rule said where the gain went: it must not be lost silently
@@ -399,7 +407,7 @@ class GainTracer(TorchDispatchMode):
     def _forget(self, inputs: list[torch.Tensor]) -> None:
         """Unknown data was written into a tensor with known values: they, and those of its views, are void."""
         for t in inputs:
-            known = self._known.get(id(t))
+            known = self._known.get(t._cdata)
             if known is not None:
                 pointer = known.untyped_storage().data_ptr()
                 self._known = {k: v for k, v in self._known.items() if v.untyped_storage().data_ptr() != pointer}
@@ -457,7 +465,7 @@ class GainTracer(TorchDispatchMode):
         """An answer carries no ids: whatever scaled its inputs has escaped."""
         for tensor in tree_flatten(args)[0]:
             if isinstance(tensor, torch.Tensor):
-                ids, weight = self._ids.get(id(tensor)), self._weights.get(id(tensor))
+                ids, weight = self._ids.get(tensor._cdata), self._weights.get(tensor._cdata)
                 if ids is not None:
                     self.escape(ids, f"its output decides what the model does (`{name}`)")
                 if weight is not None:
@@ -492,17 +500,17 @@ class GainTracer(TorchDispatchMode):
         def mark(which: set[int]) -> None:
             for o in outs:
                 self._keep(o)
-                which.add(id(o))
+                which.add(o._cdata)
 
         if name in DENOMINATORS or (name == "pow" and isinstance(args[1], float) and abs(args[1]) == 0.5):
             mark(self._denominator)
             return
-        denominators = [id(t) in self._denominator for t in inputs]
+        denominators = [t._cdata in self._denominator for t in inputs]
         if name in ("mul", "mul_", "div", "div_") and len(inputs) == 2 and any(denominators):
             mark(self._denominator if all(denominators) else self._normed)
         elif any(denominators) and name not in ("mm", "bmm", "addmm"):
             mark(self._denominator)
-        elif any(id(t) in self._normed for t in inputs) and (
+        elif any(t._cdata in self._normed for t in inputs) and (
             name in MOVES or name in SAME or name in GATHERS or name in ("mul", "mul_", "div", "div_", "neg")
         ):
             mark(self._normed)
@@ -510,8 +518,8 @@ class GainTracer(TorchDispatchMode):
     # ---- gains --------------------------------------------------------------------------------------------------
 
     def _propagate(self, func: Any, name: str, args: Any, kwargs: Any, inputs: list[torch.Tensor], out: Any) -> None:
-        ids = [self._ids.get(id(t)) for t in inputs]
-        weights = [self._weights.get(id(t)) for t in inputs]
+        ids = [self._ids.get(t._cdata) for t in inputs]
+        weights = [self._weights.get(t._cdata) for t in inputs]
         if name in SHAPE_ONLY:
             return
         writes = any(a.kwarg_only and a.alias_info is not None for a in func._schema.arguments)
@@ -529,9 +537,9 @@ class GainTracer(TorchDispatchMode):
             self._add(name, args, kwargs, inputs, ids, weights, out)
         elif name in ("sum", "mean", "constant_pad_nd", "masked_fill", "masked_fill_", "repeat_interleave"):
             self._along_tokens(func, name, args, kwargs, inputs, ids, weights, out)
-        elif name in ("mm", "bmm", "mv", "dot", "_grouped_mm", "grouped_mm_fallback"):
+        elif name in PRODUCTS and not name.startswith(("add", "badd")):
             self._product(name, inputs[0], inputs[1], out)
-        elif name in ("addmm", "baddbmm", "addmv", "addbmm") and ids[0] is None:
+        elif name in PRODUCTS and name.startswith(("add", "badd")) and ids[0] is None:
             if weights[0] is not None:
                 self._other_use(weights[0], name)
             self._product(name, inputs[1], inputs[2], out)
@@ -565,7 +573,7 @@ class GainTracer(TorchDispatchMode):
             return list(result) if isinstance(result, (list, tuple)) else [result]
 
         outs = list(out) if isinstance(out, (list, tuple)) else [out]
-        ids, weight = self._ids.get(id(source)), self._weights.get(id(source))
+        ids, weight = self._ids.get(source._cdata), self._weights.get(source._cdata)
         if ids is not None:
             for o, companion in zip(outs, moved(ids), strict=True):
                 self._set_ids(o, companion)
@@ -574,12 +582,12 @@ class GainTracer(TorchDispatchMode):
             for n, o in enumerate(outs):
                 self._keep(o)
                 coords = tuple(p[n] for p in parts)
-                self._weights[id(o)] = _Weight(weight.name, coords, weight.scale, weight.offset)
+                self._weights[o._cdata] = _Weight(weight.name, coords, weight.scale, weight.offset)
 
     def _gather(self, func: Any, name: str, args: Any, inputs: list[torch.Tensor], out: torch.Tensor) -> bool:
         """Rows picked by indices. The companion is constant along the picked dimensions, so index 0 stands for all."""
         source = inputs[0]
-        if any(id(t) in self._ids or id(t) in self._weights for t in inputs[1:]):
+        if any(t._cdata in self._ids or t._cdata in self._weights for t in inputs[1:]):
             return False
 
         if name == "index":
@@ -599,7 +607,7 @@ class GainTracer(TorchDispatchMode):
                 companion = _take(companion, d, size) if d in picked else companion.narrow(d, 0, size)
             return companion
 
-        ids, weight = self._ids.get(id(source)), self._weights.get(id(source))
+        ids, weight = self._ids.get(source._cdata), self._weights.get(source._cdata)
         if ids is not None:
             if not _constant_along(ids, picked):
                 return False
@@ -611,7 +619,7 @@ class GainTracer(TorchDispatchMode):
                 gathered(c) if _constant_along(c, picked) else torch.full((), UNKNOWN).expand(out.shape)
                 for c in weight.coords
             )
-            self._weights[id(out)] = _Weight(weight.name, coords, weight.scale, weight.offset)
+            self._weights[out._cdata] = _Weight(weight.name, coords, weight.scale, weight.offset)
         return True
 
     def _join(
@@ -644,7 +652,7 @@ class GainTracer(TorchDispatchMode):
             elif weights[0] is not None and not in_place and isinstance(args[1], (int, float)):
                 mine, factor = weights[0], args[1] if name == "mul" else 1 / args[1]
                 self._keep(out)
-                self._weights[id(out)] = _Weight(mine.name, mine.coords, mine.scale * factor, mine.offset * factor)
+                self._weights[out._cdata] = _Weight(mine.name, mine.coords, mine.scale * factor, mine.offset * factor)
             else:
                 self._anything_else(name, ids, weights)
             return
@@ -654,7 +662,13 @@ class GainTracer(TorchDispatchMode):
         w = next((w for w in weights if w is not None), None)
         other = inputs[0] if weights[0] is None else inputs[1]
         both = weights[0] is not None and weights[1] is not None
-        if w is not None and not both and name == "mul" and id(other) in self._normed and id(other) not in self._ids:
+        if (
+            w is not None
+            and not both
+            and name == "mul"
+            and other._cdata in self._normed
+            and other._cdata not in self._ids
+        ):
             self._birth(out, w, tuple(c.broadcast_to(out.shape) for c in w.coords))
             return
         for i in ids:
@@ -684,7 +698,7 @@ class GainTracer(TorchDispatchMode):
             elif name == "rsub":
                 number, sign = args[1], -float(alpha)
             self._keep(out)
-            self._weights[id(out)] = _Weight(w.name, w.coords, sign * w.scale, sign * w.offset + number)
+            self._weights[out._cdata] = _Weight(w.name, w.coords, sign * w.scale, sign * w.offset + number)
             return
         if name == "neg" and ids[0] is not None:
             self._set_ids(out, ids[0])
@@ -756,7 +770,7 @@ class GainTracer(TorchDispatchMode):
         """left[..., i, k] @ right[..., k, j]; `weight_dim` is k's place in `right`."""
         sides = []
         for tensor, k in ((left, left.ndim - 1), (right, max(right.ndim + weight_dim, 0))):
-            sides.append((tensor, self._ids.get(id(tensor)), self._weights.get(id(tensor)), k))
+            sides.append((tensor, self._ids.get(tensor._cdata), self._weights.get(tensor._cdata), k))
         (_, left_ids, left_weight, _), (_, right_ids, right_weight, _) = sides
         if left_weight is not None and right_weight is not None:
             self._other_use(left_weight, name)
@@ -800,9 +814,9 @@ class GainTracer(TorchDispatchMode):
 
     def _convolution(self, args: Any, out: torch.Tensor) -> bool:
         x, weight_tensor, bias, *_rest, transposed, _output_padding, groups = args
-        ids, weight = self._ids.get(id(x)), self._weights.get(id(weight_tensor))
-        if isinstance(bias, torch.Tensor) and id(bias) in self._weights:
-            self._other_use(self._weights[id(bias)], "convolution")
+        ids, weight = self._ids.get(x._cdata), self._weights.get(weight_tensor._cdata)
+        if isinstance(bias, torch.Tensor) and bias._cdata in self._weights:
+            self._other_use(self._weights[bias._cdata], "convolution")
         depthwise = groups == x.shape[1] == weight_tensor.shape[0]
         if weight is None or transposed or not (groups == 1 or depthwise):
             return False
@@ -813,12 +827,12 @@ class GainTracer(TorchDispatchMode):
 
     def _fused_norm(self, name: str, args: Any, inputs: list[torch.Tensor], out: Any) -> None:
         result = out[0] if isinstance(out, (list, tuple)) else out
-        x_ids = self._ids.get(id(inputs[0]))
+        x_ids = self._ids.get(inputs[0]._cdata)
         if x_ids is not None:
             self.escape(x_ids, _words(name))
-        weight = self._weights.get(id(args[2])) if isinstance(args[2], torch.Tensor) else None
+        weight = self._weights.get(args[2]._cdata) if isinstance(args[2], torch.Tensor) else None
         self._keep(result)
-        self._normed.add(id(result))
+        self._normed.add(result._cdata)
         if weight is None:
             return
         self._birth(result, weight, tuple(c.broadcast_to(result.shape) for c in weight.coords))
@@ -834,7 +848,7 @@ class GainTracer(TorchDispatchMode):
     def returned(self, output: Any) -> None:
         """The forward has returned `output`: gains in it have left the model."""
         for tensor in _tensors_in(output):
-            ids = self._ids.get(id(tensor))
+            ids = self._ids.get(tensor._cdata)
             if ids is not None:
                 for name in self.trace.gains_of(ids):
                     self.trace.kept.setdefault(name, "the model returns its output")
@@ -908,20 +922,23 @@ def _words(operation: str) -> str:
     return f"its output goes through `{name}`, which a per-channel gain cannot pass,"
 
 
-def _tensors_in(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:
-    """Tensors in nested outputs, caches included (plain objects, searched a few levels deep)."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif depth == 0 or value is None or isinstance(value, (str, bytes, int, float, type)):
-        return
-    elif isinstance(value, dict):
-        for v in value.values():
-            yield from _tensors_in(v, depth - 1)
-    elif isinstance(value, (list, tuple)):
-        for v in value:
-            yield from _tensors_in(v, depth)
-    elif hasattr(value, "__dict__") and not isinstance(value, torch.nn.Module):
-        yield from _tensors_in(vars(value), depth)
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Tensors in nested outputs, caches and other plain objects included."""
+    seen: set[int] = set()
+    todo = [value]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif not isinstance(value, (str, bytes, int, float, type, torch.nn.Module)) and id(value) not in seen:
+            seen.add(id(value))
+            if isinstance(value, dict):
+                todo.extend(value.values())
+            elif isinstance(value, (list, tuple, set)):
+                todo.extend(value)
+            todo.extend(vars(value).values() if hasattr(value, "__dict__") else ())
+            slots = [slot for cls in type(value).__mro__ for slot in getattr(cls, "__slots__", ())]
+            todo.extend(getattr(value, slot, None) for slot in slots)
 
 
 _SET_DATA: Any = cast(Any, torch.Tensor.data).__set__  # `z.data = other` is no operation
@@ -981,6 +998,7 @@ def trace_forward(model: PreTrainedModel) -> Trace:
     """
     tracer = GainTracer(model)
     _run(model, tracer, BATCH, TOKENS)
+    tracer.auxiliary = True
     if tracer.guessed:
         tracer.guess = False
         with suppress(PlanError):
