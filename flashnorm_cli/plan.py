@@ -32,7 +32,9 @@ FINAL_NORM_CHOICES = ("auto", "keep", "untie")
 # word. A fact about runtimes, not about models: what can be folded is decided by the trace alone.
 HARD_WIRED_TIES = ("gemma", "gemma2", "cohere", "cohere2")
 # Readers of `flashnorm_folded` (vLLM #41431, transformers #45742) make these weightless by their names.
-WEIGHTLESS_BY_FLAG = re.compile(r"(^|\.)(layers\.\d+\.(input_layernorm|post_attention_layernorm)|model\.norm)\.weight$")
+WEIGHTLESS_BY_FLAG = re.compile(
+    r"(^|\.)layers\.\d+\.(input_layernorm|post_attention_layernorm)\.weight$|^(?!.*\.\d+\.)(.*\.)?norm\.weight$"
+)
 
 
 @dataclass(frozen=True)
@@ -259,9 +261,14 @@ class _Planner:
             why = self._untie(missing)
             if why and self.final_norm == "untie":
                 raise PlanError(f"the output head cannot be untied: {why}")
-        elif why is None and declared:
-            head = self._head() or ""
-            self.untied = (head, head)  # its own tensor is on disk already: only the config has to say so
+        elif why is None and declared and self._head() in self.model.all_tied_weights_keys:
+            # Its own tensor is on disk already: only the config has to say so.
+            _, missing_untied = runtime.build(self.checkpoint, self.config, self.cls, "eager", "eager", untied=True)
+            if missing_untied <= missing:
+                self.untied = (self._head() or "", self._head() or "")
+            else:
+                lost = ", ".join(sorted(missing_untied - missing))
+                why = f"the output head is tied to the embedding, and untying would leave {lost} without weights"
         if why is not None:
             for gain in gains:
                 self.kept[gain] = why
@@ -303,8 +310,13 @@ class _Planner:
         used = {_any_layer(name) for name in reached}
         layers = {_list_of(name) for name, _ in self._norm_modules()}
         lists_used = {_list_of(name) for name in reached}
+        outer = {_list_of(f"{_layer_of(name)}.") for name, _ in self._norm_modules() if _layer_of(name)}
         in_layer = {_layer_of(n): n for n in reversed(unreached) if _layer_of(n) and _any_layer(n) not in used}
-        in_list = {_list_of(n): n for n in reversed(unreached) if _list_of(n) in lists_used - layers - {None}}
+        in_list = {
+            _list_of(n): n
+            for n in reversed(unreached)
+            if _list_of(n) in lists_used - layers - {None} and _list_of(f"{_layer_of(n)}.") not in outer
+        }
         heads = {
             f"{path}.weight": module.in_features
             for path, module in self.model.named_modules()
@@ -379,6 +391,8 @@ class _Planner:
         self.lost = {name: ids for name, ids in canonical.items() if name not in tensors}
         left = [name for name in tensors if name not in self.on_disk]
         loads = runtime.loader_names(self.model, [*self.lost, *left])
+        if left:
+            self._refuse_doubles(left)
         by_target: dict[Any, list[str]] = {}
         for name in left:
             by_target.setdefault((loads[name], _numbers(name)), []).append(name)
@@ -400,8 +414,22 @@ class _Planner:
             elif self.untied and target == self.untied[0]:
                 embedding = holds[id(parameters[self.untied[1]])]
                 entry = tensors[embedding]
+                ids = self.lost.pop(name)
+                name = runtime.saved_names(self.model, [target]).get(target, name)
+                self.lost[name] = ids
                 self.added[name] = (entry.dtype, entry.shape)
                 self.values_from[name] = embedding
+
+    def _refuse_doubles(self, left: list[str]) -> None:
+        """Two tensors for one parameter: which one counts, the loader decides by its order, and we must not guess."""
+        from flashnorm_cli import runtime
+
+        loads = runtime.loader_names(self.model, [*self.on_disk, *left])
+        plain = {loads[name][0]: name for name in self.on_disk if loads[name][1] is None}
+        for name in left:
+            target, pattern = loads[name]
+            if pattern is None and plain.get(target, name) != name:
+                raise PlanError(f"{plain[target]} and {name} are both loaded into {target}: remove one of them")
 
     def _find_norms(self) -> None:
         """Fill `norm_tensors`: the tensor on disk of each gain, which holds its elements in their order."""
@@ -423,6 +451,9 @@ class _Planner:
             entry = self.checkpoint.tensors[name]
             identity = (1.0 - gain.offset) / gain.scale
             in_order = torch.arange(gain.first_id, gain.first_id + gain.size)
+            shape = tuple(self.on_disk[name].shape)
+            if entry.shape != shape:
+                raise PlanError(f"{name} has shape {list(entry.shape)} on disk, but the config asks for {list(shape)}")
             if entry.dtype not in FOLDABLE_DTYPES:
                 self.kept.setdefault(gain.parameter, f"its weight is stored as {entry.dtype}")
             elif not torch.equal(-ids.flatten(), in_order):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,8 +125,25 @@ def build(
                 output_loading_info=True,
             )
     except Exception as error:  # a model's own code may raise anything
-        raise PlanError(f"{cls.__name__} cannot be built from config.json: {_first_line(error)}") from error
+        what = _first_line(error)
+        if "conversion of the weights" in what:  # its report is not shown: there is nobody to read it
+            gap = _missing_member(list(checkpoint.tensors))
+            what = f"{gap} is not in the checkpoint" if gap else "tensors that it merges into one differ in shape"
+        raise PlanError(f"{cls.__name__} cannot be built from config.json: {what}") from error
     return model.eval(), set(info["missing_keys"])
+
+
+def _missing_member(names: list[str]) -> str | None:
+    """A tensor that one member of a list within a layer (an expert) lacks, and others have."""
+    numbers: dict[tuple[str, str], set[int]] = {}
+    for name in names:
+        if found := re.match(r"(.*\.\d+\..*\.)(\d+)(\..*)$", name):
+            numbers.setdefault((found[1], found[3]), set()).add(int(found[2]))
+    for (prefix, suffix), mine in numbers.items():
+        everybody = set().union(*(n for (p, _), n in numbers.items() if p == prefix))
+        if everybody - mine:
+            return f"{prefix}{min(everybody - mine)}{suffix}"
+    return None
 
 
 class _StayOnMeta(TorchFunctionMode):
@@ -225,6 +243,21 @@ def ids_on_disk(model: PreTrainedModel, trace: Trace) -> dict[str, torch.Tensor]
             f"transformers cannot say how {type(model).__name__} lies on disk: {_first_line(error)}"
         ) from error
     return {name: t[0] if isinstance(t, list) else t for name, t in reverted.items()}
+
+
+def saved_names(model: PreTrainedModel, parameters: list[str]) -> dict[str, str]:
+    """The names under which `save_pretrained` would write parameters that the checkpoint does not hold yet.
+
+    The model remembers only the conversions that its loading needed; all that it has are asked here.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    used, model._weight_conversions = model._weight_conversions, None  # type: ignore[assignment]
+    try:
+        with quiet_transformers():
+            return {p: next(iter(revert_weight_conversion(model, {p: model.get_parameter(p)}))) for p in parameters}
+    finally:
+        model._weight_conversions = used
 
 
 def loader_names(model: PreTrainedModel, disk_names: list[str]) -> dict[str, tuple[str, str | None]]:

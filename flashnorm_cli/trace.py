@@ -305,6 +305,12 @@ class GainTracer(TorchDispatchMode):
         self._accounted_for = True
         return True
 
+    def _normalised_afresh(self, tensor: torch.Tensor) -> bool:
+        """Normalised, and not scaled by a gain that could still be folded."""
+        ids = self._ids.get(tensor._cdata)
+        still = ids is not None and any(name not in self.trace.kept for name in self.trace.gains_of(ids))
+        return tensor._cdata in self._normed and not still
+
     def _birth(self, out: torch.Tensor, weight: _Weight, coords: tuple[torch.Tensor, ...]) -> None:
         """`out` is a normalised activation times the gain `weight`, whose coords are broadcast to out's shape."""
         shape = self._shapes[weight.name]
@@ -662,13 +668,7 @@ class GainTracer(TorchDispatchMode):
         w = next((w for w in weights if w is not None), None)
         other = inputs[0] if weights[0] is None else inputs[1]
         both = weights[0] is not None and weights[1] is not None
-        if (
-            w is not None
-            and not both
-            and name == "mul"
-            and other._cdata in self._normed
-            and other._cdata not in self._ids
-        ):
+        if w is not None and not both and name == "mul" and self._normalised_afresh(other):
             self._birth(out, w, tuple(c.broadcast_to(out.shape) for c in w.coords))
             return
         for i in ids:
@@ -1020,7 +1020,7 @@ def _run(model: PreTrainedModel, tracer: GainTracer, batch: int, length: int) ->
         last = str(error).strip().splitlines() or [type(error).__name__]
         raise PlanError(
             f"the forward of {type(model).__name__} cannot be traced: it stopped in `{tracer.module}` "
-            f"({type(error).__name__}: {last[0]})"
+            f"({type(error).__name__}: {last[-1] if 'TorchScript' in last[0] else last[0]})"
         ) from error
     finally:
         tracer.leave_modules()
