@@ -372,7 +372,7 @@ class _Planner:
         Fills `on_disk` (disk name -> ids) and `lost` (canonical names that are not there).
         """
         from flashnorm_cli import runtime
-        from flashnorm_cli.trace import count_nonzero
+        from flashnorm_cli.companions import count_nonzero
 
         copies = Counter(id(p) for _, p in self.model.named_parameters(remove_duplicate=False))
         expected = 0
@@ -435,7 +435,7 @@ class _Planner:
         """Fill `norm_tensors`: the tensor on disk of each gain, which holds its elements in their order."""
         import torch
 
-        from flashnorm_cli.trace import count_nonzero, small
+        from flashnorm_cli.companions import count_nonzero, small
 
         own = {name: small(ids) for name, ids in self.on_disk.items() if count_nonzero(ids) and small(ids).max() < 0}
         by_first = {-int(ids.max()): (name, ids) for name, ids in own.items()}
@@ -463,7 +463,7 @@ class _Planner:
 
     def _find_readers(self) -> list[tuple[str, int, torch.Tensor]]:
         """Readers as (tensor on disk, dim, ids along dim); the gains of a tensor that cannot take them are kept."""
-        from flashnorm_cli.trace import profile, varying_dims
+        from flashnorm_cli.companions import profile, varying_dims
 
         readers = []
         for name, ids in [*self.on_disk.items(), *self.lost.items()]:

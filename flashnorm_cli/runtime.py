@@ -19,8 +19,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from flashnorm_cli.checkpoint import Checkpoint
+from flashnorm_cli.companions import small, varying_dims
 from flashnorm_cli.errors import PlanError
-from flashnorm_cli.trace import Trace, small, varying_dims
+from flashnorm_cli.trace import Trace
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -11,7 +11,7 @@ interesting meta tensor it keeps a small real companion of the same shape, mostl
   Data movement (view, transpose, slice, cat, ...) is applied to the companion as it is to the tensor, so that
   tiled per-head gains, slices and concatenations need no code of their own.
 - *coords* of a parameter's view: for each dimension of the parameter, the coordinate that each value came from.
-- *values* of a tensor that does not depend on weights or activations (positions, masks, token ids).
+- *values* of a tensor that depends on no weight (positions, masks, token ids): see `values.py`.
 
 A matrix product of ids with a parameter makes the parameter a *reader*: its channel `coords` has to take the
 gain that `ids` names. Whatever does not commute with a per-channel gain makes the gain *escape*, and its norm
@@ -26,7 +26,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -36,21 +36,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from flashnorm_cli.companions import constant_along, coordinates, profile, resized, small, varying_dims
 from flashnorm_cli.errors import PlanError
+from flashnorm_cli.values import SHAPE_ONLY, Values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCH, TOKENS = 2, 6
-# A value that no traced use of a reader has touched: any gain is compatible with it.
+# A channel of a reader that no traced use has touched: any gain is compatible with it.
 UNUSED = -1
 # A coordinate that was chosen by an index which the trace does not follow.
 UNKNOWN = -1
-# Companion values are only computed for tensors up to this size (positions and masks, never activations).
-MAX_KNOWN = 1 << 16
-# "Everything is selected" on a tensor larger than this would make the trace itself heavy.
-MAX_SELECTED = 1 << 22
-
 # Applied to the companion exactly as to the tensor: they only move values.
 MOVES = frozenset(
     """view _unsafe_view reshape permute transpose t unsqueeze squeeze expand select slice split split_with_sizes
@@ -61,22 +58,6 @@ MOVES = frozenset(
 SAME = frozenset("_to_copy clone contiguous lift lift_fresh lift_fresh_copy positive view_copy".split())
 # Gathers along dimensions: fine as long as the ids do not vary along the gathered dimension.
 GATHERS = frozenset("index index_select gather".split())
-# Only the shape or the dtype of the input is used.
-SHAPE_ONLY = frozenset(
-    "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full "
-    "new_empty_strided sym_size sym_numel sym_stride is_same_size".split()
-)
-# Random or uninitialised: their values are never known.
-UNKNOWN_VALUES = (
-    "empty",
-    "new_empty",
-    "rand",
-    "bernoulli",
-    "normal",
-    "multinomial",
-    "uniform",
-    "exponential",
-)
 PRODUCTS = frozenset("mm bmm mv dot _grouped_mm grouped_mm_fallback addmm baddbmm addmv addbmm".split())
 # A tensor divided by one of these, or multiplied by the reciprocal, has been normalised.
 DENOMINATORS = frozenset("rsqrt sqrt linalg_vector_norm norm std".split())
@@ -150,62 +131,6 @@ class _Weight:
     offset: float = 0.0
 
 
-def small(companion: torch.Tensor) -> torch.Tensor:
-    """The same values without the repetitions that stride-0 dimensions stand for."""
-    for d in range(companion.ndim):
-        if companion.stride(d) == 0 and companion.shape[d]:
-            companion = companion.narrow(d, 0, 1)
-    return companion
-
-
-def count_nonzero(companion: torch.Tensor) -> int:
-    """Positions of a companion that are not 0, repetitions counted."""
-    values = small(companion)
-    return int((values != 0).sum()) * (companion.numel() // max(values.numel(), 1))
-
-
-def varying_dims(companion: torch.Tensor) -> list[int]:
-    """Dimensions along which a companion is not constant."""
-    if not companion.numel():
-        return []
-    companion = small(companion)
-    return [
-        d
-        for d in range(companion.ndim)
-        if companion.shape[d] > 1 and bool((companion != companion.narrow(d, 0, 1)).any())
-    ]
-
-
-def profile(companion: torch.Tensor, dim: int) -> torch.Tensor:
-    """The 1-D values along `dim` of a companion that is constant along all others."""
-    if not companion.numel():
-        return companion.new_zeros(companion.shape[dim])
-    index: list[Any] = [0] * companion.ndim
-    index[dim] = slice(None)
-    return companion[tuple(index)]
-
-
-def _constant_along(companion: torch.Tensor, dims: Iterable[int]) -> bool:
-    wanted = {d % companion.ndim for d in dims}
-    return not wanted & set(varying_dims(companion))
-
-
-def _coordinates(shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
-    """One stride-0 coordinate tensor per dimension."""
-    return tuple(
-        torch.arange(n).view([-1 if i == d else 1 for i in range(len(shape))]).expand(shape)
-        for d, n in enumerate(shape)
-    )
-
-
-def _take(companion: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    """A companion that is constant along `dim`, with that dimension resized."""
-    one = companion.narrow(dim, 0, 1) if companion.shape[dim] else companion.new_zeros(()).expand_as(companion)
-    shape = list(companion.shape)
-    shape[dim] = size
-    return one.expand(shape)
-
-
 class GainTracer(TorchDispatchMode):
     """Records into `self.trace` what happens to gains while the mode is active. See the module's docstring."""
 
@@ -217,7 +142,6 @@ class GainTracer(TorchDispatchMode):
         self._alive: list[Any] = []
         self._ids: dict[int, torch.Tensor] = {}
         self._weights: dict[int, _Weight] = {}
-        self._known: dict[int, torch.Tensor] = {}
         self._normed: set[int] = set()
         self._denominator: set[int] = set()
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -226,15 +150,14 @@ class GainTracer(TorchDispatchMode):
         self._next_id = 1
         self._accounted_for = True
         self.auxiliary = False  # a forward after the first
-        self.guess = True  # what a condition on unknown data answers
-        self.guessed = False  # whether one was asked
+        self.values = Values()
         self._modules: list[str] = []
         self._names = {id(m): name for name, m in model.named_modules()}
         self._digest = hashlib.sha256()
         for name, parameter in model.named_parameters():
             self._keep(parameter)
             self._shapes[name] = tuple(parameter.shape)
-            self._weights[parameter._cdata] = _Weight(name, _coordinates(tuple(parameter.shape)))
+            self._weights[parameter._cdata] = _Weight(name, coordinates(tuple(parameter.shape)))
 
     # ---- where we are -------------------------------------------------------------------------------------------
 
@@ -269,16 +192,6 @@ class GainTracer(TorchDispatchMode):
         self._accounted_for = True
         self._keep(tensor)
         self._ids[tensor._cdata] = ids
-
-    def set_known(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
-        """Tell the tracer the values of a meta tensor (token ids, a literal)."""
-        self._keep(tensor)
-        self._known[tensor._cdata] = value
-
-    def value_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        if tensor.device.type != "meta":
-            return tensor
-        return self._known.get(tensor._cdata)
 
     def escape(self, ids: torch.Tensor, why: str) -> None:
         """The gains in `ids` cannot be folded; the first reason stands."""
@@ -338,22 +251,22 @@ class GainTracer(TorchDispatchMode):
             name = str(func.overloadpacket)  # somebody's own operation: its name says nothing about what it does
         self._digest.update(name.encode())
         self._digest.update(repr([a for a in args if isinstance(a, (int, float, bool))]).encode())
-        answer = self._data_dependent(func, name, args, kwargs)
+        answer = self.values.answer(func, name, args, kwargs)
         if answer is not NotImplemented:
             self.lose(name, args)
             return answer
         if name in GATHERS or name in ("index_put", "index_put_", "_index_put_impl_"):
-            args = self._without_masks(args)
+            args = self.values.without_masks(args)
         if name == "split_with_sizes":
-            args = (args[0], self._sizes_that_add_up(args), *args[2:])
+            args = (args[0], self.values.sizes_that_add_up(args), *args[2:])
         inputs = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, torch.Tensor)]
         on_meta = any(t.device.type == "meta" for t in inputs)
         if on_meta and any(t.device.type != "meta" and t.ndim for t in inputs):
-            args, kwargs = tree_map(self._to_meta, (args, kwargs))
+            args, kwargs = tree_map(self.values.to_meta, (args, kwargs))
             inputs = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, torch.Tensor)]
         out = func(*args, **kwargs)
         if on_meta or not inputs:
-            self._propagate_values(func, name, args, kwargs, inputs, out)
+            self.values.follow(func, name, args, kwargs, inputs, out)
         if self.auxiliary and name in PRODUCTS and any(t.numel() == 0 for t in inputs):
             return out  # no token for this expert: nothing can be learnt from it
         for t in inputs:
@@ -369,104 +282,6 @@ class GainTracer(TorchDispatchMode):
         self._propagate_norm(name, args, inputs, out)
         return out
 
-    def _to_meta(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.device.type != "meta" and value.ndim:
-            meta = torch.empty_like(value, device="meta")
-            self.set_known(meta, value)
-            return meta
-        return value
-
-    # ---- values and data-dependent answers ----------------------------------------------------------------------
-
-    def _propagate_values(
-        self, func: Any, name: str, args: Any, kwargs: Any, inputs: list[torch.Tensor], out: Any
-    ) -> None:
-        outs = [o for o in tree_flatten(out)[0] if isinstance(o, torch.Tensor)]
-        if name.startswith(UNKNOWN_VALUES):
-            return
-        small = sum(o.numel() for o in outs) <= MAX_KNOWN
-        shape_only = name in SHAPE_ONLY
-        if not small or (not shape_only and any(self.value_of(t) is None for t in inputs)):
-            if func._schema.is_mutable:
-                self._forget(inputs)
-            return
-
-        def real(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                known = self.value_of(value)
-                return known if known is not None else torch.zeros((), dtype=value.dtype).expand(value.shape)
-            return torch.device("cpu") if isinstance(value, torch.device) else value
-
-        real_args, real_kwargs = tree_map(real, (args, kwargs))
-        if "device" in {a.name for a in func._schema.arguments}:
-            real_kwargs = {**real_kwargs, "device": torch.device("cpu")}
-        try:
-            values = func(*real_args, **real_kwargs)
-        except (RuntimeError, NotImplementedError, IndexError, TypeError):
-            return  # an operation without a CPU kernel for these dtypes: its values stay unknown
-        for tensor, value in zip(
-            outs, (v for v in tree_flatten(values)[0] if isinstance(v, torch.Tensor)), strict=True
-        ):
-            if tensor.device.type == "meta":
-                self.set_known(tensor, value)
-
-    def _forget(self, inputs: list[torch.Tensor]) -> None:
-        """Unknown data was written into a tensor with known values: they, and those of its views, are void."""
-        for t in inputs:
-            known = self._known.get(t._cdata)
-            if known is not None:
-                pointer = known.untyped_storage().data_ptr()
-                self._known = {k: v for k, v in self._known.items() if v.untyped_storage().data_ptr() != pointer}
-
-    def _select_all(self, mask: torch.Tensor) -> torch.Tensor:
-        """Indices of the selected positions, int64 of shape (selected, mask.ndim)."""
-        known = self.value_of(mask)
-        if known is None:
-            if mask.numel() > MAX_SELECTED:
-                raise PlanError(f"a selection over {mask.numel()} unknown values in `{self.module}`")
-            known = torch.ones((), dtype=torch.bool).expand(mask.shape)
-        return known.nonzero()
-
-    def _meta_with(self, value: torch.Tensor) -> torch.Tensor:
-        meta = torch.empty_like(value, device="meta")
-        self.set_known(meta, value)
-        return meta
-
-    def _guess(self, tensor: torch.Tensor) -> torch.Tensor:
-        known = self.value_of(tensor)
-        return known if known is not None else torch.full(tensor.shape, int(self.guess)).to(tensor.dtype)
-
-    def _data_dependent(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        """Answers for operations that need data which a meta tensor does not have; NotImplemented for others."""
-        first = args[0] if args and isinstance(args[0], torch.Tensor) else None
-        if first is None or first.device.type != "meta":
-            return NotImplemented
-        if name == "nonzero":
-            return self._meta_with(self._select_all(first))
-        if name == "_local_scalar_dense":
-            self.guessed = self.guessed or self.value_of(first) is None
-            return self._guess(first).item()
-        if name == "_to_copy" and torch.device(kwargs.get("device") or "meta").type != "meta":
-            return self._guess(first).to(kwargs.get("dtype") or first.dtype, copy=True)
-        if name == "bincount":
-            known, least = self.value_of(first), args[2] if len(args) > 2 else kwargs.get("minlength", 0)
-            counts = known.bincount(minlength=least) if known is not None else torch.ones(max(least, 1)).long()
-            return self._meta_with(counts)
-        if name == "masked_select":
-            source, mask = torch.broadcast_tensors(first, args[1])
-            return source[tuple(self._select_all(mask).unbind(1))]
-        if name == "_unique2":
-            flat = self._guess(first).flatten()
-            if self.value_of(first) is None:
-                flat = torch.arange(flat.numel()).to(flat.dtype)
-            return tuple(self._meta_with(t) for t in torch.unique(flat, True, True, True))
-        if name == "repeat_interleave" and func._overloadname == "Tensor":
-            return self._meta_with(torch.repeat_interleave(self._guess(first).long()))
-        if name == "equal":
-            known, other = self.value_of(first), self.value_of(args[1])
-            return known is None or other is None or torch.equal(known, other)
-        return NotImplemented
-
     def lose(self, name: str, args: Any) -> None:
         """An answer carries no ids: whatever scaled its inputs has escaped."""
         for tensor in tree_flatten(args)[0]:
@@ -477,25 +292,6 @@ class GainTracer(TorchDispatchMode):
                 if weight is not None:
                     self.trace.reached.add(weight.name)
                     self._other_use(weight, name)
-
-    def _sizes_that_add_up(self, args: Any) -> Any:
-        """Sizes that were guessed (tokens per expert) are shared out so that they add up."""
-        size, parts = args[0].shape[args[2] if len(args) > 2 else 0], len(args[1])
-        if sum(args[1]) == size:
-            return args[1]
-        return [size // parts + (n < size % parts) for n in range(parts)]
-
-    def _without_masks(self, args: Any) -> Any:
-        """Boolean indices become the integer indices of everything that they may select."""
-        if len(args) < 2 or not isinstance(args[1], (list, tuple)):
-            return args
-        indices: list[Any] = []
-        for index in args[1]:
-            if isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8):
-                indices.extend(self._meta_with(i) for i in self._select_all(index).unbind(1))
-            else:
-                indices.append(index)
-        return (args[0], indices, *args[2:])
 
     # ---- what is normalised -------------------------------------------------------------------------------------
 
@@ -610,19 +406,19 @@ class GainTracer(TorchDispatchMode):
                 return func(companion, rows).expand(out.shape)
             for d in range(companion.ndim):
                 size = out.shape[d]
-                companion = _take(companion, d, size) if d in picked else companion.narrow(d, 0, size)
+                companion = resized(companion, d, size) if d in picked else companion.narrow(d, 0, size)
             return companion
 
         ids, weight = self._ids.get(source._cdata), self._weights.get(source._cdata)
         if ids is not None:
-            if not _constant_along(ids, picked):
+            if not constant_along(ids, picked):
                 return False
             self._set_ids(out, gathered(ids))
         if weight is not None:
             self._keep(out)
             # Which rows were picked is unknown: the coordinates that vary along them are lost, the others stand.
             coords = tuple(
-                gathered(c) if _constant_along(c, picked) else torch.full((), UNKNOWN).expand(out.shape)
+                gathered(c) if constant_along(c, picked) else torch.full((), UNKNOWN).expand(out.shape)
                 for c in weight.coords
             )
             self._weights[out._cdata] = _Weight(weight.name, coords, weight.scale, weight.offset)
@@ -738,7 +534,7 @@ class GainTracer(TorchDispatchMode):
         elif name in ("sum", "mean"):
             dims = args[1] if len(args) > 1 and args[1] else list(range(tagged.ndim))
             dims = [dims] if isinstance(dims, int) else dims
-            if _constant_along(tagged, dims):
+            if constant_along(tagged, dims):
                 keep = bool(args[2]) if len(args) > 2 else bool(kwargs.get("keepdim", False))
                 self._set_ids(out, tagged.amax(dims, keepdim=keep) if tagged.numel() else tagged.new_zeros(out.shape))
             else:
@@ -746,16 +542,16 @@ class GainTracer(TorchDispatchMode):
         elif name == "constant_pad_nd":
             pads, value = args[1], args[2] if len(args) > 2 else 0
             padded = [tagged.ndim - 1 - n // 2 for n, p in enumerate(pads) if p]
-            if value == 0 and _constant_along(tagged, padded):
+            if value == 0 and constant_along(tagged, padded):
                 for d in padded:
-                    tagged = _take(tagged, d, out.shape[d])
+                    tagged = resized(tagged, d, out.shape[d])
                 self._set_ids(out, tagged)
             else:
                 self.escape(ids[0], _words(name))  # type: ignore[arg-type]
         elif name.startswith("masked_fill"):
             fill = args[2]
             if isinstance(fill, torch.Tensor):
-                known = self.value_of(fill)
+                known = self.values.of(fill)
                 fill = known.item() if known is not None else None
             if fill == 0:
                 self._set_ids(out, tagged.broadcast_to(out.shape))
@@ -781,7 +577,7 @@ class GainTracer(TorchDispatchMode):
                 other = right_ids if n == 0 else left_ids
                 if ids is None:
                     continue
-                if other is None and name in ("mm", "bmm") and _constant_along(ids, [k]):
+                if other is None and name in ("mm", "bmm") and constant_along(ids, [k]):
                     self._through_product(ids, k, n == 0, out)
                 else:
                     self.escape(ids, SCORES)
@@ -953,7 +749,7 @@ class _Literals(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__format__ and args[0].device.type == "meta" and args[0].ndim == 0:
-            known = self.tracer.value_of(args[0])
+            known = self.tracer.values.of(args[0])
             if known is not None:
                 return format(known.item(), *args[1:])
         if func == _SET_DATA:
@@ -966,7 +762,7 @@ class _Literals(TorchFunctionMode):
             and not any(isinstance(a, torch.Tensor) for a in tree_flatten(args)[0])
         ):
             with torch.utils._python_dispatch._disable_current_modes():
-                self.tracer.set_known(out, torch.tensor(*args, **{**(kwargs or {}), "device": "cpu"}))
+                self.tracer.values.set(out, torch.tensor(*args, **{**(kwargs or {}), "device": "cpu"}))
         return out
 
 
@@ -976,7 +772,7 @@ def _inputs(model: PreTrainedModel, tracer: GainTracer, batch: int, length: int)
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 8)
     values = (torch.arange(batch * length) * 7 + 3).view(batch, length) % vocabulary
     tokens = torch.empty_like(values, device="meta")
-    tracer.set_known(tokens, values)
+    tracer.values.set(tokens, values)
     inputs: dict[str, Any] = {"input_ids": tokens}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens
@@ -999,11 +795,11 @@ def trace_forward(model: PreTrainedModel) -> Trace:
     tracer = GainTracer(model)
     _run(model, tracer, BATCH, TOKENS)
     tracer.auxiliary = True
-    if tracer.guessed:
-        tracer.guess = False
+    if tracer.values.guessed:
+        tracer.values.guess = False
         with suppress(PlanError):
             _run(model, tracer, BATCH, TOKENS)
-        tracer.guess = True
+        tracer.values.guess = True
     with suppress(PlanError):
         _run(model, tracer, 1, 1)
     return tracer.finish()
