@@ -300,7 +300,7 @@ class _Planner:
           that this layer skips by its config (a shared key and value cache).
         - Members of a list of which the forward used others: experts that are chosen one at a time.
         - In the module that holds both the norm and a reader of it.
-        - Linear layers beside the output head which read the hidden size and end in another: heads for images.
+        - Linear layers outside of towers which read the hidden size and end in another: heads for images.
         """
         import torch
 
@@ -320,7 +320,9 @@ class _Planner:
         heads = {
             f"{path}.weight": module.in_features
             for path, module in self.model.named_modules()
-            if isinstance(module, torch.nn.Linear) and module.out_features != module.in_features
+            if isinstance(module, torch.nn.Linear)
+            and module.out_features != module.in_features
+            and not self._in_tower(path)
         }
         readers = {gain: name for name, r in self.trace.readers.items() for gain in self.trace.gains_of(r.ids)}
         for name, gain in self.trace.gains.items():
@@ -335,6 +337,16 @@ class _Planner:
                 )
             if unseen:
                 self.kept.setdefault(name, f"`{unseen}` was not reached by a text forward and may read it")
+
+    def _in_tower(self, path: str) -> bool:
+        """Whether a module belongs to a part that the forward did not enter, and that makes its input by itself."""
+        import torch
+
+        top = path
+        while "." in top and not any(n.startswith(top.rpartition(".")[0] + ".") for n in self.trace.reached):
+            top = top.rpartition(".")[0]
+        own_input = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.Embedding)
+        return any(isinstance(m, own_input) for m in self.model.get_submodule(top).modules())
 
     def _keep_for_unread_tensors(self, lm_head: str) -> str:
         """Keep norms which a tensor may read that is on disk, but not read by the model.

@@ -282,6 +282,17 @@ class GainTracer(TorchDispatchMode):
         self._propagate_norm(name, args, inputs, out)
         return out
 
+    def same_weight(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+        """Whether two tensors are the same view of the same parameter."""
+        mine, yours = self._weights.get(a._cdata), self._weights.get(b._cdata)
+        if mine is None or yours is None:
+            return False
+        same = all(
+            x.data_ptr() == y.data_ptr() and x.stride() == y.stride()
+            for x, y in zip(mine.coords, yours.coords, strict=True)
+        )
+        return same and (mine.name, mine.scale, mine.offset) == (yours.name, yours.scale, yours.offset)
+
     def lose(self, name: str, args: Any) -> None:
         """An answer carries no ids: whatever scaled its inputs has escaped."""
         for tensor in tree_flatten(args)[0]:
@@ -752,7 +763,7 @@ class _Literals(TorchFunctionMode):
             known = self.tracer.values.of(args[0])
             if known is not None:
                 return format(known.item(), *args[1:])
-        if func == _SET_DATA:
+        if func == _SET_DATA and not self.tracer.same_weight(*args):  # module.to(dtype) sets what was there
             self.tracer.lose("data", args)
         out = func(*args, **(kwargs or {}))
         if (
