@@ -195,6 +195,9 @@ class _Planner:
 
         self.model, missing, self.trace = self._traced()
         self.kept.update(self.trace.kept)
+        if self.trace.asked:
+            where = ", ".join(f"`{name}`" for name, _ in grouped(self.trace.asked))
+            self.notes.append(f"what the model computes depends on its data in {where}; both ways were followed")
         lm_head = self._final_norm(missing)
         self._keep_where_a_branch_was_not_seen()
         self._match(runtime.ids_on_disk(self.model, self.trace))

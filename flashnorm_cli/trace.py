@@ -58,6 +58,9 @@ MOVES = frozenset(
 SAME = frozenset("_to_copy clone contiguous lift lift_fresh lift_fresh_copy positive view_copy".split())
 # Gathers along dimensions: fine as long as the ids do not vary along the gathered dimension.
 GATHERS = frozenset("index index_select gather".split())
+JOINS = frozenset("cat stack".split())
+# Rules that look at each of several scaled inputs.
+TWO_SIDED = JOINS | frozenset("mul mul_ div div_ add add_ sub sub_ rsub".split())
 PRODUCTS = frozenset("mm bmm mv dot _grouped_mm grouped_mm_fallback addmm baddbmm addmv addbmm".split())
 # A tensor divided by one of these, or multiplied by the reciprocal, has been normalised.
 DENOMINATORS = frozenset("rsqrt sqrt linalg_vector_norm norm std".split())
@@ -108,6 +111,7 @@ class Trace:
     tied_conflicts: dict[str, set[str]] = field(default_factory=dict)  # gain -> readers that are embeddings too
     fed: set[str] = field(default_factory=set)  # gains that at least one parameter reads
     reached: set[str] = field(default_factory=set)  # parameters that any operation touched
+    asked: tuple[str, ...] = ()  # modules in which a condition on unknown data decided what was computed
     fingerprint: str = ""  # of the sequence of operations; equal for equal forwards
     _firsts: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # first ids of the gains
 
@@ -145,19 +149,21 @@ class GainTracer(TorchDispatchMode):
         self._normed: set[int] = set()
         self._denominator: set[int] = set()
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._weight_storages: dict[int, str] = {}
+        self._ids_storages: dict[int, torch.Tensor] = {}
         self._uses: dict[str, list[tuple[int, torch.Tensor, str]]] = {}  # reader -> (dim, ids, module)
         self._other: dict[str, tuple[str, str]] = {}  # parameter -> first (operation, module) that is not a read
         self._next_id = 1
         self._accounted_for = True
         self.auxiliary = False  # a forward after the first
         self.values = Values()
+        self._asked: dict[str, None] = {}
         self._modules: list[str] = []
         self._names = {id(m): name for name, m in model.named_modules()}
         self._digest = hashlib.sha256()
         for name, parameter in model.named_parameters():
-            self._keep(parameter)
             self._shapes[name] = tuple(parameter.shape)
-            self._weights[parameter._cdata] = _Weight(name, coordinates(tuple(parameter.shape)))
+            self._set_weight(parameter, _Weight(name, coordinates(tuple(parameter.shape))))
 
     # ---- where we are -------------------------------------------------------------------------------------------
 
@@ -192,6 +198,12 @@ class GainTracer(TorchDispatchMode):
         self._accounted_for = True
         self._keep(tensor)
         self._ids[tensor._cdata] = ids
+        self._ids_storages[tensor.untyped_storage()._cdata] = ids
+
+    def _set_weight(self, tensor: torch.Tensor, weight: _Weight) -> None:
+        self._keep(tensor)
+        self._weights[tensor._cdata] = weight
+        self._weight_storages[tensor.untyped_storage()._cdata] = weight.name
 
     def escape(self, ids: torch.Tensor, why: str) -> None:
         """The gains in `ids` cannot be folded; the first reason stands."""
@@ -245,7 +257,10 @@ class GainTracer(TorchDispatchMode):
     # ---- dispatch -----------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():  # companions are real tensors, also where the meta device is the default
+            return self._dispatch(func, args, kwargs or {})
+
+    def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func.overloadpacket.__name__
         if func.namespace != "aten" and str(func.overloadpacket) != "transformers.grouped_mm_fallback":
             name = str(func.overloadpacket)  # somebody's own operation: its name says nothing about what it does
@@ -253,6 +268,8 @@ class GainTracer(TorchDispatchMode):
         self._digest.update(repr([a for a in args if isinstance(a, (int, float, bool))]).encode())
         answer = self.values.answer(func, name, args, kwargs)
         if answer is not NotImplemented:
+            if name == "_local_scalar_dense" and self.values.of(args[0]) is None:
+                self._asked.setdefault(self.module)
             self.lose(name, args)
             return answer
         if name in GATHERS or name in ("index_put", "index_put_", "_index_put_impl_"):
@@ -272,6 +289,8 @@ class GainTracer(TorchDispatchMode):
         for t in inputs:
             if t._cdata in self._weights:
                 self.trace.reached.add(self._weights[t._cdata].name)
+            elif t.device.type == "meta" and t._cdata not in self._ids:
+                self._alias(t, name)
         scaled = [self._ids[t._cdata] for t in inputs if t._cdata in self._ids]
         if scaled or any(t._cdata in self._weights for t in inputs):
             self._accounted_for = name in SHAPE_ONLY
@@ -280,7 +299,28 @@ class GainTracer(TorchDispatchMode):
                 for ids in scaled:
                     self.escape(ids, _words(name))
         self._propagate_norm(name, args, inputs, out)
+        if func._schema.is_mutable:
+            self._drop_reshaped(inputs, name)
         return out
+
+    def _alias(self, tensor: torch.Tensor, name: str) -> None:
+        """Another object for the memory of a weight or of a scaled tensor (`nn.Parameter(w)`): out of our sight."""
+        storage = tensor.untyped_storage()._cdata
+        if storage in self._weight_storages:
+            alias = self._weight_storages[storage]
+            self.trace.reached.add(alias)
+            self._other.setdefault(alias, (name, self.module))
+        if storage in self._ids_storages:
+            self.escape(self._ids_storages[storage], _words(name))
+
+    def _drop_reshaped(self, inputs: list[torch.Tensor], name: str) -> None:
+        """An operation in place has changed a tensor's shape (`transpose_`): its companion, escaped, is void."""
+        for t in inputs:
+            if t._cdata in self._ids and self._ids[t._cdata].shape != t.shape:
+                self.escape(self._ids.pop(t._cdata), _words(name))
+            weight = self._weights.get(t._cdata)
+            if weight is not None and any(c.shape != t.shape for c in weight.coords):
+                self._other_use(self._weights.pop(t._cdata), name)
 
     def same_weight(self, a: torch.Tensor, b: torch.Tensor) -> bool:
         """Whether two tensors are the same view of the same parameter."""
@@ -335,6 +375,10 @@ class GainTracer(TorchDispatchMode):
         weights = [self._weights.get(t._cdata) for t in inputs]
         if name in SHAPE_ONLY:
             return
+        if name not in TWO_SIDED and name not in PRODUCTS:
+            for i in ids[1:]:
+                if i is not None:  # a bias, a fill value: it is not what the rules below look at
+                    self.escape(i, _words(name))
         writes = any(a.kwarg_only and a.alias_info is not None for a in func._schema.arguments)
         if writes or kwargs.get("rounding_mode") or _narrows(name, out):
             self._anything_else(name, ids, weights)  # out= may have older views; and what no gain commutes with
@@ -342,7 +386,7 @@ class GainTracer(TorchDispatchMode):
             self._move(func, name, args, kwargs, inputs[0], out)
         elif name in GATHERS and self._gather(func, name, args, inputs, out):
             pass
-        elif name in ("cat", "stack") and not any(weights):
+        elif name in JOINS and not any(weights):
             self._join(func, args, kwargs, inputs, ids, out)
         elif name in ("mul", "mul_", "div", "div_"):
             self._multiply(name, args, inputs, ids, weights, out)
@@ -395,7 +439,7 @@ class GainTracer(TorchDispatchMode):
             for n, o in enumerate(outs):
                 self._keep(o)
                 coords = tuple(p[n] for p in parts)
-                self._weights[o._cdata] = _Weight(weight.name, coords, weight.scale, weight.offset)
+                self._set_weight(o, _Weight(weight.name, coords, weight.scale, weight.offset))
 
     def _gather(self, func: Any, name: str, args: Any, inputs: list[torch.Tensor], out: torch.Tensor) -> bool:
         """Rows picked by indices. The companion is constant along the picked dimensions, so index 0 stands for all."""
@@ -432,7 +476,7 @@ class GainTracer(TorchDispatchMode):
                 gathered(c) if constant_along(c, picked) else torch.full((), UNKNOWN).expand(out.shape)
                 for c in weight.coords
             )
-            self._weights[out._cdata] = _Weight(weight.name, coords, weight.scale, weight.offset)
+            self._set_weight(out, _Weight(weight.name, coords, weight.scale, weight.offset))
         return True
 
     def _join(
@@ -465,7 +509,7 @@ class GainTracer(TorchDispatchMode):
             elif weights[0] is not None and not in_place and isinstance(args[1], (int, float)):
                 mine, factor = weights[0], args[1] if name == "mul" else 1 / args[1]
                 self._keep(out)
-                self._weights[out._cdata] = _Weight(mine.name, mine.coords, mine.scale * factor, mine.offset * factor)
+                self._set_weight(out, _Weight(mine.name, mine.coords, mine.scale * factor, mine.offset * factor))
             else:
                 self._anything_else(name, ids, weights)
             return
@@ -505,7 +549,7 @@ class GainTracer(TorchDispatchMode):
             elif name == "rsub":
                 number, sign = args[1], -float(alpha)
             self._keep(out)
-            self._weights[out._cdata] = _Weight(w.name, w.coords, sign * w.scale, sign * w.offset + number)
+            self._set_weight(out, _Weight(w.name, w.coords, sign * w.scale, sign * w.offset + number))
             return
         if name == "neg" and ids[0] is not None:
             self._set_ids(out, ids[0])
@@ -700,6 +744,7 @@ class GainTracer(TorchDispatchMode):
         for gain in trace.kept:
             trace.tied_conflicts.pop(gain, None)
         trace.fingerprint = self._digest.hexdigest()
+        trace.asked = tuple(self._asked)
         return trace
 
 
@@ -795,8 +840,8 @@ def _inputs(model: PreTrainedModel, tracer: GainTracer, batch: int, length: int)
 def trace_forward(model: PreTrainedModel) -> Trace:
     """Run text forwards of a model on the meta device and follow its gains.
 
-    The first forward decides whether the model can be traced. Two more look into branches that it may not have
-    taken, conditions on data answered the other way and a single token as in decoding, and can only add uses.
+    The first forward decides whether the model can be traced. More of them look into branches that it may not have
+    taken, with conditions on data answered in other ways and with a single token as in decoding: they add uses.
 
     Args:
         model: on the meta device, in eval mode.
@@ -806,11 +851,10 @@ def trace_forward(model: PreTrainedModel) -> Trace:
     tracer = GainTracer(model)
     _run(model, tracer, BATCH, TOKENS)
     tracer.auxiliary = True
-    if tracer.values.guessed:
-        tracer.values.guess = False
+    for guesses in tracer.values.other_guesses():
+        tracer.values.guesses = guesses
         with suppress(PlanError):
             _run(model, tracer, BATCH, TOKENS)
-        tracer.values.guess = True
     with suppress(PlanError):
         _run(model, tracer, 1, 1)
     return tracer.finish()

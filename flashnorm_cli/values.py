@@ -2,7 +2,7 @@
 
 Positions, masks and token ids depend on no weight: their values are computed beside the meta tensors. Router scores
 are unknown. A question about unknown data is answered so that as much of the model as possible runs: "everything is
-selected", and conditions hold (or, in a second forward, do not: `guess`).
+selected", and conditions hold; further forwards try other answers (`GUESSES`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from flashnorm_cli.errors import PlanError
 MAX_KNOWN = 1 << 16
 # "Everything is selected" on a tensor larger than this would make the trace itself heavy.
 MAX_SELECTED = 1 << 22
+# Answers to conditions on unknown data, and unknown numbers, in turn: one row per forward.
+GUESSES = ((1,), (0,), (2, 0), (0, 3))
 # Only the shape or the dtype of the input is used.
 SHAPE_ONLY = frozenset(
     "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full "
@@ -28,13 +30,13 @@ UNKNOWN_VALUES = ("empty", "new_empty", "rand", "bernoulli", "normal", "multinom
 
 
 class Values:
-    """Values by tensor. `guess` is what a condition on unknown data answers, `guessed` whether one was asked."""
+    """Values by tensor. `guesses` are the answers of this forward to questions about unknown data."""
 
     def __init__(self) -> None:
         self._alive: list[torch.Tensor] = []  # addresses of dead tensors would be reused
         self._known: dict[int, torch.Tensor] = {}
-        self.guess = True
-        self.guessed = False
+        self.guesses: tuple[int, ...] = GUESSES[0]
+        self._asked = 0
 
     def set(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
         """Tell the values of a meta tensor (token ids, a literal)."""
@@ -107,9 +109,15 @@ class Values:
         self.set(meta, value)
         return meta
 
+    def other_guesses(self) -> tuple[tuple[int, ...], ...]:
+        """What else to answer, if any condition on unknown data was asked."""
+        return GUESSES[1:] if self._asked else ()
+
     def _guess(self, tensor: torch.Tensor) -> torch.Tensor:
         known = self.of(tensor)
-        return known if known is not None else torch.full(tensor.shape, int(self.guess)).to(tensor.dtype)
+        if known is not None:
+            return known
+        return torch.full(tensor.shape, self.guesses[self._asked % len(self.guesses)]).to(tensor.dtype)
 
     def answer(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """Answers for operations that need data which a meta tensor does not have; NotImplemented for others."""
@@ -119,7 +127,8 @@ class Values:
         if name == "nonzero":
             return self._meta_with(self._select_all(first))
         if name == "_local_scalar_dense":
-            self.guessed = self.guessed or self.of(first) is None
+            if self.of(first) is None:
+                self._asked += 1
             return self._guess(first).item()
         if name == "_to_copy" and torch.device(kwargs.get("device") or "meta").type != "meta":
             return self._guess(first).to(kwargs.get("dtype") or first.dtype, copy=True)
