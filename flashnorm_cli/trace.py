@@ -64,7 +64,7 @@ TWO_SIDED = JOINS | frozenset("mul mul_ div div_ add add_ sub sub_ rsub".split()
 PRODUCTS = frozenset("mm bmm mv dot _grouped_mm grouped_mm_fallback addmm baddbmm addmv addbmm".split())
 # A tensor divided by one of these, or multiplied by the reciprocal, has been normalised.
 DENOMINATORS = frozenset("rsqrt sqrt linalg_vector_norm norm std".split())
-SCORES = "its output enters attention scores (a product of two activations)"
+SCORES = "its output is multiplied with a computed tensor (attention scores, or a weight changed on the way)"
 
 
 @dataclass(frozen=True)

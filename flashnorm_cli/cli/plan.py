@@ -11,7 +11,7 @@ from flashnorm_cli.cli.output import Output, size
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from flashnorm_cli.plan import Plan
+    from flashnorm_cli.plan import Norm, Plan
 
 
 def plan(
@@ -46,25 +46,23 @@ def plan_table(plan: Plan) -> Table:
     """One row for each kind of norm: its name with `*` for numbers, how many, what reads it, what happens to it."""
     from rich.table import Table
 
-    from flashnorm_cli.plan import grouped, pattern_of
+    from flashnorm_cli.plan import pattern_of
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("norm", overflow="fold")
     table.add_column("count", justify="right")
     table.add_column("read by", overflow="fold")
-    table.add_column("gain")
-    table.add_column("", overflow="fold")
-    rows: dict[tuple[str, str], list[str]] = {}
+    table.add_column("gain", overflow="fold")
+    rows: dict[tuple[str, str], list[Norm]] = {}
     for norm in plan.norms:
-        verdict = "folded" if norm.reason is None else "kept: " + re.sub(r"\.\d+\b", ".*", norm.reason)
-        rows.setdefault((pattern_of(norm.tensor), verdict), []).append(norm.tensor)
-    by_name = {norm.tensor: norm for norm in plan.norms}
-    for (pattern, verdict), names in rows.items():
-        readers = [pattern_of(r) for name in names for r in by_name[name].readers]
-        short = [p.removesuffix(".weight").rsplit("*.", 1)[-1] for p, _ in grouped(readers)]
-        first = by_name[names[0]]
-        gain = ("1 + w" if first.offset == 1 else f"w + {first.offset:g}") if first.offset else "w"
-        table.add_row(pattern, str(len(names)), ", ".join(dict.fromkeys(short)), gain, verdict)
+        gain = ("1 + w" if norm.offset == 1 else f"w + {norm.offset:g}") if norm.offset else "w"
+        reason = re.sub(r"\.\d+\b", ".*", norm.reason or "")
+        verdict = f"{gain}, kept: {reason}" if reason else f"{gain}, folded"
+        rows.setdefault((pattern_of(norm.tensor).removesuffix(".weight"), verdict), []).append(norm)
+    for (pattern, verdict), norms in rows.items():
+        readers = dict.fromkeys(pattern_of(r) for norm in norms for r in norm.readers)
+        short = dict.fromkeys(r.removesuffix(".weight").rsplit(".", 1)[-1] for r in readers)
+        table.add_row(pattern, str(len(norms)), ", ".join(short), verdict)
     return table
 
 
