@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from typing import Any
 
 
 class Output:
@@ -18,14 +15,12 @@ class Output:
         from rich.console import Console
 
         self.as_json, self.quiet = as_json, quiet
-        self._out = Console(highlight=False, soft_wrap=True)
         self._err = Console(stderr=True)
 
-    def text(self, *lines: RenderableType) -> None:
+    def text(self, *lines: str) -> None:
         """Print for people; nothing under --json or --quiet."""
         if not self.as_json and not self.quiet:
-            for line in lines:
-                self._out.print(line, soft_wrap=isinstance(line, str), markup=False)
+            print("\n".join(lines))
 
     def data(self, value: dict[str, Any]) -> None:
         """Print for scripts, under --json only."""

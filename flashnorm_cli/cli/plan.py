@@ -9,8 +9,6 @@ from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output, size
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from flashnorm_cli.plan import Norm, Plan
 
 
@@ -38,32 +36,27 @@ def plan(
         report(0, 0, "Tracing the model")
         result = make_plan(checkpoint, final_norm, trust_remote_code)
     output.data(result.to_json())
-    output.text(f"{result.architecture} ({model}), {size(result.bytes_total)}", "", plan_table(result))
-    output.text("", *plan_summary(result))
+    output.text(f"{result.architecture} ({model}), {size(result.bytes_total)}", "")
+    output.text(*plan_lines(result), "", *plan_summary(result))
 
 
-def plan_table(plan: Plan) -> Table:
-    """One row for each kind of norm: its name with `*` for numbers, how many, what reads it, what happens to it."""
-    from rich.table import Table
-
+def plan_lines(plan: Plan) -> list[str]:
+    """One line for each kind of norm: what happens, its name with `*` for numbers, how many, what reads it or why not."""
     from flashnorm_cli.plan import pattern_of
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("norm", overflow="fold")
-    table.add_column("count", justify="right")
-    table.add_column("read by", overflow="fold")
-    table.add_column("gain", overflow="fold")
-    rows: dict[tuple[str, str], list[Norm]] = {}
+    kinds: dict[tuple[str, str, str], list[Norm]] = {}
     for norm in plan.norms:
-        gain = ("1 + w" if norm.offset == 1 else f"w + {norm.offset:g}") if norm.offset else "w"
-        reason = re.sub(r"\.\d+\b", ".*", norm.reason or "")
-        verdict = f"{gain}, kept: {reason}" if reason else f"{gain}, folded"
-        rows.setdefault((pattern_of(norm.tensor).removesuffix(".weight"), verdict), []).append(norm)
-    for (pattern, verdict), norms in rows.items():
-        readers = dict.fromkeys(pattern_of(r) for norm in norms for r in norm.readers)
-        short = dict.fromkeys(r.removesuffix(".weight").rsplit(".", 1)[-1] for r in readers)
-        table.add_row(pattern, str(len(norms)), ", ".join(short), verdict)
-    return table
+        name = pattern_of(norm.tensor).removesuffix(".weight")
+        gain = {0.0: "", 1.0: " (1 + w)"}.get(norm.offset, f" (w + {norm.offset:g})")
+        kinds.setdefault((name, gain, re.sub(r"\.\d+\b", ".*", norm.reason or "")), []).append(norm)
+    width = max((len(name + gain) for name, gain, _ in kinds), default=0)
+    lines = []
+    for (name, gain, reason), norms in kinds.items():
+        readers = dict.fromkeys(pattern_of(r).removesuffix(".weight") for norm in norms for r in norm.readers)
+        short = ", ".join(dict.fromkeys(r.rsplit(".", 1)[-1] for r in readers))
+        what, why = ("kept  ", reason) if reason else ("folded", f"into {short}")
+        lines.append(f"{what}  {name + gain:{width}}  {len(norms):4} x  {why}")
+    return lines
 
 
 def plan_summary(plan: Plan) -> list[str]:
