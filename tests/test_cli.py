@@ -84,7 +84,8 @@ def test_demo_model_is_small_and_trained() -> None:
 def test_plan_for_people_and_for_scripts(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("plan", MODEL) == 0
     text = capsys.readouterr().out
-    assert "model.layers.*.input_layernorm " in text
+    assert "folded  model.layers.*.input_layernorm " in text
+    assert "into k_proj, q_proj, v_proj" in text
     assert "9 of 9 norms are folded into 21 tensors" in text
     assert run("plan", MODEL, "--json", "--final-norm", "keep") == 0
     plan = json.loads(capsys.readouterr().out)

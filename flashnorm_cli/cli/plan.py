@@ -41,7 +41,7 @@ def plan(
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """One line for each kind of norm: what happens, its name with `*` for numbers, how many, what reads it or why not."""
+    """One line for each kind of norm: what happens, its name with `*` for numbers, how many, and into what or why."""
     from flashnorm_cli.plan import pattern_of
 
     kinds: dict[tuple[str, str, str], list[Norm]] = {}
