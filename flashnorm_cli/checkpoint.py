@@ -57,7 +57,7 @@ class Checkpoint:
 
     `folder` holds the small files (and the shards too, unless only the headers of a Hub repository were read).
     `shards` maps the shards' file names, in the index's order, to their headers. `others` are the relative paths
-    of the files to carry over, `left_out` those of weights in other formats.
+    of the files to carry over, `left_out` those of weights in other formats and of links to folders.
     """
 
     source: Source
@@ -123,9 +123,13 @@ def _open_folder(source: Source, folder: Path, commit: str | None) -> Checkpoint
     left_out: list[str] = []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        if path.is_dir() or {".git", ".cache"} & set(relative.parts) or relative.as_posix() in (*names, CONFIG, INDEX):
+        if (
+            (path.is_dir() and not path.is_symlink())
+            or {".git", ".cache"} & set(relative.parts)
+            or relative.as_posix() in (*names, CONFIG, INDEX)
+        ):
             continue
-        if path.name.endswith(tuple(OTHER_WEIGHTS)):
+        if path.name.endswith(tuple(OTHER_WEIGHTS)) or path.is_dir():  # a link to a folder: it may lead anywhere
             left_out.append(relative.as_posix())
         elif path.is_file() and os.access(path, os.R_OK):
             others.append(relative.as_posix())

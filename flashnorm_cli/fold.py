@@ -258,11 +258,20 @@ def _lock(lock: int, journal: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _disk_errors(target: Path) -> Iterator[None]:
+    """Errors of the disk in the words of the output; what the rewriting has worded already keeps its file's name."""
     try:
         yield
     except OSError as error:
-        hint = "; free some space and run the same command again" if error.errno == errno.ENOSPC else ""
-        raise FlashNormError(f"{target}: {error.strerror or error}{hint}") from error
+        raise FlashNormError(f"{target}: {error.strerror or error}{_hint(error)}") from error
+    except FlashNormError as error:
+        if hint := _hint(error.__cause__):
+            raise FlashNormError(f"{error}{hint}") from error
+        raise
+
+
+def _hint(error: BaseException | None) -> str:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "; free some space and run the same command again" if full else ""
 
 
 def _write(

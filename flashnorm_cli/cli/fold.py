@@ -91,7 +91,7 @@ def fold(
         flushed = sum(result.flushed.values())
         out.text(f"{flushed} products in {len(result.flushed)} tensors were too small for their dtype and became zero.")
     if result.left_out:
-        out.text(f"Left out, weights in other formats: {', '.join(result.left_out)}")
+        out.text(f"Left out (weights in other formats, links to folders): {', '.join(result.left_out)}")
     if layout == "dropped":
         out.text(
             "Layout dropped: transformers warns and fills the norms in; stock vLLM and llama.cpp will not load this."
