@@ -813,7 +813,6 @@ def test_too_little_space(place: Path, small_disk: Path, capsys: pytest.CaptureF
     assert tree(place) == before
 
 
-@pytest.mark.xfail(strict=True, reason="the line lacks the hint")
 def test_disk_full_then_resumed(
     place: Path, small_disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,6 +92,7 @@ def test_plan_for_people_and_for_scripts(capsys: pytest.CaptureFixture[str]) -> 
     final = plan["norms"][-1]
     assert (final["tensor"], final["folded"], final["reason"]) == ("model.norm.weight", False, "--final-norm keep")
     assert plan["folded_flag"] is False
-    assert plan["readers"][0]["runs"] == [["model.layers.0.input_layernorm.weight", 0, 192, 1]]
+    q_proj = next(r for r in plan["readers"] if r["tensor"] == "model.layers.0.self_attn.q_proj.weight")
+    assert (q_proj["dim"], q_proj["runs"]) == (1, [["model.layers.0.input_layernorm.weight", 0, 192, 1]])
     assert run("plan", MODEL, "--quiet") == 0
     assert capsys.readouterr().out == ""
