@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flashnorm_cli.checkpoint import Checkpoint, Source, open_checkpoint
     from flashnorm_cli.errors import FlashNormError
-    from flashnorm_cli.fold import FoldResult, fold
+    from flashnorm_cli.folding import FoldResult, fold
     from flashnorm_cli.plan import Plan, make_plan
 
 __version__ = "0.1.0"
@@ -31,8 +31,8 @@ _HOME = {
     "Source": "checkpoint",
     "open_checkpoint": "checkpoint",
     "FlashNormError": "errors",
-    "FoldResult": "fold",
-    "fold": "fold",
+    "FoldResult": "folding",
+    "fold": "folding",
     "Plan": "plan",
     "make_plan": "plan",
 }
@@ -41,6 +41,4 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value  # so that the function `fold` stands before the module of the same name
-    return value
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

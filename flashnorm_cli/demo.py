@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flashnorm_cli.fold import FoldResult, fold
+from flashnorm_cli.folding import FoldResult, fold
 from flashnorm_cli.runtime import quiet_transformers
 
 MODEL = Path(__file__).parent / "demo_model"
@@ -31,7 +30,6 @@ class DemoResult:
     """
 
     fold: FoldResult
-    fold_seconds: float
     parameters: int
     gains: tuple[float, float]
     algebra: float
@@ -52,9 +50,7 @@ def run_demo(output: Path) -> DemoResult:
     """Fold the demo model into `output` and compare both. Deterministic, offline, some seconds on a CPU."""
     from transformers import AutoTokenizer
 
-    started = time.monotonic()
     folded = fold(MODEL, output)
-    fold_seconds = time.monotonic() - started
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(MODEL)
     source = _load(MODEL, torch.float32)
@@ -75,7 +71,6 @@ def run_demo(output: Path) -> DemoResult:
     noisy = _logits(_load(MODEL, torch.bfloat16), rows)
     return DemoResult(
         fold=folded,
-        fold_seconds=fold_seconds,
         parameters=sum(p.numel() for p in source.parameters()),
         gains=(gains.min().item(), gains.max().item()),
         algebra=_distance(exact, reference),

@@ -731,6 +731,9 @@ class GainTracer(TorchDispatchMode):
                         trace.kept.setdefault(
                             gain, f"`{name}`, which reads it, has another use (`{operation}` in `{where}`)"
                         )
+            if name in trace.gains:  # also multiplied element by element, elsewhere
+                for gain in fed:
+                    trace.kept.setdefault(gain, f"`{name}`, which reads it, is a gain itself")
             if fed:
                 trace.readers[name] = Reader(name, dim, merged, module)
         for gain in trace.gains:

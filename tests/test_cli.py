@@ -26,7 +26,8 @@ def run(*arguments: object) -> int:
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom flashnorm_cli.cli import main\n"
-        f"try: main({arguments})\nfinally: print('HEAVY', {{'torch', 'transformers', 'huggingface_hub'}} & set(sys.modules))"
+        f"try: main({arguments})\n"
+        "finally: print('HEAVY', {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

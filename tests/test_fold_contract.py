@@ -22,7 +22,7 @@ import transformers
 from families import build, logits, randomize_gains, save, small_config, text_inputs
 
 from flashnorm_cli.cli import main
-from flashnorm_cli.fold import fold
+from flashnorm_cli.folding import fold
 
 FAMILIES = ("llama", "smollm3", "gemma3_text", "gemma3")  # untied; tied; 1 + w; multimodal with 1 + w
 UNTIED = ("smollm3", "gemma3_text", "gemma3")
@@ -485,7 +485,7 @@ def test_text(made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "16.4 kB are added" in out
     assert all(name in out for name in LEFT_OUT)
     assert "stock vLLM and llama.cpp will not load this" in out
-    assert out.endswith(f" s to {tmp_path / 'out'}\n")
+    assert out.endswith(f" s more:\n{tmp_path / 'out'}\n")
 
 
 def test_flushed(tmp_path: Path) -> None:

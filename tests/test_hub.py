@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import flashnorm_cli
 from flashnorm_cli.checkpoint import FIRST_BYTES, INDEX, RECORD, Source, open_checkpoint
-from flashnorm_cli.fold import fold
+from flashnorm_cli.folding import fold
 from flashnorm_cli.plan import make_plan
 from flashnorm_cli.safetensors_file import build_header, read_header
 
@@ -214,7 +214,10 @@ def test_fold_is_the_fold_of_the_same_folder(
     options = ["--revision", "v1", "--token", "hf_mine", "--cache-dir", cache]
     result = cli("fold", "user/tiny", *options)
     assert (result.returncode, result.stderr) == (0, "")
-    assert "Left out, weights in other formats: consolidated.safetensors, pytorch_model.bin\n" in result.stdout
+    assert (
+        "Left out (weights in other formats, links to folders): consolidated.safetensors, pytorch_model.bin\n"
+        in result.stdout
+    )
     assert [path.name for path in cwd.iterdir()] == ["tiny-FlashNorm"]
     assert set(weight_bytes(hub)) == {path.name for path in older.glob("model-*.safetensors")}
     assert [request.range for request in hub.log if request.host == "cdn"].count(None) == 3  # one broke off

@@ -67,7 +67,7 @@ def _story(result: DemoResult, output: Path | None) -> list[str]:
         "",
         f"Folded   {len(plan.folded)} norms into the {len(plan.readers)} linear layers that read them; every norm "
         "weight is now 1.",
-        f"         {size(result.fold.bytes_written)} in {result.fold_seconds:.1f} s, written to {where}",
+        f"         {size(result.fold.bytes_written)} in {sum(result.fold.seconds):.1f} s, written to {where}",
         "",
         "Checked  on text it was not trained on      source   folded",
         f"         perplexity per byte               {result.perplexity_source:7.4f}  {result.perplexity_folded:7.4f}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -48,9 +47,8 @@ def fold(
     out = Output(json, quiet)
     with out.progress() as report:
         report(0, 0, "Starting")
-        from flashnorm_cli.fold import fold as run
+        from flashnorm_cli.folding import fold as run
 
-        started = time.monotonic()
         result = run(
             model,
             output,
@@ -65,7 +63,6 @@ def fold(
             overwrite=overwrite,
             on_progress=report,
         )
-    seconds = time.monotonic() - started
     plan = result.plan
     out.data(
         {
@@ -81,7 +78,7 @@ def fold(
             "flushed_to_zero": result.flushed,
             "resumed_shards": list(result.resumed),
             "left_out": list(result.left_out),
-            "seconds": round(seconds, 3),
+            "seconds": dict(zip(("plan", "write", "flush"), (round(s, 3) for s in result.seconds), strict=True)),
         }
     )
     out.text(*plan_summary(plan))
@@ -96,4 +93,9 @@ def fold(
         out.text(
             "Layout dropped: transformers warns and fills the norms in; stock vLLM and llama.cpp will not load this."
         )
-    out.text(f"Wrote {size(result.bytes_written)} in {seconds:.1f} s to {result.output}")
+    planning, writing, flushing = result.seconds
+    out.text(
+        f"Planned in {planning:.1f} s, wrote {size(result.bytes_written)} in {writing:.1f} s, on the disk after "
+        f"{flushing:.1f} s more:",
+        str(result.output),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import fcntl
@@ -10,7 +11,9 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,11 @@ TORCH_DTYPE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 
 @dataclass(frozen=True)
 class FoldResult:
-    """What a fold did. `flushed` counts, per tensor, products that became zero; `resumed` shards were done before."""
+    """What a fold did.
+
+    `flushed` counts, per tensor, products that became zero; `resumed` are shards that an earlier run had finished;
+    `seconds` are those of planning, of writing, and of waiting until the disk has everything.
+    """
 
     output: Path
     plan: Plan
@@ -39,6 +46,7 @@ class FoldResult:
     flushed: dict[str, int]
     resumed: tuple[str, ...]
     left_out: tuple[str, ...]
+    seconds: tuple[float, float, float]
 
 
 def fold(
@@ -85,6 +93,7 @@ def fold(
     report = on_progress or (lambda done, total, what: None)
     source = Source(str(model), revision, token, Path(cache_dir) if cache_dir else None, local_files_only)
 
+    started = time.monotonic()
     report(0, 0, "Reading headers")
     checkpoint = open_checkpoint(source, weights=False)
     refuse_folded(checkpoint)
@@ -100,19 +109,32 @@ def fold(
         raise FlashNormError(f"{model}: there is nothing to fold: {reasons}")
     if checkpoint.commit is not None:
         report(0, 0, f"Downloading {source.name}")
-        planned, checkpoint = (
+        headers, checkpoint = (
             checkpoint,
             open_checkpoint(dataclasses.replace(source, revision=checkpoint.commit), on_progress=report),
         )
-        if {n: h.raw for n, h in planned.shards.items()} != {n: h.raw for n, h in checkpoint.shards.items()}:
+        if {n: h.raw for n, h in headers.shards.items()} != {n: h.raw for n, h in checkpoint.shards.items()}:
             raise CheckpointError(f"{model}: its headers changed between plan and download; run it again")
 
+    _give_back_memory()
+    planned_at = time.monotonic()
     gains = _read_gains(checkpoint, plan)
     jobs = _jobs(checkpoint, plan, gains, layout)
     with _work_folder(target, _fingerprint(checkpoint, plan, gains, layout), checkpoint.shards) as work:
         result = _write(checkpoint, plan, layout, jobs, work, workers, report)
+        written_at = time.monotonic()
+        report(0, 0, "Waiting for the disk")
+        _flush(work, workers)
         _publish(work, target)
-    return dataclasses.replace(result, output=target)
+    seconds = (planned_at - started, written_at - planned_at, time.monotonic() - written_at)
+    return dataclasses.replace(result, output=target, seconds=seconds)
+
+
+def _give_back_memory() -> None:
+    """Return what the trace has used to the system, where the C library can: it would stay beside the buffers."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 # ---- before the first write ------------------------------------------------------------------------------------------
@@ -197,8 +219,13 @@ def _jobs(checkpoint: Checkpoint, plan: Plan, gains: dict[str, torch.Tensor], la
 
 
 def _fingerprint(checkpoint: Checkpoint, plan: Plan, gains: dict[str, torch.Tensor], layout: str) -> str:
-    """Equal for two runs that would write the same bytes: a later run may go on only with such shards."""
-    digest = hashlib.sha256(json.dumps([__version__, layout, plan.to_json()], sort_keys=True).encode())
+    """Equal for two runs that would write the same bytes: a later run may go on only with such shards.
+
+    Finished shards may still be in memory only, so a run before the machine's last start does not count.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    start = boot.read_text() if boot.exists() else ""
+    digest = hashlib.sha256(json.dumps([__version__, start, layout, plan.to_json()], sort_keys=True).encode())
     for name, header in checkpoint.shards.items():
         stat = (checkpoint.folder / name).stat()
         digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}".encode() + header.raw)
@@ -305,7 +332,7 @@ def _write(
             done += n
             report(done, total, name)
 
-        counts = rewrite_shard(dataclasses.replace(job, target=part), workers, on_bytes)
+        counts = rewrite_shard(dataclasses.replace(job, target=part), workers, on_bytes, fsync=False)
         flushed.update({tensor: n for tensor, n in counts.items() if n})
         _write_text(flushed_file, json.dumps(flushed))
         part.rename(work / name)  # from now on the shard counts as finished
@@ -325,17 +352,30 @@ def _write(
     original = (checkpoint.folder / CONFIG).read_text(encoding="utf-8")
     config = record.folded_config(checkpoint.config, plan, layout)
     _write_text(work / CONFIG, record.dump_like(config, original))
-    return FoldResult(work, plan, layout, total, flushed, resumed, checkpoint.left_out)
+    return FoldResult(work, plan, layout, total, flushed, resumed, checkpoint.left_out, (0.0, 0.0, 0.0))
 
 
 def _write_text(path: Path, text: str) -> None:
     """Write a small file so that it is there as a whole or not at all."""
     part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    part.write_text(text, encoding="utf-8")
     part.rename(path)
+
+
+def _flush(folder: Path, workers: int) -> None:
+    """Return when everything below a folder is on the disk."""
+
+    def fsync(path: Path) -> None:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(fsync, [p for p in folder.rglob("*") if not p.is_symlink()]):
+            pass
+    fsync(folder)
 
 
 def _publish(work: Path, target: Path) -> None:
