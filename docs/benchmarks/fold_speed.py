@@ -297,7 +297,8 @@ def main() -> None:
         return
     args.folder.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
-        "command": " ".join(["python", "docs/benchmarks/fold_speed.py", "FOLDER", *sys.argv[2:]]),
+        "command": f"python docs/benchmarks/fold_speed.py FOLDER --rounds {args.rounds} --workers {args.workers} "
+        f"--patience {args.patience:g}",
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(args.folder),
         "workers": args.workers,
