@@ -135,6 +135,20 @@ class _Weight:
     offset: float = 0.0
 
 
+@dataclass
+class _Call:
+    """One operation: what it was called with, and for each tensor among that its ids and its weight, if any."""
+
+    func: Any
+    name: str
+    args: Any
+    kwargs: Any
+    inputs: list[torch.Tensor]
+    ids: list[torch.Tensor | None]
+    weights: list[_Weight | None]
+    out: Any
+
+
 class GainTracer(TorchDispatchMode):
     """Records into `self.trace` what happens to gains while the mode is active. See the module's docstring."""
 
@@ -294,10 +308,12 @@ class GainTracer(TorchDispatchMode):
         scaled = [self._ids[t._cdata] for t in inputs if t._cdata in self._ids]
         if scaled or any(t._cdata in self._weights for t in inputs):
             self._accounted_for = name in SHAPE_ONLY
-            self._propagate(func, name, args, kwargs, inputs, out)
+            ids = [self._ids.get(t._cdata) for t in inputs]
+            weights = [self._weights.get(t._cdata) for t in inputs]
+            self._propagate(_Call(func, name, args, kwargs, inputs, ids, weights, out))
             if not self._accounted_for:  # no rule said where the gain went: it must not be lost silently
-                for ids in scaled:
-                    self.escape(ids, _words(name))
+                for lost in scaled:
+                    self.escape(lost, _words(name))
         self._propagate_norm(name, args, inputs, out)
         if func._schema.is_mutable:
             self._drop_reshaped(inputs, name)
@@ -370,9 +386,8 @@ class GainTracer(TorchDispatchMode):
 
     # ---- gains --------------------------------------------------------------------------------------------------
 
-    def _propagate(self, func: Any, name: str, args: Any, kwargs: Any, inputs: list[torch.Tensor], out: Any) -> None:
-        ids = [self._ids.get(t._cdata) for t in inputs]
-        weights = [self._weights.get(t._cdata) for t in inputs]
+    def _propagate(self, call: _Call) -> None:
+        func, name, inputs, ids, weights, out = call.func, call.name, call.inputs, call.ids, call.weights, call.out
         if name in SHAPE_ONLY:
             return
         if name not in TWO_SIDED and name not in PRODUCTS:
@@ -380,20 +395,20 @@ class GainTracer(TorchDispatchMode):
                 if i is not None:  # a bias, a fill value: it is not what the rules below look at
                     self.escape(i, _words(name))
         writes = any(a.kwarg_only and a.alias_info is not None for a in func._schema.arguments)
-        if writes or kwargs.get("rounding_mode") or _narrows(name, out):
-            self._anything_else(name, ids, weights)  # out= may have older views; and what no gain commutes with
+        if writes or call.kwargs.get("rounding_mode") or _narrows(name, out):
+            self._anything_else(call)  # out= may have older views; and what no gain commutes with
         elif (name in MOVES or name in SAME) and func._overloadname != "dtype":  # view(dtype) reinterprets the bits
-            self._move(func, name, args, kwargs, inputs[0], out)
-        elif name in GATHERS and self._gather(func, name, args, inputs, out):
+            self._move(call)
+        elif name in GATHERS and self._gather(call):
             pass
         elif name in JOINS and not any(weights):
-            self._join(func, args, kwargs, inputs, ids, out)
+            self._join(call)
         elif name in ("mul", "mul_", "div", "div_"):
-            self._multiply(name, args, inputs, ids, weights, out)
+            self._multiply(call)
         elif name in ("add", "sub", "rsub", "neg", "add_", "sub_"):
-            self._add(name, args, kwargs, inputs, ids, weights, out)
+            self._add(call)
         elif name in ("sum", "mean", "constant_pad_nd", "masked_fill", "masked_fill_", "repeat_interleave"):
-            self._along_tokens(func, name, args, kwargs, inputs, ids, weights, out)
+            self._along_tokens(call)
         elif name in PRODUCTS and not name.startswith(("add", "badd")):
             self._product(name, inputs[0], inputs[1], out)
         elif name in PRODUCTS and name.startswith(("add", "badd")) and ids[0] is None:
@@ -402,75 +417,74 @@ class GainTracer(TorchDispatchMode):
             self._product(name, inputs[1], inputs[2], out)
         elif name == "linear":
             self._product(name, inputs[0], inputs[1], out, weight_dim=-1)
-        elif name == "convolution" and self._convolution(args, out):
+        elif name == "convolution" and self._convolution(call.args, out):
             pass
         elif name in ("native_layer_norm", "_fused_rms_norm", "rms_norm"):
-            self._fused_norm(name, args, inputs, out)
+            self._fused_norm(name, call.args, inputs, out)
         else:
-            self._anything_else(name, ids, weights)
+            self._anything_else(call)
 
-    def _anything_else(self, name: str, ids: list[torch.Tensor | None], weights: list[_Weight | None]) -> None:
-        for i in ids:
-            if i is not None:
-                self.escape(i, _words(name))
-        for w in weights:
-            if w is not None:
-                self._other_use(w, name)
+    def _anything_else(self, call: _Call) -> None:
+        self._escape_all(call, _words(call.name))
 
-    def _move(self, func: Any, name: str, args: Any, kwargs: Any, source: torch.Tensor, out: Any) -> None:
+    def _escape_all(self, call: _Call, why: str) -> None:
+        for ids in call.ids:
+            if ids is not None:
+                self.escape(ids, why)
+        for weight in call.weights:
+            if weight is not None:
+                self._other_use(weight, call.name)
+
+    def _move(self, call: _Call) -> None:
+        name, out = call.name, call.out
+
         def moved(companion: torch.Tensor) -> list[torch.Tensor]:
             if name in SAME:
                 return [companion]
-            if name in (
-                "view",
-                "_unsafe_view",
-            ):  # a contiguous tensor's companion need not be contiguous itself
+            if name in ("view", "_unsafe_view"):  # the companion of a contiguous tensor need not be contiguous
                 return [companion.reshape(out.shape)]
-            result = func(companion, *args[1:], **kwargs)
+            result = call.func(companion, *call.args[1:], **call.kwargs)
             return list(result) if isinstance(result, (list, tuple)) else [result]
 
         outs = list(out) if isinstance(out, (list, tuple)) else [out]
-        ids, weight = self._ids.get(source._cdata), self._weights.get(source._cdata)
+        ids, weight = call.ids[0], call.weights[0]
         if ids is not None:
             for o, companion in zip(outs, moved(ids), strict=True):
                 self._set_ids(o, companion)
         if weight is not None:
             parts = [moved(c) for c in weight.coords] if weight.coords else []
             for n, o in enumerate(outs):
-                self._keep(o)
                 coords = tuple(p[n] for p in parts)
                 self._set_weight(o, _Weight(weight.name, coords, weight.scale, weight.offset))
 
-    def _gather(self, func: Any, name: str, args: Any, inputs: list[torch.Tensor], out: torch.Tensor) -> bool:
+    def _gather(self, call: _Call) -> bool:
         """Rows picked by indices. The companion is constant along the picked dimensions, so index 0 stands for all."""
-        source = inputs[0]
-        if any(t._cdata in self._ids or t._cdata in self._weights for t in inputs[1:]):
+        name, args, out = call.name, call.args, call.out
+        if any(i is not None for i in call.ids[1:]) or any(call.weights[1:]):
             return False
-
         if name == "index":
             rows: Any = [None if i is None else torch.zeros(i.shape, dtype=torch.int64) for i in args[1]]
             picked = [d for d, i in enumerate(rows) if i is not None]
         else:
-            picked = [args[1] % source.ndim]
+            picked = [args[1] % call.inputs[0].ndim]
 
         def gathered(companion: torch.Tensor) -> torch.Tensor:
             if name == "index":
                 for d in range(companion.ndim):  # keep what is constant small: a stack of experts is large
                     if d not in picked and companion.stride(d) == 0:
                         companion = companion.narrow(d, 0, min(1, companion.shape[d]))
-                return func(companion, rows).expand(out.shape)
+                return call.func(companion, rows).expand(out.shape)
             for d in range(companion.ndim):
                 size = out.shape[d]
                 companion = resized(companion, d, size) if d in picked else companion.narrow(d, 0, size)
             return companion
 
-        ids, weight = self._ids.get(source._cdata), self._weights.get(source._cdata)
+        ids, weight = call.ids[0], call.weights[0]
         if ids is not None:
             if not constant_along(ids, picked):
                 return False
             self._set_ids(out, gathered(ids))
         if weight is not None:
-            self._keep(out)
             # Which rows were picked is unknown: the coordinates that vary along them are lost, the others stand.
             coords = tuple(
                 gathered(c) if constant_along(c, picked) else torch.full((), UNKNOWN).expand(out.shape)
@@ -479,28 +493,14 @@ class GainTracer(TorchDispatchMode):
             self._set_weight(out, _Weight(weight.name, coords, weight.scale, weight.offset))
         return True
 
-    def _join(
-        self,
-        func: Any,
-        args: Any,
-        kwargs: Any,
-        inputs: list[torch.Tensor],
-        ids: list[torch.Tensor | None],
-        out: torch.Tensor,
-    ) -> None:
+    def _join(self, call: _Call) -> None:
         zero = torch.zeros((), dtype=torch.int64)
-        companions = [i if i is not None else zero.expand(t.shape) for t, i in zip(inputs, ids, strict=True)]
-        self._set_ids(out, func(companions, *args[1:], **kwargs))
+        pairs = zip(call.inputs, call.ids, strict=True)
+        companions = [i if i is not None else zero.expand(t.shape) for t, i in pairs]
+        self._set_ids(call.out, call.func(companions, *call.args[1:], **call.kwargs))
 
-    def _multiply(
-        self,
-        name: str,
-        args: Any,
-        inputs: list[torch.Tensor],
-        ids: list[torch.Tensor | None],
-        weights: list[_Weight | None],
-        out: torch.Tensor,
-    ) -> None:
+    def _multiply(self, call: _Call) -> None:
+        name, args, inputs, ids, weights, out = call.name, call.args, call.inputs, call.ids, call.weights, call.out
         in_place = name.endswith("_")
         if len(inputs) == 1 or (len(inputs) == 2 and not any(weights) and ids[1] is None):
             # A number, or an activation without a gain, scales the tensor: the gain stays where it was.
@@ -508,10 +508,9 @@ class GainTracer(TorchDispatchMode):
                 self._set_ids(out, ids[0].broadcast_to(out.shape))
             elif weights[0] is not None and not in_place and isinstance(args[1], (int, float)):
                 mine, factor = weights[0], args[1] if name == "mul" else 1 / args[1]
-                self._keep(out)
                 self._set_weight(out, _Weight(mine.name, mine.coords, mine.scale * factor, mine.offset * factor))
             else:
-                self._anything_else(name, ids, weights)
+                self._anything_else(call)
             return
         if ids[0] is None and ids[1] is not None and not any(weights) and name == "mul":
             self._set_ids(out, ids[1].broadcast_to(out.shape))
@@ -522,33 +521,19 @@ class GainTracer(TorchDispatchMode):
         if w is not None and not both and name == "mul" and self._normalised_afresh(other):
             self._birth(out, w, tuple(c.broadcast_to(out.shape) for c in w.coords))
             return
-        for i in ids:
-            if i is not None:
-                what = f"`{w.name}`" if w is not None else "another scaled tensor"
-                self.escape(i, f"its output is multiplied by {what}")
-        for weight in weights:
-            if weight is not None:
-                self._other_use(weight, name)
+        what = f"`{w.name}`" if w is not None else "another scaled tensor"
+        self._escape_all(call, f"its output is multiplied by {what}")
 
-    def _add(
-        self,
-        name: str,
-        args: Any,
-        kwargs: Any,
-        inputs: list[torch.Tensor],
-        ids: list[torch.Tensor | None],
-        weights: list[_Weight | None],
-        out: torch.Tensor,
-    ) -> None:
+    def _add(self, call: _Call) -> None:
+        name, args, inputs, ids, weights, out = call.name, call.args, call.inputs, call.ids, call.weights, call.out
         if len(inputs) == 1 and weights[0] is not None and not name.endswith("_"):
-            w, alpha = weights[0], kwargs.get("alpha", 1)
+            w, alpha = weights[0], call.kwargs.get("alpha", 1)
             number = args[1] * alpha if name in ("add", "sub") else 0
             sign = -1.0 if name in ("rsub", "neg") else 1.0
             if name == "sub":
                 number = -number
             elif name == "rsub":
                 number, sign = args[1], -float(alpha)
-            self._keep(out)
             self._set_weight(out, _Weight(w.name, w.coords, sign * w.scale, sign * w.offset + number))
             return
         if name == "neg" and ids[0] is not None:
@@ -560,37 +545,21 @@ class GainTracer(TorchDispatchMode):
             if left.shape == out.shape and torch.equal(left, right):
                 self._set_ids(out, left)
                 return
-            for i in ids:
-                if i is not None:
-                    self.escape(i, "its channels are mixed with each other (as rotary embeddings do)")
+            self._escape_all(call, "its channels are mixed with each other (as rotary embeddings do)")
         else:
-            for i in ids:
-                if i is not None:
-                    self.escape(i, "its output is added to another tensor (a residual or skip connection)")
-        for w2 in weights:
-            if w2 is not None:
-                self._other_use(w2, name)
+            self._escape_all(call, "its output is added to another tensor (a residual or skip connection)")
 
-    def _along_tokens(
-        self,
-        func: Any,
-        name: str,
-        args: Any,
-        kwargs: Any,
-        inputs: list[torch.Tensor],
-        ids: list[torch.Tensor | None],
-        weights: list[_Weight | None],
-        out: torch.Tensor,
-    ) -> None:
+    def _along_tokens(self, call: _Call) -> None:
         """Linear operations over dimensions that the gain does not vary along."""
-        tagged = ids[0]
-        if tagged is None or any(w is not None for w in weights):
-            self._anything_else(name, ids, weights)
+        name, args, out = call.name, call.args, call.out
+        tagged = call.ids[0]
+        if tagged is None or any(call.weights):
+            self._anything_else(call)
         elif name in ("sum", "mean"):
             dims = args[1] if len(args) > 1 and args[1] else list(range(tagged.ndim))
             dims = [dims] if isinstance(dims, int) else dims
             if constant_along(tagged, dims):
-                keep = bool(args[2]) if len(args) > 2 else bool(kwargs.get("keepdim", False))
+                keep = bool(args[2]) if len(args) > 2 else bool(call.kwargs.get("keepdim", False))
                 self._set_ids(out, tagged.amax(dims, keepdim=keep) if tagged.numel() else tagged.new_zeros(out.shape))
             else:
                 self.escape(tagged, _words(name))
@@ -602,7 +571,7 @@ class GainTracer(TorchDispatchMode):
                     tagged = resized(tagged, d, out.shape[d])
                 self._set_ids(out, tagged)
             else:
-                self.escape(ids[0], _words(name))  # type: ignore[arg-type]
+                self.escape(tagged, _words(name))
         elif name.startswith("masked_fill"):
             fill = args[2]
             if isinstance(fill, torch.Tensor):
@@ -613,7 +582,7 @@ class GainTracer(TorchDispatchMode):
             else:
                 self.escape(tagged, _words(name))
         else:  # repeat_interleave
-            self._anything_else(name, ids, weights)
+            self._anything_else(call)
 
     def _product(
         self, name: str, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, weight_dim: int = -2
