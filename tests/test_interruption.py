@@ -291,11 +291,19 @@ def test_real_process(source: Path, whole: tuple[dict[str, str], int], tmp_path:
     """Not forked and not stopped by itself."""
     expected, _ = whole
     command = [sys.executable, "-m", "flashnorm_cli", "fold", str(source), str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that runs the tests in the background has them ignore SIGINT, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not finished_shards(tmp_path):
         assert process.poll() is None
         time.sleep(0.002)
     process.send_signal(signal.SIGSTOP)  # so that it does not finish while this process looks
+    os.waitpid(process.pid, os.WUNTRACED)
     if (tmp_path / "out").exists():
         process.kill()
         pytest.skip("too fast")
