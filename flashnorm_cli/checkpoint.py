@@ -259,7 +259,7 @@ def _why(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"the Hub cache: {error.strerror}: {error.filename}"
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"the Hub could not be reached: {lines[0] if lines else type(error).__name__}"
+    return f"no such folder here, and the Hub could not be reached: {lines[0] if lines else type(error).__name__}"
 
 
 def _bar(what: str, report: Progress | None) -> type[Any]:

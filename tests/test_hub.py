@@ -436,8 +436,10 @@ def test_files_that_are_missing(hub: HubServer, cli: Cli, model: Path, tmp_path:
 def test_hub_is_down(cli: Cli, down: str, tmp_path: Path) -> None:
     result = cli("plan", "user/repo", HF_ENDPOINT=down)
     assert "Connection refused" in result.stderr
-    why = result.stderr.removeprefix("flashnorm: user/repo: the Hub could not be reached: ").rstrip()
-    assert_fails(result, tmp_path, f"user/repo: the Hub could not be reached: {why}")
+    why = result.stderr.removeprefix(
+        "flashnorm: user/repo: no such folder here, and the Hub could not be reached: "
+    ).rstrip()
+    assert_fails(result, tmp_path, f"user/repo: no such folder here, and the Hub could not be reached: {why}")
 
 
 @pytest.mark.parametrize(
