@@ -478,11 +478,13 @@ class _Planner:
 
     def _find_readers(self) -> list[tuple[str, int, torch.Tensor]]:
         """Readers as (tensor on disk, dim, ids along dim); the gains of a tensor that cannot take them are kept."""
-        from flashnorm_cli.companions import profile, varying_dims
+        from flashnorm_cli.companions import profile, small, varying_dims
 
         readers = []
+        gains_of: dict[bytes, list[str]] = {}  # thousands of experts share few patterns
         for name, ids in [*self.on_disk.items(), *self.lost.items()]:
-            gains = self.trace.gains_of(ids)
+            key = small(ids).contiguous().numpy().tobytes()
+            gains = gains_of[key] = gains_of[key] if key in gains_of else self.trace.gains_of(ids)
             if not gains:
                 continue
             dims = varying_dims(ids)
