@@ -64,15 +64,19 @@ def test_family(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     original = cls.from_pretrained(source, dtype=torch.float32).eval()
     folded, info = cls.from_pretrained(output, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
-    seed = secrets.randbelow(1 << 31)  # fresh inputs each time; the seed is in the message
-    inputs = families.text_inputs(original, seed)
-    expected = families.logits(original, inputs)
-    error = distance(families.logits(folded.eval(), inputs), expected)
-    assert error < MAX_ERROR, f"seed {seed}"
-
-    if (images := families.image_inputs(original, seed)) is not None:
-        with_images = families.logits(original, images)
-        assert distance(families.logits(folded, images), with_images) < MAX_ERROR, f"seed {seed}, with images"
+    # Fresh inputs each time. A router or an indexer that is nearly undecided may flip by rounding alone: then other
+    # inputs have to agree. A wrong fold is wrong on all of them.
+    for attempt in (1, 2):
+        seed = secrets.randbelow(1 << 31)
+        inputs = families.text_inputs(original, seed)
+        expected = families.logits(original, inputs)
+        error = distance(families.logits(folded.eval(), inputs), expected)
+        if (images := families.image_inputs(original, seed)) is not None:
+            with_images = families.logits(original, images)
+            error = max(error, distance(families.logits(folded, images), with_images))
+        if error < MAX_ERROR:
+            break
+        assert attempt == 1, f"relative error {error:.1e}, seed {seed}"
 
     # The same comparison sees a fold that forgot the readers: norms at the identity, linears untouched.
     tensors = load_file(source / "model.safetensors")
