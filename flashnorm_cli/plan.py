@@ -453,15 +453,20 @@ class _Planner:
         from flashnorm_cli.companions import count_nonzero, small
 
         own = {name: small(ids) for name, ids in self.on_disk.items() if count_nonzero(ids) and small(ids).max() < 0}
-        by_first = {-int(ids.max()): (name, ids) for name, ids in own.items()}
+        by_first: dict[int, tuple[str, torch.Tensor]] = {}
+        for name, ids in own.items():
+            if by_first.setdefault(-int(ids.max()), (name, ids))[0] != name:
+                twin = by_first[-int(ids.max())][0]
+                parameter = next(g.parameter for g in self.trace.gains.values() if g.first_id == -int(ids.max()))
+                self.kept.setdefault(parameter, f"its weight is on disk twice, as `{twin}` and as `{name}`")
         for gain in self.trace.gains.values():
-            name, ids = by_first.get(gain.first_id, (None, None))
-            if name is None or ids is None:
+            if gain.first_id not in by_first:
                 if gain.parameter not in self.kept:
                     raise PlanError(
                         f"{gain.parameter} is not in the checkpoint; where norms were left out, it was folded already"
                     )
                 continue
+            name, ids = by_first[gain.first_id]
             self.norm_tensors[gain.parameter] = name
             entry = self.checkpoint.tensors[name]
             identity = (1.0 - gain.offset) / gain.scale

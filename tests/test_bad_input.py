@@ -512,10 +512,10 @@ BAD: dict[str, tuple[Callable[[], object], str, int, str]] = {
         f"{INDEX}: lm_head.weight is said to be in '../x.safetensors', outside the checkpoint's folder",
     ),
     "index leaves for the root": (
-        weight_map(lm_head__weight="/tmp/x.safetensors"),
+        weight_map(lm_head__weight="/elsewhere/x.safetensors"),
         FOLD,
         1,
-        f"{INDEX}: lm_head.weight is said to be in '/tmp/x.safetensors', outside the checkpoint's folder",
+        f"{INDEX}: lm_head.weight is said to be in '/elsewhere/x.safetensors', outside the checkpoint's folder",
     ),
     "index names a tensor that is not there": (
         weight_map(more__weight=FIRST),
