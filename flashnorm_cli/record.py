@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -62,16 +63,9 @@ def folded_index(
         if isinstance(metadata.get("total_size"), int):
             metadata["total_size"] += plan.bytes_added - sum(e.nbytes for e in gone)
         if isinstance(metadata.get("total_parameters"), int):
-            metadata["total_parameters"] += sum(_product(s) for _, s in plan.added.values())
-            metadata["total_parameters"] -= sum(_product(e.shape) for e in gone)
+            metadata["total_parameters"] += sum(math.prod(s) for _, s in plan.added.values())
+            metadata["total_parameters"] -= sum(math.prod(e.shape) for e in gone)
     return new
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total
 
 
 def dump_like(value: dict[str, Any], original: str) -> str:
