@@ -24,11 +24,10 @@ from flashnorm_cli import __version__, record
 from flashnorm_cli.checkpoint import CONFIG, INDEX, RECORD, Checkpoint, Progress, Source, open_checkpoint
 from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
 from flashnorm_cli.plan import FINAL_NORM_CHOICES, Plan, make_plan, refuse_folded
-from flashnorm_cli.rewrite import Edit, Fill, GainOverflowError, Scale, ShardJob, rewrite_shard
+from flashnorm_cli.rewrite import TORCH_DTYPE, Edit, Fill, GainOverflowError, Scale, ShardJob, rewrite_shard
 
 # Beside the folder that is being filled: what it is for (locked while it is), and counts of finished shards.
 JOURNAL, FLUSHED = "journal", "flushed.json"
-TORCH_DTYPE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

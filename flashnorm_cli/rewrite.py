@@ -43,7 +43,7 @@ CHUNK_BYTES = 2**20
 RANGE_BYTES = 8 * CHUNK_BYTES  # what a worker takes from the queue at a time
 
 # What can be scaled or filled, and the integers that show its bits.
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+TORCH_DTYPE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # The file system, or the pair of them, cannot do it: copy through memory instead.
@@ -147,7 +147,7 @@ class _Scaling:
         self.dtype_name = entry.dtype
         self.flushed = 0
         gain, dim = scale.gain.contiguous(), scale.dim
-        if entry.dtype not in _DTYPES:
+        if entry.dtype not in TORCH_DTYPE:
             raise PlanError(f"tensor {entry.name!r}: {entry.dtype} cannot take a gain")
         if not 0 <= dim < len(entry.shape) or gain.dtype != torch.float32 or gain.shape != (entry.shape[dim],):
             raise PlanError(
@@ -156,7 +156,7 @@ class _Scaling:
             )
         if not gain.isfinite().all():
             raise PlanError(f"tensor {entry.name!r}: its gain holds NaN or inf")
-        self.dtype = _DTYPES[entry.dtype]
+        self.dtype = TORCH_DTYPE[entry.dtype]
         self.itemsize = self.dtype.itemsize
         # A gain that the tensor's own dtype holds exactly needs no wider copy of the tensor (see the top).
         exact = bool((gain.to(self.dtype).float() == gain).all())
@@ -224,9 +224,9 @@ def _plan(job: ShardJob, header: Header, files: _Sources) -> tuple[list[_Range],
         edit = job.add[entry.name][2] if entry.name in job.add else job.edits.get(entry.name)
         target_offset = header.data_start + entry.start
         if isinstance(edit, Fill):
-            if entry.dtype not in _DTYPES:
+            if entry.dtype not in TORCH_DTYPE:
                 raise PlanError(f"tensor {entry.name!r}: {entry.dtype} cannot be filled with {edit.value}")
-            value = torch.tensor(edit.value, dtype=_DTYPES[entry.dtype])
+            value = torch.tensor(edit.value, dtype=TORCH_DTYPE[entry.dtype])
             ranges.append(_Range(source, 0, target_offset, entry.nbytes, value))
             continue
         if isinstance(edit, Scale):

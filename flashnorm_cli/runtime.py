@@ -21,12 +21,11 @@ from torch.overrides import TorchFunctionMode
 from flashnorm_cli.checkpoint import Checkpoint
 from flashnorm_cli.companions import small, varying_dims
 from flashnorm_cli.errors import PlanError
+from flashnorm_cli.rewrite import TORCH_DTYPE
 from flashnorm_cli.trace import Trace
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-TORCH_DTYPE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @contextmanager
