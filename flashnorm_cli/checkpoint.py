@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,6 @@ class Checkpoint:
     index: dict[str, Any] | None
     others: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
-    sizes: dict[str, int] = field(default_factory=dict)
 
     @cached_property
     def tensors(self) -> dict[str, TensorEntry]:

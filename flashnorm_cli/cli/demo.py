@@ -86,6 +86,6 @@ def _story(result: DemoResult, output: Path | None) -> list[str]:
         "",
         "Next, with a model of yours (a folder or a Hub id):",
         "  flashnorm plan <model>       what would be folded, what is kept, and why",
-        "  flashnorm fold <model>       write ./<name>-FlashNorm; it loads wherever <model> does",
+        "  flashnorm fold <model>       write ./<name>-FlashNorm, to be loaded as <model> is",
     ]
     return lines

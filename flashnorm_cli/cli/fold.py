@@ -21,7 +21,7 @@ def fold(
     layout: Annotated[
         options.Layout,
         typer.Option(
-            help="Folded norms are written as ones (zeros for 1 + w), which loads everywhere; or left out, which "
+            help="Folded norms are written as ones (zeros for 1 + w), so that no tensor is missing; or left out, which "
             "stock vLLM and llama.cpp refuse."
         ),
     ] = "identity",
