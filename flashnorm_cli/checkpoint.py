@@ -166,6 +166,8 @@ def _shard_names(folder: Path, where: str, files: Collection[str]) -> tuple[dict
         for name in names:
             if name not in files:
                 raise CheckpointError(f"{where}: {INDEX} names {name}, which is not there")
+        if SINGLE in files and SINGLE not in names:  # transformers loads the single file, vLLM the shards
+            raise CheckpointError(f"{where}: holds {SINGLE} beside {INDEX}; runtimes disagree which counts: remove one")
         return index, names
     if SINGLE in files:
         return None, [SINGLE]

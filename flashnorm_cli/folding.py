@@ -333,7 +333,7 @@ def _write(
 
         counts = rewrite_shard(dataclasses.replace(job, target=part), workers, on_bytes, fsync=False)
         flushed.update({tensor: n for tensor, n in counts.items() if n})
-        _write_text(flushed_file, json.dumps(flushed))
+        write_text(flushed_file, json.dumps(flushed))
         part.rename(work / name)  # from now on the shard counts as finished
 
     report(total, total, "Writing config and record")
@@ -346,15 +346,15 @@ def _write(
         if dropped or plan.added:
             index = record.folded_index(checkpoint.index, plan, dropped, jobs[-1].target.name, checkpoint)
             original = record.dump_like(index, original)
-        _write_text(work / INDEX, original)
-    _write_text(work / RECORD, json.dumps(record.full_record(checkpoint, plan, layout, flushed), indent=2) + "\n")
+        write_text(work / INDEX, original)
+    write_text(work / RECORD, json.dumps(record.full_record(checkpoint, plan, layout, flushed), indent=2) + "\n")
     original = (checkpoint.folder / CONFIG).read_text(encoding="utf-8")
     config = record.folded_config(checkpoint.config, plan, layout)
-    _write_text(work / CONFIG, record.dump_like(config, original))
+    write_text(work / CONFIG, record.dump_like(config, original))
     return FoldResult(work, plan, layout, total, flushed, resumed, checkpoint.left_out, (0.0, 0.0, 0.0))
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a small file so that it is there as a whole or not at all."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")

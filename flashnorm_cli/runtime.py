@@ -56,7 +56,7 @@ def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
             raise PlanError(
                 f"{folder}: needs its own Python code to run; read it, then add --trust-remote-code"
             ) from error
-        raise PlanError(f"{folder}: transformers cannot read config.json: {_first_line(error)}") from error
+        raise PlanError(f"{folder}: transformers cannot read config.json: {first_line(error)}") from error
 
 
 def model_class(config: PretrainedConfig, folder: Path, trust_remote_code: bool) -> Any:
@@ -125,7 +125,7 @@ def build(
                 output_loading_info=True,
             )
     except Exception as error:  # a model's own code may raise anything
-        what = _first_line(error)
+        what = first_line(error)
         if "conversion of the weights" in what:  # its report is not shown: there is nobody to read it
             gap = _missing_member(list(checkpoint.tensors))
             what = f"{gap} is not in the checkpoint" if gap else "tensors that it merges into one differ in shape"
@@ -240,7 +240,7 @@ def ids_on_disk(model: PreTrainedModel, trace: Trace) -> dict[str, torch.Tensor]
             reverted = revert_weight_conversion(model, state)
     except Exception as error:  # a conversion is code of the model's own
         raise PlanError(
-            f"transformers cannot say how {type(model).__name__} lies on disk: {_first_line(error)}"
+            f"transformers cannot say how {type(model).__name__} lies on disk: {first_line(error)}"
         ) from error
     return {name: t[0] if isinstance(t, list) else t for name, t in reverted.items()}
 
@@ -271,7 +271,7 @@ def loader_names(model: PreTrainedModel, disk_names: list[str]) -> dict[str, tup
     return {name: rename_source_key(name, renamings, converters, model.base_model_prefix, state) for name in disk_names}
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if lines and lines[0].endswith(":"):
         return " ".join(lines[:2])

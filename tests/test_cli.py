@@ -21,7 +21,8 @@ def run(*arguments: object) -> int:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["fold", "--help"], ["plan", "--help"], ["demo", "--help"], ["--version"]]
+    "arguments",
+    [["--help"], ["fold", "--help"], ["plan", "--help"], ["verify", "--help"], ["demo", "--help"], ["--version"]],
 )
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
@@ -49,16 +50,18 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("demo", tmp_path / "out", "--json") == 0
     first = json.loads(capsys.readouterr().out)
     assert first["equivalent"]
-    assert first["folded"] == 9
-    assert first["readers"] == 4 * 5 + 1
+    weights, layers, logits = (first["levels"][level]["figures"] for level in ("weights", "layers", "logits"))
+    assert (weights["folded"], weights["changed"]) == (9, 9 + 4 * 5 + 1)
+    assert len(layers["norms"]) == 9
     assert first["text_source"] == first["text_folded"]
-    assert first["rounding_error"] > 1e-6  # the folded weights are not the source's: something was compared
+    assert logits["rounding_error"] > 1e-6  # the folded weights are not the source's: something was compared
+    assert logits["source"]["perplexity"] < 6 > logits["folded"]["perplexity"]  # of 256: it has learned something
     with safe_open(tmp_path / "out" / "model-00001-of-00002.safetensors", "pt") as file:
         assert (file.get_tensor("model.layers.0.input_layernorm.weight") == 1).all()
 
     assert run("demo", "--json") == 0  # the same again, in a temporary folder
     again = json.loads(capsys.readouterr().out)
-    assert {**again, "output": None} == {**first, "output": None}
+    assert again["levels"]["logits"]["figures"] == logits
 
 
 def test_demo_tells_its_story(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from flashnorm_cli.cli import options
 from flashnorm_cli.cli.demo import demo
 from flashnorm_cli.cli.fold import fold
 from flashnorm_cli.cli.plan import plan
+from flashnorm_cli.cli.verify import verify
 from flashnorm_cli.errors import EXIT_ERROR, EXIT_USAGE, FlashNormError
 
 INTERRUPTED = 130
@@ -39,6 +40,14 @@ app.command(
         "flashnorm fold google/gemma-3-1b-it --final-norm keep --json",
     )
 )(fold)
+app.command(
+    epilog=options.examples(
+        "flashnorm verify ./Llama-3.2-1B-FlashNorm",
+        "flashnorm verify ./out --level weights --level layers",
+        "flashnorm verify ./out --report report.html",
+        "flashnorm verify someone/gemma-3-1b-FlashNorm --source google/gemma-3-1b-it --json",
+    )
+)(verify)
 
 
 def _print_version(value: bool) -> None:
@@ -77,7 +86,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         code = _fail(f"{' '.join(message.split()).rstrip('.')}. See: {where} --help", EXIT_USAGE)
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail("interrupted; the same command goes on where it stopped", INTERRUPTED)
+        goes_on = "; the same command goes on where it stopped" if "fold" in arguments else ""
+        code = _fail(f"interrupted{goes_on}", INTERRUPTED)
     except BrokenPipeError:  # `flashnorm plan ... | head`
         sys.stderr.close()
         code = EXIT_ERROR

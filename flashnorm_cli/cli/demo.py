@@ -34,27 +34,21 @@ def demo(
         result = run_demo(output or Path(scratch) / "demo-FlashNorm")
     out.data(
         {
-            "equivalent": result.equivalent,
-            "folded": len(result.fold.plan.folded),
-            "readers": len(result.fold.plan.readers),
-            "algebra_error": result.algebra,
-            "rounding_error": result.rounding,
-            "noise_floor": result.noise_floor,
-            "next_byte_agreement": result.agreement,
-            "perplexity_source": result.perplexity_source,
-            "perplexity_folded": result.perplexity_folded,
+            **result.verification.to_json(),
             "text_source": result.text_source,
             "text_folded": result.text_folded,
             "output": str(output) if output else None,
         }
     )
     out.text(*_story(result, output))
-    raise typer.Exit(EXIT_OK if result.equivalent else EXIT_NOT_EQUIVALENT)
+    raise typer.Exit(EXIT_OK if result.verification.equivalent else EXIT_NOT_EQUIVALENT)
 
 
 def _story(result: DemoResult, output: Path | None) -> list[str]:
     plan = result.fold.plan
     low, high = result.gains
+    weights, logits = (level.figures for level in result.verification.levels if level.level != "layers")
+    source, folded = logits["source"], logits["folded"]
     same = (
         "the same text"
         if result.text_source == result.text_folded
@@ -69,12 +63,14 @@ def _story(result: DemoResult, output: Path | None) -> list[str]:
         "weight is now 1.",
         f"         {size(result.fold.bytes_written)} in {sum(result.fold.seconds):.1f} s, written to {where}",
         "",
-        "Checked  on text it was not trained on      source   folded",
-        f"         perplexity per byte               {result.perplexity_source:7.4f}  {result.perplexity_folded:7.4f}",
-        f"         In float32 the logits agree to {result.algebra:.0e} (relative): the algebra is exact.",
-        f"         Rounding the folded weights to bfloat16 moves them by {result.rounding:.1e}; merely running",
-        f"         the source in bfloat16 moves them by {result.noise_floor:.1e}.",
-        f"         The next byte is the same at {result.agreement:.2%} of positions.",
+        f"Checked  all {weights['tensors']} tensors hold the very bits that source and plan ask for.",
+        "         On text it was not trained on:        source   folded",
+        f"         perplexity per byte               {source['perplexity']:9.4f}{folded['perplexity']:9.4f}",
+        f"         In float32 the logits agree to {logits['algebra_error']:.0e} (relative): the algebra is exact.",
+        f"         Running the folded model in bfloat16 moves them by {logits['rounding_error']:.2e}; running the",
+        f"         source in bfloat16 moves them by {logits['noise_floor']:.2e}, the noise floor.",
+        f"         The most likely next byte is that of float32 at {folded['top1']:.2%} of positions",
+        f"         (the source in bfloat16: {source['top1']:.2%}).",
         "",
         f"Wrote    {same}:",
         *(
@@ -82,10 +78,11 @@ def _story(result: DemoResult, output: Path | None) -> list[str]:
             for name, text in (("source", result.text_source), ("folded", result.text_folded))
         ),
         "",
-        "Equivalent." if result.equivalent else "NOT equivalent: please report this.",
+        "Equivalent." if result.verification.equivalent else "NOT equivalent: please report this.",
         "",
         "Next, with a model of yours (a folder or a Hub id):",
         "  flashnorm plan <model>       what would be folded, what is kept, and why",
         "  flashnorm fold <model>       write ./<name>-FlashNorm, to be loaded as <model> is",
+        "  flashnorm verify <folded>    prove that it is the same model; --report writes a page to show",
     ]
     return lines

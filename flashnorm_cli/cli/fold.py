@@ -10,6 +10,8 @@ import typer
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output, size
 from flashnorm_cli.cli.plan import plan_summary
+from flashnorm_cli.cli.verify import summary
+from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_OK
 
 
 def fold(
@@ -31,10 +33,11 @@ def fold(
     cache_dir: options.CacheDirOpt = None,
     local_files_only: options.LocalFilesOnlyOpt = False,
     trust_remote_code: options.TrustRemoteCodeOpt = False,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads.", show_default="one per processor, up to 8")
-    ] = None,
+    workers: options.WorkersOpt = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that holds a checkpoint.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Then check it, levels weights and logits; exit code 3 if it fails.")
+    ] = False,
     json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
     debug: options.DebugOpt = False,
@@ -63,6 +66,23 @@ def fold(
             overwrite=overwrite,
             on_progress=report,
         )
+        verification = None
+        if verify:
+            from flashnorm_cli.verify.verify import verify as check
+
+            verification = check(
+                result.output,
+                model,
+                levels=("weights", "logits"),
+                source_revision=result.plan.commit,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                trust_remote_code=trust_remote_code,
+                workers=workers,
+                command=options.command_line(["verify", str(result.output), "--source", model]),
+                on_progress=report,
+            )
     plan = result.plan
     out.data(
         {
@@ -79,6 +99,7 @@ def fold(
             "resumed_shards": list(result.resumed),
             "left_out": list(result.left_out),
             "seconds": dict(zip(("plan", "write", "flush"), (round(s, 3) for s in result.seconds), strict=True)),
+            **({"verification": verification.to_json()} if verification else {}),
         }
     )
     out.text(*plan_summary(plan))
@@ -99,3 +120,6 @@ def fold(
         f"{flushing:.1f} s more:",
         str(result.output),
     )
+    if verification is not None:
+        out.text("", *summary(verification))
+        raise typer.Exit(EXIT_OK if verification.equivalent else EXIT_NOT_EQUIVALENT)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,6 +27,7 @@ FinalNormOpt = Annotated[
         "or fold and untie in any case."
     ),
 ]
+WorkersOpt = Annotated[int | None, typer.Option(min=1, help="Threads.", show_default="one per processor, up to 8")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 DebugOpt = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -33,3 +36,18 @@ DebugOpt = Annotated[bool, typer.Option("--debug", help="Show the traceback of a
 def examples(*commands: str) -> str:
     """The examples block at the end of a command's help; `\\b` keeps its lines apart."""
     return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """How to reproduce a verification, without secrets."""
+    shown: list[str] = []
+    hide = False
+    for argument in arguments:
+        if hide:
+            hide = False
+            continue
+        if argument == "--token":
+            hide = True
+        elif not argument.startswith("--token="):
+            shown.append(argument)
+    return shlex.join(["flashnorm", *shown])

@@ -1,0 +1,230 @@
+"""`flashnorm verify`: is this the same model?"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from flashnorm_cli.cli import options
+from flashnorm_cli.cli.output import Output, size
+from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_OK, UsageError
+
+if TYPE_CHECKING:
+    from flashnorm_cli.verify.result import LevelResult, Verification
+
+SHOWN_FINDINGS = 12
+
+
+def verify(
+    folded: Annotated[str, typer.Argument(help="The folded checkpoint: a folder or a Hub id.", show_default=False)],
+    source: Annotated[
+        str | None,
+        typer.Option(help="What it was made from: a folder or a Hub id.", show_default="what its record names"),
+    ] = None,
+    level: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LEVEL",
+            help="weights, layers or logits: run this one only; may be repeated.",
+            show_default="all three, where they can run",
+        ),
+    ] = None,
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ENGINE", help="Also run both in vllm, or in llama.cpp (gguf); may be repeated.", show_default=False
+        ),
+    ] = None,
+    eval: Annotated[
+        str | None,
+        typer.Option("--eval", metavar="TASKS", help="Also run these tasks of lm-evaluation-harness (a,b,c) on both."),
+    ] = None,
+    eval_limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.", show_default="all")] = None,
+    text: Annotated[Path | None, typer.Option(help="A text file to take the prompts from.")] = None,
+    token_ids: Annotated[Path | None, typer.Option(help="A JSON file with lists of token ids, as prompts.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="For layers and logits: cpu, cuda, cuda:1.", show_default="cuda if there is one")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="What the models run in.", show_default="the source's own"),
+    ] = None,
+    max_algebra: Annotated[float, typer.Option(help="Largest relative error of the logits, folded in float32.")] = 1e-5,
+    max_ratio: Annotated[
+        float, typer.Option(help="Largest ratio of the error to the noise floor: the source's own rounding error.")
+    ] = 1.5,
+    report: Annotated[Path | None, typer.Option(help="Write the result as a web page, report.html say.")] = None,
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="Give a checkpoint that another tool folded a record, if it passes.")
+    ] = False,
+    no_record: Annotated[bool, typer.Option("--no-record", help="Leave flashnorm.json alone.")] = False,
+    revision: options.RevisionOpt = None,
+    source_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the source.")] = None,
+    token: options.TokenOpt = None,
+    cache_dir: options.CacheDirOpt = None,
+    local_files_only: options.LocalFilesOnlyOpt = False,
+    trust_remote_code: options.TrustRemoteCodeOpt = False,
+    workers: options.WorkersOpt = None,
+    json: options.JsonOpt = False,
+    quiet: options.QuietOpt = False,
+    debug: options.DebugOpt = False,
+) -> None:
+    """Check that a folded checkpoint is the same model as its source.
+
+    weights: every tensor, recomputed from the source, bit for bit. layers: each norm with its readers against float64.
+    logits: both models on text, against the noise floor, which is what the source's own dtype does to it.
+
+    Exit codes: 0 equivalent, 3 not equivalent, 1 error, 2 wrong usage.
+    """
+    out = Output(json, quiet)
+    if text is not None and token_ids is not None:
+        raise UsageError("--text and --token-ids exclude each other")
+    if eval_limit is not None and eval is None:
+        raise UsageError("--eval-limit needs --eval")
+    if report is not None:
+        _check_report(report)
+    with out.progress() as progress:
+        progress(0, 0, "Starting")
+        from flashnorm_cli.verify.verify import verify as run
+
+        result = run(
+            folded,
+            source,
+            levels=level or (),
+            runtimes=runtime or (),
+            tasks=[task for task in (eval or "").split(",") if task],
+            limit=eval_limit,
+            text=text,
+            token_ids=token_ids,
+            device=device,
+            dtype=dtype,
+            max_algebra=max_algebra,
+            max_ratio=max_ratio,
+            insist=bool(level),
+            adopt=adopt,
+            record=not no_record,
+            revision=revision,
+            source_revision=source_revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            trust_remote_code=trust_remote_code,
+            workers=workers,
+            command=options.command_line(sys.argv[1:]),
+            on_progress=progress,
+        )
+        if report is not None:
+            from flashnorm_cli.verify.report import write_report
+
+            write_report(result, report)
+    out.data({**result.to_json(), "report": str(report) if report else None})
+    out.text(*summary(result))
+    if report is not None:
+        out.text(f"Report: {report}")
+    raise typer.Exit(EXIT_OK if result.equivalent else EXIT_NOT_EQUIVALENT)
+
+
+def _check_report(report: Path) -> None:
+    """Before the long work: the page can be written there."""
+    if report.is_dir():
+        raise UsageError(f"{report}: is a folder; name the file, report.html say")
+    if not report.absolute().parent.is_dir():
+        raise UsageError(f"{report}: there is no folder {report.absolute().parent}")
+
+
+def summary(result: Verification) -> list[str]:
+    """The verdict, a paragraph per level, and what is wrong."""
+    verdict = "Equivalent" if result.equivalent else "NOT equivalent"
+    nothing = all(level.status == "skipped" for level in result.levels)
+    if nothing:
+        verdict = "Not verified"
+    what = "computes the same as" if result.equivalent else "does not hold what the fold of"
+    tail = "" if result.equivalent else " holds"
+    head = f"{verdict}: {result.folded} {what} {result.source}{tail}" if result.source else verdict
+    lines = [head if not nothing else f"{verdict}: no level could run", ""]
+    for level in result.levels:
+        for i, line in enumerate(_level_lines(level)):
+            name, status = (level.level, level.status) if i == 0 else ("", "")
+            lines.append(f"{name:14}{status:9}{line}".rstrip())
+    findings = [(level.level, finding) for level in result.levels for finding in level.findings]
+    if findings:
+        lines += ["", "Wrong:"]
+        for _, finding in findings[:SHOWN_FINDINGS]:
+            lines.append(f"  {finding.what}: {finding.message}{_by(finding.error)}")
+        if len(findings) > SHOWN_FINDINGS:
+            lines.append(f"  and {len(findings) - SHOWN_FINDINGS} more (--json and --report list them)")
+    notes = [*(note for level in result.levels for note in level.notes), *result.notes]
+    lines += ["", *(f"Note: {note}." for note in notes)] if notes else [""]
+    if result.recorded:
+        lines.append(f"Recorded in {result.recorded}")
+    return lines
+
+
+def _by(error: float | None) -> str:
+    return "" if error is None or error == 1.0 else f" (off by {error:.2g} relative)"
+
+
+def _level_lines(level: LevelResult) -> list[str]:
+    if level.reason:
+        return [level.reason]
+    figures = level.figures
+    if level.level == "weights" and figures:
+        same = "tensors hold the very bits that source and plan ask for"
+        lines = [f"{figures['identical']:,} of {figures['tensors']:,} {same} ({figures['changed']:,} of them changed)"]
+        if figures["rounded_otherwise"]:
+            lines.append(f"{figures['rounded_otherwise']:,} were rounded in another way, within two units")
+        read = size(figures["bytes_read"])
+        return [
+            *lines,
+            f"{figures['folded']} norms folded, {figures['kept']} kept; {read} read in {level.seconds:.1f} s",
+        ]
+    if level.level == "layers" and figures.get("norms"):
+        readers = sum(row["readers"] for row in figures["norms"])
+        where = re.sub(r"\.weight$", "", figures["worst_norm"])
+        return [
+            f"{len(figures['norms'])} norms and their {readers} readers, {figures['dtype']} against float64:",
+            f"the largest error is {figures['worst_ratio']:.2f} times the noise floor ({where})",
+        ]
+    if level.level == "logits" and figures:
+        return _logits_lines(figures)
+    if level.level.startswith("runtime:") and figures:
+        difference, tolerance = (figures.get(key) or 0.0 for key in ("logprob_difference", "tolerance"))
+        return [
+            f"{figures.get('engine')} {figures.get('version')}: {figures.get('same_tokens')} of "
+            f"{figures.get('tokens')} greedy tokens agree;",
+            f"log-probabilities within {difference:.1e} ({tolerance:.1e} allowed)",
+        ]
+    if level.level == "eval" and figures:
+        return [
+            f"{row['task']} {row['metric']}: {row['source']:.4f} source, {row['folded']:.4f} folded, "
+            f"difference {row['delta']:+.4f}"
+            for row in figures.get("tasks", [])
+        ]
+    return ["nothing to compare" if not level.findings else ""]
+
+
+def _logits_lines(figures: dict[str, Any]) -> list[str]:
+    source, folded = figures["source"], figures["folded"]
+    lines = []
+    if figures["algebra_error"] is not None:
+        lines.append(f"algebra   folded in {figures['reference']}, off by {figures['algebra_error']:.1e} (relative)")
+    rounding = f"rounding  in {figures['dtype']}, off by {figures['rounding_error']:.2e}"
+    if figures["ratio"] is not None:
+        rounding += f": {figures['ratio']:.2f} times the noise floor of {figures['noise_floor']:.2e}"
+    lines.append(rounding)
+    lines.append(f"top-1     {folded['top1']:.2%} as in {figures['reference']} (the source: {source['top1']:.2%})")
+    lines.append(f"KL        {folded['kl']:.1e} nats (the source: {source['kl']:.1e})")
+    if folded["perplexity"] is not None:
+        lines.append(
+            f"perplexity {folded['perplexity']:.4f} (the source: {source['perplexity']:.4f}, "
+            f"in {figures['reference']}: {figures['reference_perplexity']:.4f})"
+        )
+    if figures["greedy"]:
+        same, tokens = (sum(row[key] for row in figures["greedy"]) for key in ("same", "tokens"))
+        lines.append(f"greedy    {same} of {tokens} tokens before the texts part")
+    lines.append(f"on {figures['tokens']} tokens of {figures['text']}, {figures['device']}")
+    return lines

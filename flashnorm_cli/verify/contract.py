@@ -1,0 +1,291 @@
+"""What a folded checkpoint has to say of itself: config, index, flag, record, and the files that travel along."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from flashnorm_cli import record
+from flashnorm_cli.checkpoint import CONFIG, INDEX, RECORD, Checkpoint
+from flashnorm_cli.plan import pattern_of
+from flashnorm_cli.verify.pairing import DROPPED, SOURCE, Pair
+from flashnorm_cli.verify.result import Finding
+
+# Written for readers and for git, not for the model.
+PAPERS = (
+    "README.md",
+    ".gitattributes",
+    ".gitignore",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+    "USE_POLICY.md",
+)
+# What other tools write into a config without changing the model.
+BOOKKEEPING = {
+    "flashnorm", "flashnorm_folded", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache",
+    "tie_word_embeddings", "architectures", "_commit_hash", "_attn_implementation_autoset", "auto_map",
+}  # fmt: skip
+
+
+def check(pair: Pair) -> list[Finding]:
+    """Everything besides the tensors that is not as it has to be."""
+    findings = [*_flag(pair), *_tie(pair), *_other_files(pair)]
+    if pair.foreign:
+        return [*findings, *_config_by_meaning(pair)]
+    return [*findings, *_config(pair), *_shards(pair), *_record(pair), *_source_files(pair)]
+
+
+def notes(pair: Pair) -> list[str]:
+    """What is not wrong, but worth knowing."""
+    found = []
+    other = [name for name in _differing(pair) if Path(name).name in PAPERS]
+    if other:
+        found.append(f"differs from the source's: {', '.join(other)}")
+    beside = [name for name in pair.folded.left_out if name not in pair.source.left_out]
+    beside += [name for name in pair.folded.others if name not in (*pair.source.others, RECORD, *PAPERS)]
+    if beside:
+        found.append(f"not in the source, and not looked at: {', '.join(beside)}")
+    if pair.foreign:
+        strange = [name for name in _differing(pair) if name not in other]
+        if strange:
+            found.append(f"written differently than in the source, compare them yourself: {', '.join(strange)}")
+        missing = [name for name in pair.source.others if not (pair.folded.folder / name).is_file()]
+        if missing:
+            found.append(f"not carried over from the source: {', '.join(missing)}")
+        if pair.gains:
+            found.append("it has no record of flashnorm; `--adopt` writes one")
+    return found
+
+
+def hashed_files(folded: Checkpoint) -> list[str]:
+    """The files that a verification speaks of; papers may change without voiding it."""
+    small = [name for name in folded.others if name != RECORD and Path(name).name not in PAPERS]
+    return [CONFIG, *([INDEX] if folded.index else []), *folded.shards, *small]
+
+
+def _flag(pair: Pair) -> list[Finding]:
+    """`flashnorm_folded` makes runtimes drop norms by their names: over a kept norm it would corrupt silently."""
+    findings = []
+    for where, config in _levels(pair.folded.config, pair.plan.text_config):
+        value = config.get("flashnorm_folded")
+        if value is not None and not isinstance(value, bool):
+            findings.append(Finding(CONFIG, f"{where}flashnorm_folded is {value!r}, neither true nor false"))
+        if value is not True:
+            continue
+        kept = [n.tensor for n in pair.plan.folded if pair.states[n.tensor] == SOURCE and n.tensor not in pair.gains]
+        if not pair.plan.folded_flag:
+            kept += [n.tensor for n in pair.plan.kept]
+        if kept:
+            findings.append(
+                Finding(
+                    CONFIG,
+                    f"{where}flashnorm_folded is true, but {pattern_of(kept[0])} keeps its weight: runtimes that read "
+                    "the flag would drop it",
+                )
+            )
+    return findings
+
+
+def _levels(config: dict[str, Any], path: tuple[str, ...]) -> list[tuple[str, dict[str, Any]]]:
+    """The config and its nested text config, with a prefix for messages."""
+    levels = [("", config)]
+    nested: Any = config
+    for key in path:
+        nested = nested.get(key) if isinstance(nested, dict) else None
+    if path and isinstance(nested, dict):
+        levels.append((".".join(path) + ".", nested))
+    return levels
+
+
+def _tie(pair: Pair) -> list[Finding]:
+    """An output head of its own is ignored as long as the config ties it to the embedding."""
+    if not pair.plan.untie or not pair.expected_added or not pair.foreign:
+        return []  # with our record the whole config is compared
+    tied = [
+        f"{where}tie_word_embeddings"
+        for where, config in _levels(pair.folded.config, pair.plan.text_config)
+        if config.get("tie_word_embeddings", not where and "tie_word_embeddings" not in config)
+    ]
+    head = next(iter(pair.expected_added))
+    return [Finding(CONFIG, f"{key} is true: loaders would ignore {head} and use the embedding") for key in tied]
+
+
+# ---- with our record -------------------------------------------------------------------------------------------------
+
+
+def _config(pair: Pair) -> list[Finding]:
+    """config.json holds the source's keys and the flags of the plan; each key that does not is named."""
+    wanted = record.folded_config(pair.source.config, pair.plan, _recorded_layout(pair))
+    findings = []
+    for key, found, expected in _unequal(pair.folded.config, wanted, ""):
+        if key.endswith("flashnorm.tool") or ".kept." in key:  # another version, or its words for the same reason
+            continue
+        findings.append(Finding(CONFIG, f"{key} is {_short(found)} instead of {_short(expected)}"))
+    return findings
+
+
+_MISSING = object()
+
+
+def _unequal(found: Any, wanted: Any, path: str) -> list[tuple[str, Any, Any]]:
+    """Every place where two JSON values differ, as (path, found, wanted)."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = list(dict.fromkeys([*wanted, *found]))
+        return [
+            difference
+            for key in keys
+            for difference in _unequal(
+                found.get(key, _MISSING), wanted.get(key, _MISSING), f"{path}.{key}" if path else key
+            )
+        ]
+    # 1 and True are equal in Python, and not in JSON
+    return [] if json_equal(found, wanted) else [(path, found, wanted)]
+
+
+def json_equal(a: Any, b: Any) -> bool:
+    if a is _MISSING or b is _MISSING:
+        return a is b
+    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+
+
+def _short(value: Any) -> str:
+    if value is _MISSING:
+        return "missing"
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _recorded_layout(pair: Pair) -> str:
+    layout = (pair.record or {}).get("layout")
+    return layout if layout in record.LAYOUTS else pair.layout
+
+
+def _shards(pair: Pair) -> list[Finding]:
+    """Every tensor stays in its shard, and the index follows."""
+    findings = []
+    last = list(pair.source.shards)[-1]
+    for name, shard in pair.folded.shard_of.items():
+        wanted = pair.source.shard_of.get(name, last)
+        if shard != wanted:
+            findings.append(Finding(name, f"is in {shard} instead of {wanted}"))
+    if (pair.source.index is None) != (pair.folded.index is None):
+        findings.append(Finding(INDEX, "is missing" if pair.folded.index is None else "is not in the source"))
+    elif pair.source.index is not None and pair.folded.index is not None:
+        dropped = frozenset(name for name in pair.gains if pair.states[name] == DROPPED)
+        wanted_index = record.folded_index(pair.source.index, pair.plan, dropped, last, pair.source)
+        for key, found, expected in _unequal(pair.folded.index, wanted_index, ""):
+            findings.append(Finding(INDEX, f"{key} is {_short(found)} instead of {_short(expected)}"))
+    for shard, header in pair.source.shards.items():
+        mine = pair.folded.shards.get(shard)
+        if mine is None:
+            findings.append(Finding(shard, "is missing"))
+        elif mine.metadata != header.metadata:
+            findings.append(Finding(shard, f"has the metadata {mine.metadata} instead of {header.metadata}"))
+    return findings
+
+
+def _record(pair: Pair) -> list[Finding]:
+    """flashnorm.json has to tell the plan that is traced now."""
+    said = pair.record or {}
+    findings = []
+    if not isinstance(said.get("norms"), list) or not isinstance(said.get("readers"), list):
+        return [Finding(RECORD, "holds no plan")]
+    wanted = pair.plan.to_json()
+    for what, fields in (
+        ("norms", ("shape", "scale", "offset", "folded")),
+        ("readers", ("dim", "runs", "values_from")),
+    ):
+        mine = {e.get("tensor"): {f: e.get(f) for f in fields} for e in said[what] if isinstance(e, dict)}
+        plan = {e["tensor"]: json.loads(json.dumps({f: e[f] for f in fields})) for e in wanted[what]}
+        for tensor in dict.fromkeys([*plan, *mine]):
+            if not json_equal(mine.get(tensor), plan.get(tensor)):
+                findings.append(Finding(RECORD, f"{what}: {tensor} is not recorded as the source's forward says it is"))
+    layout = said.get("layout")
+    if pair.gains and layout != pair.layout:
+        findings.append(Finding(RECORD, f"says layout {layout!r}, but the files hold layout {pair.layout!r}"))
+    return findings
+
+
+def _source_files(pair: Pair) -> list[Finding]:
+    """The source has to be the one that was folded, as far as its headers and small files tell."""
+    facts = (pair.record or {}).get("source_files")
+    findings = []
+    for name, fact in facts.items() if isinstance(facts, dict) else ():
+        path = pair.source.folder / name
+        if not path.is_file():
+            findings.append(Finding(RECORD, f"speaks of {name} of the source, which is not there"))
+            continue
+        header = pair.source.shards.get(name)
+        now = record.file_facts(path, header.raw if header else None)
+        if any(fact.get(key) != now[key] for key in now if key in fact):
+            findings.append(Finding(RECORD, f"was made from another {name} than this source's"))
+    return findings
+
+
+# ---- files that travel along -----------------------------------------------------------------------------------------
+
+
+def _differing(pair: Pair) -> list[str]:
+    """Files of the source that the folded checkpoint holds with other bytes."""
+    found = []
+    for name in pair.source.others:
+        here, there = pair.folded.folder / name, pair.source.folder / name
+        if here.is_file() and name != RECORD and not _same_bytes(here, there):
+            if pair.foreign and name.endswith(".json") and _same_json(here, there):
+                continue
+            found.append(name)
+    return found
+
+
+def _other_files(pair: Pair) -> list[Finding]:
+    if pair.foreign:
+        return []
+    missing = [name for name in pair.source.others if not (pair.folded.folder / name).is_file()]
+    findings = [Finding(name, "is missing; the source has it") for name in missing]
+    for name in _differing(pair):
+        if Path(name).name not in PAPERS:
+            findings.append(Finding(name, "is not the source's file, byte for byte"))
+    return findings
+
+
+def _same_bytes(a: Path, b: Path) -> bool:
+    return a.stat().st_size == b.stat().st_size and a.read_bytes() == b.read_bytes()
+
+
+def _same_json(a: Path, b: Path) -> bool:
+    try:
+        return json_equal(json.loads(a.read_bytes()), json.loads(b.read_bytes()))
+    except ValueError:
+        return False
+
+
+# ---- folded by something else ----------------------------------------------------------------------------------------
+
+
+def _config_by_meaning(pair: Pair) -> list[Finding]:
+    """The config as transformers reads it, without what tools add for their own use."""
+    from flashnorm_cli import runtime
+
+    def loaded(checkpoint: Checkpoint) -> dict[str, Any]:
+        return _without(runtime.load_config(checkpoint.folder, False).to_dict())
+
+    same_code = "auto_map" not in pair.source.config
+    if not same_code:  # its own config class: its code is not run for this
+        found, wanted = _without(pair.folded.config), _without(pair.source.config)
+    else:
+        found, wanted = loaded(pair.folded), loaded(pair.source)
+    return [
+        Finding(CONFIG, f"{key} is {_short(now)}, but {_short(was)} in the source")
+        for key, now, was in _unequal(found, wanted, "")
+    ]
+
+
+def _without(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in BOOKKEEPING
+    }

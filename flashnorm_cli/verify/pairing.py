@@ -1,0 +1,194 @@
+"""A source and a folded checkpoint side by side: which norms were folded, told from the files themselves.
+
+What the folded checkpoint says of itself is a claim to check, never a premise: the plan is traced afresh from the
+source, and a norm counts as folded if its tensor holds the identity or is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from flashnorm_cli.checkpoint import RECORD, Checkpoint, read_json
+from flashnorm_cli.errors import PlanError
+from flashnorm_cli.plan import Norm, Plan, Reader, make_plan
+from flashnorm_cli.rewrite import TORCH_DTYPE
+from flashnorm_cli.verify.result import Finding
+
+IDENTITY, DROPPED, SOURCE, OTHER = "identity", "dropped", "source", "other"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Source and folded checkpoint, the plan of the fold between them, and what each norm's tensor holds.
+
+    `states` maps each norm's tensor to IDENTITY, DROPPED, SOURCE (kept), or OTHER. `record` is the content of
+    flashnorm.json, None where the checkpoint was folded by something else. `gains` are those of the folded norms,
+    float32 of shape (elements,).
+    """
+
+    source: Checkpoint
+    folded: Checkpoint
+    plan: Plan
+    states: dict[str, str]
+    record: dict[str, Any] | None
+    gains: dict[str, torch.Tensor]
+    findings: tuple[Finding, ...]
+
+    @property
+    def foreign(self) -> bool:
+        """Whether another tool folded it: it may have rounded otherwise, and have left out files."""
+        return self.record is None or self.record.get("adopted") is True
+
+    @cached_property
+    def norms(self) -> dict[str, Norm]:
+        return {norm.tensor: norm for norm in self.plan.norms}
+
+    @cached_property
+    def readers(self) -> dict[str, Reader]:
+        """Readers that some folded norm scales; without an untied head, if the final norm was kept."""
+        readers = {r.tensor: r for r in self.plan.readers if any(run.norm in self.gains for run in r.runs)}
+        return {name: r for name, r in readers.items() if r.values_from is None or name in self.expected_added}
+
+    @cached_property
+    def expected_added(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {
+            r.tensor: self.plan.added[r.tensor]
+            for r in self.plan.readers
+            if r.tensor in self.plan.added and any(run.norm in self.gains for run in r.runs)
+        }
+
+    @property
+    def layout(self) -> str:
+        found = {self.states[name] for name in self.gains}
+        return "mixed" if {IDENTITY, DROPPED} <= found else "dropped" if DROPPED in found else "identity"
+
+    def factor(self, reader: Reader) -> torch.Tensor:
+        """What a reader's channels are multiplied by: float32 of shape (shape[reader.dim],)."""
+        parts = []
+        for run in reader.runs:
+            gain = self.gains.get(run.norm or "")
+            part = torch.ones(run.length) if gain is None else gain[run.start : run.start + run.length]
+            parts.append(part.repeat(run.repeat))
+        return torch.cat(parts)
+
+
+def pair(source: Checkpoint, folded: Checkpoint, trust_remote_code: bool = False) -> Pair:
+    """Put two checkpoints side by side.
+
+    Raises FlashNormError if the source is folded itself, PlanError if its architecture cannot be planned.
+    """
+    record = read_json(folded.folder / RECORD) if (folded.folder / RECORD).exists() else None
+    plan = make_plan(source, "auto", trust_remote_code)
+    states = _states(source, folded, plan)
+    # The files decide about the final norm. Keeping and untying were the user's choice, or another tool's.
+    if any(states[n.tensor] in (IDENTITY, DROPPED) for n in plan.kept):
+        plan = _better(source, folded, plan, "untie", trust_remote_code)
+    elif any(states[n.tensor] == SOURCE for n in plan.folded):
+        plan = _better(source, folded, plan, "keep", trust_remote_code)
+    states = _states(source, folded, plan)
+    findings = []
+    gains = {}
+    for norm in plan.norms:
+        state = states[norm.tensor]
+        if norm.folded and state != SOURCE:
+            gains[norm.tensor] = gain_of(source, norm)
+        if state == SOURCE and norm.folded and record is not None:
+            findings.append(Finding(norm.tensor, "keeps its weight, but the fold of this checkpoint would fold it"))
+        elif state == OTHER or (state != SOURCE and not norm.folded):
+            findings.append(_wrong_norm(source, folded, norm, state))
+    return Pair(source, folded, plan, states, record, gains, tuple(findings))
+
+
+def values(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A small tensor's values, in its own dtype and shape. Raises PlanError for a dtype that is no float."""
+    shard = checkpoint.shard_of[name]
+    entry = checkpoint.tensors[name]
+    if entry.dtype not in TORCH_DTYPE:
+        raise PlanError(f"{name} is stored as {entry.dtype}")
+    if not entry.nbytes:
+        return torch.empty(entry.shape, dtype=TORCH_DTYPE[entry.dtype])
+    with (checkpoint.folder / shard).open("rb") as file:
+        file.seek(checkpoint.shards[shard].data_start + entry.start)
+        raw = bytearray(file.read(entry.nbytes))
+    return torch.frombuffer(raw, dtype=TORCH_DTYPE[entry.dtype]).view(entry.shape)
+
+
+def gain_of(source: Checkpoint, norm: Norm) -> torch.Tensor:
+    """The gain of a norm, `scale * weight + offset`, in float32 of shape (elements,)."""
+    return (values(source, norm.tensor).flatten().float() * norm.scale) + norm.offset
+
+
+def _states(source: Checkpoint, folded: Checkpoint, plan: Plan) -> dict[str, str]:
+    return {norm.tensor: _state(source, folded, norm) for norm in plan.norms}
+
+
+def _state(source: Checkpoint, folded: Checkpoint, norm: Norm) -> str:
+    if norm.tensor not in source.tensors:
+        return SOURCE
+    if norm.tensor not in folded.tensors:
+        return DROPPED
+    if source.tensors[norm.tensor].dtype not in TORCH_DTYPE:
+        return SOURCE
+    if folded.tensors[norm.tensor].dtype not in TORCH_DTYPE:
+        return OTHER
+    before, after = values(source, norm.tensor), values(folded, norm.tensor)
+    if before.shape != after.shape:
+        return OTHER
+    if norm.folded and bool((after == norm.identity).all()):
+        return IDENTITY
+    if torch.equal(before.double(), after.double()):
+        return SOURCE
+    return IDENTITY if bool((after == norm.identity).all()) else OTHER
+
+
+def _better(source: Checkpoint, folded: Checkpoint, plan: Plan, final_norm: str, trust_remote_code: bool) -> Plan:
+    """The plan with another decision about the final norm, if it explains more norms of the files."""
+    try:
+        other = make_plan(source, final_norm, trust_remote_code)
+    except PlanError:
+        return plan
+
+    def unexplained(candidate: Plan) -> int:
+        states = _states(source, folded, candidate)
+        return sum((states[n.tensor] == SOURCE) == n.folded for n in candidate.norms)
+
+    return other if unexplained(other) < unexplained(plan) else plan
+
+
+def _wrong_norm(source: Checkpoint, folded: Checkpoint, norm: Norm, state: str) -> Finding:
+    """Say what is wrong with a norm that is neither kept nor properly folded."""
+    name = norm.tensor
+    if state == DROPPED:
+        return Finding(name, f"is left out, but has to be kept: {norm.reason}")
+    if state == IDENTITY:
+        return Finding(name, f"holds the identity, but has to be kept: {norm.reason}")
+    before, after = source.tensors[name], folded.tensors[name]
+    if before.shape != after.shape or after.dtype not in TORCH_DTYPE:
+        return Finding(
+            name, f"is {after.dtype} {list(after.shape)}, but the source has {before.dtype} {list(before.shape)}"
+        )
+    found, was = values(folded, name).double().flatten(), values(source, name).double().flatten()
+    if norm.offset and bool((found == 1).all()):
+        scale = norm.scale + norm.offset
+        return Finding(
+            name,
+            f"holds ones, but this norm computes {norm.offset:g} + w: its identity is {norm.identity:g}, and ones make "
+            f"it scale by {scale:g}. A tool that takes w itself for the gain folds this architecture wrongly",
+            1.0,
+        )
+    wrong = int((found != norm.identity).sum()), int((found != was).sum())
+    wanted = f"the identity ({norm.identity:g})" if norm.folded else "the source's weight"
+    where = int((found != (norm.identity if norm.folded else was)).nonzero()[0])
+    error = ((found - was).norm() / was.norm().clamp(min=torch.finfo(torch.float64).tiny)).item()
+    if norm.folded and bool((found == found[0]).all()):
+        return Finding(name, f"holds {found[0]:g} everywhere instead of {wanted}", error)
+    return Finding(
+        name,
+        f"does not hold {wanted}: {wrong[0] if norm.folded else wrong[1]} of {len(found)} values differ, the first is "
+        f"element {where}: {found[where]:g}",
+        error,
+    )

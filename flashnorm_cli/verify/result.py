@@ -1,0 +1,92 @@
+"""What `verify` finds, as plain data: it is printed, recorded in flashnorm.json and shown in the report."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from flashnorm_cli.plan import Plan
+
+LEVELS = ("weights", "layers", "logits")
+# What counts as equivalent: exact algebra in float32, and rounding no worse than the dtype's own.
+MAX_ALGEBRA_ERROR = 1e-5
+MAX_NOISE_RATIO = 1.5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: `what` is a tensor, a file or a config key; `error` is relative, where one is known."""
+
+    what: str
+    message: str
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class LevelResult:
+    """The outcome of one level: "passed", "failed" (see `findings`) or "skipped" (see `reason`).
+
+    `figures` holds what the level measured, as JSON values; the keys are described where the level is computed.
+    """
+
+    level: str
+    status: str
+    figures: dict[str, Any] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = ()
+    reason: str | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The result of `verify`.
+
+    `foreign` says that the checkpoint does not carry a record of this tool. `environment` holds versions, device,
+    date (ISO 8601, UTC), and the command; `thresholds` what was counted as equivalent; `recorded` the file that holds
+    the result, or None.
+    """
+
+    folded: str
+    source: str
+    commit: str | None
+    foreign: bool
+    plan: Plan | None
+    levels: tuple[LevelResult, ...]
+    thresholds: dict[str, float]
+    environment: dict[str, str]
+    notes: tuple[str, ...] = ()
+    recorded: str | None = None
+
+    @property
+    def equivalent(self) -> bool:
+        """No level failed, and at least one ran."""
+        statuses = {level.status for level in self.levels}
+        return "passed" in statuses and "failed" not in statuses
+
+    def level(self, name: str) -> LevelResult | None:
+        """The result of a level by its name."""
+        return next((level for level in self.levels if level.level == name), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values, without the plan."""
+        return {
+            "equivalent": self.equivalent,
+            "folded": self.folded,
+            "source": self.source,
+            "commit": self.commit,
+            "foreign": self.foreign,
+            "levels": {level.level: level_json(level) for level in self.levels},
+            "thresholds": self.thresholds,
+            "environment": self.environment,
+            "notes": list(self.notes),
+            "recorded": self.recorded,
+        }
+
+
+def level_json(level: LevelResult) -> dict[str, Any]:
+    """A level as plain JSON values, without its name; what is empty is left out."""
+    plain = dataclasses.asdict(level)
+    del plain["level"]
+    return {key: value for key, value in plain.items() if value not in ((), {}, None, [])}

@@ -1,0 +1,93 @@
+"""Reading tensors in blocks that fit a small buffer, without mapping files into memory."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashnorm_cli.checkpoint import Checkpoint
+from flashnorm_cli.errors import CheckpointError
+
+BLOCK_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Block:
+    """A stretch of a tensor: from its element `first` on, of shape (outer, channels, inner), `channel` the first one.
+
+    Where bytes are to be compared, `bytes` is their number, and `first` counts bytes too.
+    """
+
+    first: int
+    shape: tuple[int, int, int] = (0, 0, 0)
+    channel: int = 0
+    bytes: int | None = None
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def blocks(shape: tuple[int, ...], dim: int | None, limit: int) -> Iterator[Block]:
+    """Cut a tensor of `shape` into contiguous blocks of at most `limit` elements, in order.
+
+    Seen as (outer, channels, inner) around `dim` (None: no channels), each block holds whole slices, or whole channels
+    of one slice, or a part of one channel.
+    """
+    if 0 in shape:
+        return
+    if dim is None:
+        outer, channels, inner = 1, 1, math.prod(shape)
+    else:
+        outer, channels, inner = math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])
+    if channels * inner <= limit:
+        step = limit // (channels * inner)
+        for o in range(0, outer, step):
+            yield Block(o * channels * inner, (min(step, outer - o), channels, inner))
+        return
+    step, inner_step = max(limit // inner, 1), min(inner, limit)
+    for o in range(outer):
+        for c in range(0, channels, step):
+            for i in range(0, inner, inner_step):
+                size = (1, min(step, channels - c), min(inner_step, inner - i))
+                yield Block((o * channels + c) * inner + i, size, c)
+
+
+class ShardReader:
+    """A shard of a checkpoint, read through one page-aligned buffer; a new view invalidates the last one."""
+
+    def __init__(self, checkpoint: Checkpoint, shard: str, size: int = BLOCK_BYTES) -> None:
+        self.path: Path = checkpoint.folder / shard
+        try:
+            self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: {error.strerror}") from error
+        self.buffer = mmap.mmap(-1, size)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def read(self, offset: int, length: int) -> bytes:
+        data = bytearray(length)
+        self._into(memoryview(data), offset)
+        return bytes(data)
+
+    def view(self, offset: int, length: int) -> memoryview:
+        view = memoryview(self.buffer)[:length]
+        self._into(view, offset)
+        return view
+
+    def _into(self, view: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(view):
+            try:
+                n = os.preadv(self.fd, [view[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: {error.strerror}") from error
+            if n == 0:
+                raise CheckpointError(f"{self.path}: truncated while it was being read")
+            done += n
