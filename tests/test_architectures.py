@@ -1,6 +1,8 @@
-"""Every RMSNorm family of the installed transformers: fold a tiny random checkpoint, compare the logits.
+"""Every RMSNorm family of the installed transformers: fold a tiny random checkpoint, compare the logits, verify it.
 
-`python tests/test_architectures.py` writes docs/architectures.md, from the same plans.
+`python tests/test_architectures.py` writes docs/architectures.md, from the same plans and with every level of
+`flashnorm verify` in three dtypes. The test below takes one dtype per family, and level logits for a quarter of them:
+all of it takes a quarter of an hour.
 """
 
 import json
@@ -8,6 +10,7 @@ import re
 import secrets
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import families
 import pytest
@@ -18,10 +21,14 @@ from safetensors.torch import load_file, save_file
 from flashnorm_cli.checkpoint import Source, open_checkpoint
 from flashnorm_cli.cli import main
 from flashnorm_cli.errors import PlanError
+from flashnorm_cli.folding import fold
 from flashnorm_cli.plan import Plan, grouped, make_plan
+from flashnorm_cli.verify.result import MAX_NOISE_RATIO, Verification
+from flashnorm_cli.verify.verify import verify
 
 DOC = Path(__file__).parent.parent / "docs" / "architectures.md"
 MAX_ERROR = 1e-5
+DTYPES = ("bfloat16", "float16", "float32")
 # Norms without weights, LayerNorms with biases, or norms behind the sums of a residual stream only.
 NOTHING_TO_FOLD = ("hrm_text", "kosmos-2.5", "nanochat", "neomme")
 # A text forward is not enough for them, or depends on data too much: refused, with the words below.
@@ -88,6 +95,26 @@ def test_family(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert distance(families.logits(forgetful, inputs), expected) > 100 * MAX_ERROR, f"seed {seed}"
 
 
+def verified(family: str, folder: Path, dtype: str, levels: tuple[str, ...]) -> Verification:
+    """Fold and verify a family whose weights are stored in a dtype; the folder has to be empty."""
+    model = families.build(family, seed=0)
+    families.randomize_gains(model, seed=1)
+    families.save(model, folder / "source", dtype=getattr(torch, dtype))
+    fold(folder / "source", folder / "folded")
+    return verify(folder / "folded", folder / "source", levels=levels, device="cpu", workers=1)
+
+
+@pytest.mark.parametrize("family", [f for f in families.families() if f not in (*NOTHING_TO_FOLD, *REFUSED)])
+def test_family_passes_verify(family: str, tmp_path: Path) -> None:
+    number = list(families.families()).index(family)
+    levels = ("weights", "layers", "logits") if number % 4 == 0 else ("weights", "layers")
+    result = verified(family, tmp_path, DTYPES[number % 3], levels)
+    assert result.equivalent, [level.findings for level in result.levels]
+    assert result.level("weights").figures["folded"] > 0
+    assert result.level("layers").figures["norms"]
+    assert result.level("logits") is None or result.level("logits").status in ("passed", "skipped")
+
+
 def test_doc_lists_these_families() -> None:
     text = DOC.read_text()
     if f"transformers {transformers.__version__} " not in text:
@@ -100,7 +127,22 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-def row(family: str, plan: Plan) -> str:
+def noise(family: str) -> list[str]:
+    """Per dtype: what the fold adds to rounding, at the logits and in the worst layer. Raises if one does not pass."""
+    cells = []
+    for dtype in DTYPES:
+        with TemporaryDirectory() as folder:
+            result = verified(family, Path(folder), dtype, ("weights", "layers", "logits"))
+        if not result.equivalent:
+            raise SystemExit(f"{family} in {dtype} does not pass: {[level.findings for level in result.levels]}")
+        logits: dict[str, Any] = result.level("logits").figures
+        ratio = logits.get("ratio")
+        layers = result.level("layers").figures["worst_ratio"]
+        cells.append(f"{'-' if ratio is None else f'{ratio:.2f}'}, {layers:.2f}")
+    return cells
+
+
+def row(family: str, plan: Plan, cells: list[str]) -> str:
     """A line of docs/architectures.md. Numbers in the counts depend on the tiny models' layers, so there are none."""
 
     def short(name: str) -> str:
@@ -115,7 +157,7 @@ def row(family: str, plan: Plan) -> str:
         if pattern not in names:
             names.append(pattern)
     why = "<br>".join(f"{', '.join(names)}: {reason}" for reason, names in kept.items())
-    return f"| {family} | {plan.architecture} | {'<br>'.join(folded)} | {why} | {plan.lm_head} |"
+    return f"| {family} | {plan.architecture} | {'<br>'.join(folded)} | {why} | {plan.lm_head} | {' | '.join(cells)} |"
 
 
 def write_doc() -> None:
@@ -124,9 +166,12 @@ def write_doc() -> None:
         with TemporaryDirectory() as folder:
             checkpoint_of(family, Path(folder))
             try:
-                rows.append(row(family, make_plan(open_checkpoint(Source(folder)))))
+                plan = make_plan(open_checkpoint(Source(folder)))
+                cells = noise(family) if plan.folded else [""] * len(DTYPES)
+                rows.append(row(family, plan, cells))
             except PlanError as error:
-                rows.append(f"| {family} | | refused | {error} | |")
+                rows.append(f"| {family} | | refused | {error} | | | | |")
+        print(rows[-1][:60], flush=True)
     DOC.write_text(
         f"""# Architectures
 
@@ -139,8 +184,14 @@ planned in the same way, from its own forward: run `flashnorm plan`.
 norm keeps its weight), *none* (no head). Norms of image and audio towers, which a text forward does not reach, are
 left alone and not listed.
 
-| family | class | folded | kept, and why | lm_head |
-|--|--|--|--|--|
+Each family was then stored in three dtypes, folded, and passed `flashnorm verify`. The last columns hold its ratios
+to the noise floor, at the logits and in the worst layer: 1 means that the folded model rounds as its source does, and
+{MAX_NOISE_RATIO} is allowed. A `-` stands for logits without a ratio: the source does not run on text alone or in this
+dtype (diffusion_gemma; deepseek_v4 in float16), or not in float64, which would be the reference of float32 (inkling2;
+level logits compares with float32 itself then).
+
+| family | class | folded | kept, and why | lm_head | bf16 | fp16 | fp32 |
+|--|--|--|--|--|--|--|--|
 """
         + "\n".join(rows)
         + "\n"

@@ -55,7 +55,7 @@ def notes(pair: Pair) -> list[str]:
         missing = [name for name in pair.source.others if not (pair.folded.folder / name).is_file()]
         if missing:
             found.append(f"not carried over from the source: {', '.join(missing)}")
-        if pair.gains:
+        if pair.gains and pair.record is None:
             found.append("it has no record of flashnorm; `--adopt` writes one")
     return found
 
@@ -110,7 +110,7 @@ def _tie(pair: Pair) -> list[Finding]:
         if config.get("tie_word_embeddings", not where and "tie_word_embeddings" not in config)
     ]
     head = next(iter(pair.expected_added))
-    return [Finding(CONFIG, f"{key} is true: loaders would ignore {head} and use the embedding") for key in tied]
+    return [Finding(CONFIG, f"{key} is true: runtimes may drop {head} and use the embedding") for key in tied]
 
 
 # ---- with our record -------------------------------------------------------------------------------------------------

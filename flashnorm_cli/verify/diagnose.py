@@ -173,6 +173,8 @@ def _sample(checkpoint: Checkpoint, name: str, limit: int = MAX_SAMPLE) -> torch
 
 def _factor_along(found: torch.Tensor, source: torch.Tensor, dim: int, tolerance: float) -> torch.Tensor | None:
     """The factor per channel that makes `source` into `found`, or None where there is none."""
+    if found.ndim < 2:
+        return None
     a, b = found.movedim(dim, 0).flatten(1), source.movedim(dim, 0).flatten(1)
     squares = b.square().sum(1)
     factor = torch.where(squares > 0, (a * b).sum(1) / squares.clamp(min=1e-300), 1.0)

@@ -44,11 +44,15 @@ LOGITS_BYTES = 512 << 20  # that the reference's logits may take
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids of each prompt, where they come from, and what turns them into text (None without a tokenizer)."""
+    """Token ids of each prompt, where they come from, and what turns them into text (None without a tokenizer).
+
+    `random` ids have no continuation that would mean anything.
+    """
 
     ids: tuple[tuple[int, ...], ...]
     origin: str
     tokenizer: Any = None
+    random: bool = False
 
 
 @dataclass
@@ -270,7 +274,9 @@ def read_prompts(source: Checkpoint, text: Path | None, ids: Path | None, trust_
         if text is not None:
             raise UsageError("--text needs a tokenizer, and the source has none; pass --token-ids instead")
         return Prompts(
-            _random_ids(source, vocabulary, min(length, RANDOM_TOKENS)), "random token ids (there is no tokenizer)"
+            _random_ids(source, vocabulary, min(length, RANDOM_TOKENS)),
+            "random token ids (there is no tokenizer)",
+            random=True,
         )
     try:
         words = (text or PROMPTS).read_text(encoding="utf-8")
@@ -489,7 +495,7 @@ def _add(score: _Score, logits: torch.Tensor, reference: torch.Tensor, following
 
 def _generate(run: _Run, model: Any, notes: list[str]) -> list[list[int]] | None:
     """Greedy continuations of the first prompts, as token ids."""
-    if not model.can_generate() or model.config.is_encoder_decoder:
+    if run.prompts.random or not model.can_generate() or model.config.is_encoder_decoder:
         return None
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     out = []

@@ -96,11 +96,21 @@ def pair(source: Checkpoint, folded: Checkpoint, trust_remote_code: bool = False
         state = states[norm.tensor]
         if norm.folded and state != SOURCE:
             gains[norm.tensor] = gain_of(source, norm)
-        if state == SOURCE and norm.folded and record is not None:
-            findings.append(Finding(norm.tensor, "keeps its weight, but the fold of this checkpoint would fold it"))
+        if state == SOURCE and norm.folded and _claims(record, norm.tensor):
+            findings.append(Finding(norm.tensor, "keeps its weight, but the record says that it is folded"))
         elif state == OTHER or (state != SOURCE and not norm.folded):
             findings.append(_wrong_norm(source, folded, norm, state))
     return Pair(source, folded, plan, states, record, gains, tuple(findings))
+
+
+def _claims(record: dict[str, Any] | None, tensor: str) -> bool:
+    """Whether the record says that a norm is folded. One without a readable list claims what the plan folds."""
+    if record is None:
+        return False
+    norms = record.get("norms")
+    if not isinstance(norms, list):
+        return True
+    return any(isinstance(n, dict) and n.get("tensor") == tensor and n.get("folded") is True for n in norms)
 
 
 def values(checkpoint: Checkpoint, name: str) -> torch.Tensor:

@@ -40,8 +40,8 @@ LAYOUTS = {
     "mixed": "mixed: some folded norms scale by one, others are left out",
 }
 THRESHOLDS = {
-    "algebra_error": "Algebra: relative error of the logits without rounding, at most",
-    "noise_ratio": "Rounding: error as a multiple of the noise floor, at most",
+    "algebra_error": "Logits without rounding: relative error, at most",
+    "noise_ratio": "With rounding: times the noise floor, at most",
 }
 # What no page may hold: control characters, lone surrogates, and marks that reorder the text around them.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
@@ -145,10 +145,10 @@ def highlights(result: Verification) -> list[tuple[str, str, str]]:
     if _number(logits.get("algebra_error")) is not None:
         beside = f"relative error of the logits; limit {error(algebra_limit(result))}"
         found.append(("Algebra", error(logits["algebra_error"]), beside))
-    folded = logits.get("folded")
-    top1 = _number(folded.get("top1")) if isinstance(folded, dict) else None
-    if top1 is not None:
-        found.append(("Same next token", percent(top1), f"of {count(logits.get('tokens'))} positions"))
+    top1 = {who: _number(logits[who].get("top1")) for who in ("source", "folded") if isinstance(logits.get(who), dict)}
+    if top1.get("folded") is not None:
+        floor = f"; the source in {logits.get('dtype', 'its own dtype')}: {percent(top1.get('source'))}"
+        found.append(("Same next token", percent(top1["folded"]), f"of {count(logits.get('tokens'))} positions{floor}"))
     return found
 
 
@@ -197,7 +197,8 @@ def kept_rows(plan: Plan) -> list[tuple[str, int, str]]:
 
 
 def _names(levels: Iterable[LevelResult]) -> str:
-    *first, last = [title_of(level) for level in levels]
+    titles = [title_of(level) for level in levels]
+    *first, last = [title[:1].lower() + title[1:] for title in titles]
     return f"{', '.join(first)} and {last}" if first else last
 
 
