@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -313,7 +314,8 @@ def test_from_the_hub(folder: Path, tmp_path: Path) -> None:
     """Both checkpoints by their ids, in a process of its own with an empty cache."""
     with HubServer(tmp_path / "hub") as hub:
         hub.add_repo("team/source", folder / "source")
-        env = hub.client_env(tmp_path / "home", PYTHONPATH=str(Path(__file__).parents[1]), OMP_NUM_THREADS="1")
+        path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+        env = hub.client_env(tmp_path / "home", PYTHONPATH=path, OMP_NUM_THREADS="1")
         flashnorm = [sys.executable, "-m", "flashnorm_cli"]
 
         def call(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -335,3 +337,19 @@ def test_from_the_hub(folder: Path, tmp_path: Path) -> None:
         done = call("verify", "team/folded", "--source", "team/source2", "--level", "weights", "--json")
         assert done.returncode == 3, done.stderr
         assert READER in {f["what"] for f in json.loads(done.stdout)["levels"]["weights"]["findings"]}
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen2_moe", "deepseek_v3"])
+def test_on_a_gpu(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = families.build(family, seed=5)
+    families.randomize_gains(model, seed=6)
+    families.save(model, tmp_path / "source", dtype=torch.bfloat16)
+    assert run("fold", tmp_path / "source", tmp_path / "folded", "--quiet") == 0
+    result = result_of(capsys, tmp_path / "folded", "--device", "cuda")
+    assert {level["status"] for level in result["levels"].values()} == {"passed"}
+    assert result["environment"]["device"].startswith("cuda (")
+    assert result["levels"]["logits"]["figures"]["device"] == "cuda"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -165,7 +166,7 @@ def summary(result: Verification) -> list[str]:
 
 
 def _by(error: float | None) -> str:
-    return "" if error is None or error == 1.0 else f" (off by {error:.2g} relative)"
+    return "" if error is None or not math.isfinite(error) else f" (off by {error:.2g} relative)"
 
 
 def _level_lines(level: LevelResult) -> list[str]:

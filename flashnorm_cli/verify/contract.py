@@ -13,16 +13,8 @@ from flashnorm_cli.verify.pairing import DROPPED, SOURCE, Pair
 from flashnorm_cli.verify.result import Finding
 
 # Written for readers and for git, not for the model.
-PAPERS = (
-    "README.md",
-    ".gitattributes",
-    ".gitignore",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-    "NOTICE",
-    "USE_POLICY.md",
-)
+PAPERS = (".gitattributes", ".gitignore", "LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY")
+PAPER_SUFFIXES = (".md", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".svg", ".gif", ".webp")
 # What other tools write into a config without changing the model.
 BOOKKEEPING = {
     "flashnorm", "flashnorm_folded", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache",
@@ -41,11 +33,11 @@ def check(pair: Pair) -> list[Finding]:
 def notes(pair: Pair) -> list[str]:
     """What is not wrong, but worth knowing."""
     found = []
-    other = [name for name in _differing(pair) if Path(name).name in PAPERS]
+    other = [name for name in _differing(pair) if is_paper(name)]
     if other:
         found.append(f"differs from the source's: {', '.join(other)}")
     beside = [name for name in pair.folded.left_out if name not in pair.source.left_out]
-    beside += [name for name in pair.folded.others if name not in (*pair.source.others, RECORD, *PAPERS)]
+    beside += [name for name in pair.folded.others if name not in (*pair.source.others, RECORD) and not is_paper(name)]
     if beside:
         found.append(f"not in the source, and not looked at: {', '.join(beside)}")
     if pair.foreign:
@@ -60,9 +52,14 @@ def notes(pair: Pair) -> list[str]:
     return found
 
 
+def is_paper(name: str) -> bool:
+    """Whether a file is written for readers: it may change without voiding a verification."""
+    return Path(name).name in PAPERS or name.lower().endswith(PAPER_SUFFIXES)
+
+
 def hashed_files(folded: Checkpoint) -> list[str]:
     """The files that a verification speaks of; papers may change without voiding it."""
-    small = [name for name in folded.others if name != RECORD and Path(name).name not in PAPERS]
+    small = [name for name in folded.others if name != RECORD and not is_paper(name)]
     return [CONFIG, *([INDEX] if folded.index else []), *folded.shards, *small]
 
 
@@ -214,6 +211,9 @@ def _source_files(pair: Pair) -> list[Finding]:
     facts = (pair.record or {}).get("source_files")
     findings = []
     for name, fact in facts.items() if isinstance(facts, dict) else ():
+        if name not in (CONFIG, INDEX, *pair.source.shards) or not isinstance(fact, dict):
+            findings.append(Finding(RECORD, f"speaks of {name} of the source, which is not there"))
+            continue
         path = pair.source.folder / name
         if not path.is_file():
             findings.append(Finding(RECORD, f"speaks of {name} of the source, which is not there"))
@@ -246,7 +246,7 @@ def _other_files(pair: Pair) -> list[Finding]:
     missing = [name for name in pair.source.others if not (pair.folded.folder / name).is_file()]
     findings = [Finding(name, "is missing; the source has it") for name in missing]
     for name in _differing(pair):
-        if Path(name).name not in PAPERS:
+        if not is_paper(name):
             findings.append(Finding(name, "is not the source's file, byte for byte"))
     return findings
 

@@ -25,7 +25,7 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SHOWN_FINDINGS = 50
 DECISIVE_FINDINGS = 3  # of each failed level, below the verdict
 WORST_NORMS = 10
-CHART_SIZES = ((960, 380), (340, 320))  # for a desk or paper, and for a phone
+CHART_SIZES = ((960, 460), (340, 400))  # for a desk or paper, and for a phone
 NOTHING = "\u2013"
 SPACE = "\u00a0"  # between a number and its unit: no line ends there
 HEADS = {
@@ -40,8 +40,8 @@ LAYOUTS = {
     "mixed": "mixed: some folded norms scale by one, others are left out",
 }
 THRESHOLDS = {
-    "algebra_error": "Logits without rounding: relative error, at most",
-    "noise_ratio": "With rounding: times the noise floor, at most",
+    "max_algebra_error": "Logits without rounding: relative error, at most",
+    "max_noise_ratio": "With rounding: times the noise floor, at most",
 }
 # What no page may hold: control characters, lone surrogates, and marks that reorder the text around them.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
@@ -122,7 +122,7 @@ def verdict(result: Verification) -> Verdict:
     left_out = f" Not run: {_names(skipped)}." if skipped else ""
     if failed:
         also = f" Passed: {_names(passed)}." if passed else ""
-        sentence = f"The folded checkpoint is not shown to be the same model as its source: {_names(failed)} failed."
+        sentence = f"The folded checkpoint is not equivalent to its source: {_names(failed)} failed."
         decisive = tuple((title_of(level), level, tuple(findings_of(level)[:DECISIVE_FINDINGS])) for level in failed)
         return Verdict("bad", "NOT equivalent", sentence + also + left_out, decisive)
     if not passed:
@@ -138,10 +138,11 @@ def highlights(result: Verification) -> list[tuple[str, str, str]]:
     found = []
     tensors, differing = _number(weights.get("tensors")), _number(weights.get("differing"))
     if tensors is not None and differing is not None:
-        found.append(("Tensors as planned", count(tensors - differing), f"of {count(tensors)}"))
-    if _number(layers.get("worst_ratio")) is not None:
-        beside = f"the rounding error of the source itself; limit {times(noise_limit(result))}"
-        found.append(("Worst layer", times(layers["worst_ratio"]), beside))
+        found.append(("Tensors as planned", count(max(tensors - differing, 0)), f"of {count(tensors)}"))
+    limit = noise_limit(result)
+    worst = max((norm.ratio for norm in _norms(layers, limit)), key=_rank, default=None)
+    if worst is not None:
+        found.append(("Worst layer", times(worst), f"the rounding error of the source itself; limit {times(limit)}"))
     if _number(logits.get("algebra_error")) is not None:
         beside = f"relative error of the logits; limit {error(algebra_limit(result))}"
         found.append(("Algebra", error(logits["algebra_error"]), beside))
@@ -154,12 +155,12 @@ def highlights(result: Verification) -> list[tuple[str, str, str]]:
 
 def noise_limit(result: Verification) -> float:
     """How many times the noise floor an error may be."""
-    return _number(result.thresholds.get("noise_ratio")) or MAX_NOISE_RATIO
+    return _number(result.thresholds.get("max_noise_ratio")) or MAX_NOISE_RATIO
 
 
 def algebra_limit(result: Verification) -> float:
     """How large the logits' error without rounding may be."""
-    return _number(result.thresholds.get("algebra_error")) or MAX_ALGEBRA_ERROR
+    return _number(result.thresholds.get("max_algebra_error")) or MAX_ALGEBRA_ERROR
 
 
 def title_of(level: LevelResult) -> str:
@@ -240,98 +241,113 @@ class NormError:
 
 
 @dataclass(frozen=True)
-class Point:
-    """A folded norm in the chart: where its error is, and where its slot begins."""
+class Panel:
+    """One of the chart's two plots: a log scale from `low` to `high` between `top` and `bottom`."""
 
-    x: float
-    y: float
+    top: float
+    bottom: float
+    low: float
+    high: float
+
+    def y(self, value: float | None) -> float:
+        """What a log scale cannot show lies on an edge: zero below, inf and nan above."""
+        if value is None or value <= 0:
+            return self.bottom
+        place = math.log(value / self.low) / math.log(self.high / self.low) if math.isfinite(value) else 1.0
+        return self.bottom - min(max(place, 0.0), 1.0) * (self.bottom - self.top)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A folded norm in the chart: `left` is where its slot begins, the two y are those of its error and its ratio."""
+
     left: float
+    x: float
+    error_y: float
+    ratio_y: float
     norm: NormError
 
 
 @dataclass(frozen=True)
 class Chart:
-    """The error per norm, as coordinates of an SVG of `width` x `height`, whose plot lies between the four edges.
+    """The chart as coordinates of an SVG of `width` x `height`; both panels lie between `left` and `right`.
 
-    `floor` is the stepped outline of the source's own errors, `bound` that outline raised to the limit; `under` and
-    `allowed` are the areas below and between them. A norm takes `step` of the width.
+    Above, the errors: `floor` is the stepped outline of the source's own, `under` the area below it. Below, the ratio
+    of the two with the limit, at `limit_y`. A norm takes `step` of the width.
     """
 
     width: int
     height: int
     left: float
-    top: float
     right: float
-    bottom: float
+    errors: Panel
+    ratios: Panel
+    limit_y: float
     step: float
     radius: float
     x_ticks: tuple[tuple[float, int], ...]
-    y_ticks: tuple[tuple[float, str], ...]
+    error_ticks: tuple[tuple[float, str], ...]
+    ratio_ticks: tuple[tuple[float, str], ...]
     floor: str
-    bound: str
     under: str
-    allowed: str
     points: tuple[Point, ...]
     worst: Point | None
 
     @property
-    def worst_left(self) -> bool:
-        """Whether the worst point's label has to stand left of it."""
-        return self.worst is not None and self.worst.x > (self.left + self.right) / 2
+    def worst_anchor(self) -> str:
+        """How the worst point's label stands above it: centred, unless an edge is near."""
+        x = self.worst.x if self.worst else 0.0
+        return "start" if x < self.left + 50 else "end" if x > self.right - 50 else "middle"
 
 
 def draw(norms: list[NormError], limit: float, width: int, height: int) -> Chart | None:
     """Lay out the chart, or None where no error is above zero, so that a log scale has nothing to show."""
-    floors = [norm.source for norm in norms if _drawable(norm.source)]
-    values = [*floors, *(f * limit for f in floors if f), *(n.folded for n in norms if _drawable(n.folded))]
-    known = [value for value in values if value]
+    known = _drawable([*(norm.source for norm in norms), *(norm.folded for norm in norms)])
     if not known:
         return None
-    # room above the highest point for the label of the worst one
-    ticks = _log_ticks(min(known) / 1.15, max(known) * 1.3)
-    low, high = math.log10(ticks[0]), math.log10(ticks[-1])
-    left, top, right, bottom = 56.0, 26.0, width - 6.0, height - 44.0
+    left, right = 56.0, width - 6.0
     step = (right - left) / len(norms)
+    ticks = _log_ticks(min(known) / 1.15, max(known) * 1.15)
+    errors = Panel(30, height * 0.55, ticks[0], ticks[-1])
+    known = [1.0, limit, *_drawable(norm.ratio for norm in norms)]
+    top, bottom, low, high = height * 0.55 + 40, height - 46.0, min(known) / 1.1, max(known)
+    room = 26  # above the highest point: that is where the label of the worst one stands
+    ratios = Panel(top, bottom, low, low * (high / low) ** ((bottom - top) / (bottom - top - room)))
 
-    def y(value: float | None) -> float:
-        """What a log scale cannot show lies on an edge: zero below, inf and nan above."""
-        if value is None or value <= 0:
-            return bottom
-        place = (math.log10(value) - low) / (high - low) if math.isfinite(value) else 1.0
-        return bottom - min(max(place, 0.0), 1.0) * (bottom - top)
-
-    def outline(factor: float) -> list[str]:
-        heights = [y(norm.source * factor if norm.source is not None else None) for norm in norms]
-        steps = [(left + i * step, left + (i + 1) * step, height) for i, height in enumerate(heights)]
-        return [f"{x:.1f},{height:.1f}" for start, end, height in steps for x in (start, end)]
-
+    steps = [(left + i * step, left + (i + 1) * step, errors.y(norm.source)) for i, norm in enumerate(norms)]
+    outline = [f"{x:.1f},{y:.1f}" for start, end, y in steps for x in (start, end)]
+    corners = [f"{x:.1f},{errors.bottom:.1f}" for x in (right, left)]
     points = tuple(
-        Point(left + (i + 0.5) * step, y(norm.folded), left + i * step, norm)
+        Point(
+            left + i * step, left + (i + 0.5) * step, errors.y(norm.folded), max(ratios.y(norm.ratio), top + room), norm
+        )
         for i, norm in enumerate(norms)
         if norm.folded is not None
     )
     every = _round_step(56 / step)
-    numbers = list(range(every, len(norms) + 1, every))
-    if every > 1:
-        numbers.insert(0, 1)
-    labelled = [t for t in ticks if len(ticks) <= 9 or f"{t:e}".startswith("1.0")]
-    labelled = labelled[:: math.ceil(len(labelled) / 9)]
-    floor, bound = outline(1.0), outline(limit)
+    numbers = [*([1] if every > 2 else []), *range(every, len(norms) + 1, every)]
+    labelled = [t for t in ticks if len(ticks) <= 7 or f"{t:e}".startswith("1.0")]
+    labelled = labelled[:: math.ceil(len(labelled) / 7)]
+    ratio_ticks = [limit]  # always there; one and its decades where there is room for a label
+    decades = [t for t in _log_ticks(low, high) if f"{t:e}".startswith("1.0")]
+    for tick in [1.0, *decades[:: math.ceil(len(decades) / 4)]]:
+        if low <= tick <= high and all(abs(ratios.y(tick) - ratios.y(other)) > 15 for other in ratio_ticks):
+            ratio_ticks.append(tick)
     return Chart(
         width=width,
         height=height,
         left=left,
-        top=top,
         right=right,
-        bottom=bottom,
+        errors=errors,
+        ratios=ratios,
+        limit_y=ratios.y(limit),
         step=step,
-        radius=min(4.5, max(1.6, step * 0.42)),
+        radius=min(4.5, max(1.2, step * 0.42)),
         x_ticks=tuple((left + (i - 0.5) * step, i) for i in numbers),
-        y_ticks=tuple((y(t), f"{t:.0e}") for t in labelled),
-        floor="M" + " L".join(floor),
-        bound="M" + " L".join(bound),
-        under="M" + " L".join([*floor, f"{right:.1f},{bottom:.1f}", f"{left:.1f},{bottom:.1f}"]) + " Z",
-        allowed="M" + " L".join(floor + bound[::-1]) + " Z",
+        error_ticks=tuple((errors.y(t), f"{t:.0e}") for t in labelled),
+        ratio_ticks=tuple((ratios.y(t), f"{t:g}") for t in ratio_ticks),
+        floor="M" + " L".join(outline),
+        under="M" + " L".join(outline + corners) + " Z",
         points=points,
         worst=max(points, key=lambda point: _rank(point.norm.ratio), default=None),
     )
@@ -348,9 +364,9 @@ def _norms(figures: dict[str, Any], limit: float) -> list[NormError]:
     return found
 
 
-def _drawable(value: float | None) -> bool:
-    """Whether a log scale can show it."""
-    return value is not None and value > 0 and math.isfinite(value)
+def _drawable(values: Iterable[float | None]) -> list[float]:
+    """Those that a log scale can show."""
+    return [value for value in values if value is not None and 0 < value < math.inf]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -420,7 +436,8 @@ def count(value: float) -> str:
 @_shown
 def times(ratio: float) -> str:
     """1.08 and a multiplication sign"""
-    return (f"{ratio:.2f}" if ratio < 1000 else f"{ratio:.1e}") + f"{SPACE}\u00d7"
+    digits = f"{ratio:.2f}" if ratio < 10 else f"{ratio:,.0f}" if ratio < 1e6 else f"{ratio:.1e}"
+    return f"{digits}{SPACE}\u00d7"
 
 
 @_shown
@@ -474,9 +491,9 @@ def anchor(name: Any) -> str:
     return "level-" + re.sub(r"[^A-Za-z0-9]+", "-", str(name))
 
 
-def breakable(name: Any) -> Markup:
-    """A tensor's name or a path that may be broken after its dots, slashes and underscores."""
-    parts = re.split(r"(?<=[./_-])(?=[^./_-])", _printable(str(name)))
+def breakable(text: Any) -> Markup:
+    """Text in which long names and paths may be broken after their dots, slashes and underscores."""
+    parts = re.split(r"(?<=\S{12}[./_-])(?=[^\s./_-])", _printable(str(text)))
     return Markup("<wbr>").join(parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,4 +90,13 @@ def level_json(level: LevelResult) -> dict[str, Any]:
     """A level as plain JSON values, without its name; what is empty is left out."""
     plain = dataclasses.asdict(level)
     del plain["level"]
-    return {key: value for key, value in plain.items() if value not in ((), {}, None, [])}
+    return {key: _finite(value) for key, value in plain.items() if value not in ((), {}, None, [])}
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither inf nor NaN: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
