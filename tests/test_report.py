@@ -137,12 +137,11 @@ def charts(page: str) -> list[ET.Element]:
 )
 def test_verdict_comes_first(levels: tuple[LevelResult, ...], headline: str, sentence: str) -> None:
     page = Page(render(verification(*levels)))
-    start = page.text.index("Folded checkpoint, verified against its source")
-    assert page.text[start:].startswith(
-        f"Folded checkpoint, verified against its source2026-03-14 09:26 UTC {headline} The" if levels else ""
+    assert page.text.startswith(
+        f"{headline}: ./model-FlashNorm Folded checkpoint, verified against its source2026-03-14 09:26 UTC {headline} "
     )
     assert sentence in page.text
-    assert page.text.index(headline) < page.text.index(sentence) < page.text.index("What was compared")
+    assert page.text.index(sentence) < page.text.index("What was compared")
 
 
 def test_findings_that_decide_stand_below_the_verdict() -> None:
@@ -309,6 +308,7 @@ def test_page_is_written_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyP
         with pytest.raises(OSError, match="no space"):
             write_report(FULL, path)
     assert path.read_text() == "before"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["elsewhere", "report.html"]
     write_report(FULL, path)
     assert path.read_text() == render(FULL)
     assert elsewhere.read_text() == "precious"
@@ -322,3 +322,12 @@ def test_a_page_that_cannot_be_made_leaves_the_old_one(tmp_path: Path, monkeypat
     with pytest.raises(Exception, match="none"):
         write_report(FULL, path)
     assert [p.read_text() for p in tmp_path.iterdir()] == ["before"]
+
+
+def test_limits_are_those_of_the_run() -> None:
+    result = verification(
+        layers(norm_row(0, ratio=1.9)), LOGITS, thresholds={"max_algebra_error": 2e-4, "max_noise_ratio": 2.0}
+    )
+    text = Page(render(result)).text.replace("\u00a0", " ")
+    assert "limit 2.0e-04" in text and "limit, 2.00 \u00d7 the noise floor" in text
+    assert "1 of 1 folded norms are within the limit" in text

@@ -154,8 +154,9 @@ def summary(result: Verification) -> list[str]:
     findings = [(level.level, finding) for level in result.levels for finding in level.findings]
     if findings:
         lines += ["", "Wrong:"]
-        for _, finding in findings[:SHOWN_FINDINGS]:
-            lines.append(f"  {finding.what}: {finding.message}{_by(finding.error)}")
+        for level_name, finding in findings[:SHOWN_FINDINGS]:
+            by = _by(finding.error) if level_name == "weights" else ""  # the others say it in words
+            lines.append(f"  {finding.what}: {finding.message}{by}")
         if len(findings) > SHOWN_FINDINGS:
             lines.append(f"  and {len(findings) - SHOWN_FINDINGS} more (--json and --report list them)")
     notes = [*(note for level in result.levels for note in level.notes), *result.notes]
@@ -188,7 +189,7 @@ def _level_lines(level: LevelResult) -> list[str]:
         where = re.sub(r"\.weight$", "", figures["worst_norm"])
         return [
             f"{len(figures['norms'])} norms and their {readers} readers, {figures['dtype']} against float64:",
-            f"the largest error is {figures['worst_ratio']:.2f} times the noise floor ({where})",
+            f"the largest error is {figures['worst_ratio']:.3g} times the noise floor ({where})",
         ]
     if level.level == "logits" and figures:
         return _logits_lines(figures)
@@ -215,7 +216,7 @@ def _logits_lines(figures: dict[str, Any]) -> list[str]:
         lines.append(f"algebra   folded in {figures['reference']}, off by {figures['algebra_error']:.1e} (relative)")
     rounding = f"rounding  in {figures['dtype']}, off by {figures['rounding_error']:.2e}"
     if figures["ratio"] is not None:
-        rounding += f": {figures['ratio']:.2f} times the noise floor of {figures['noise_floor']:.2e}"
+        rounding += f": {figures['ratio']:.3g} times the noise floor of {figures['noise_floor']:.2e}"
     lines.append(rounding)
     lines.append(f"top-1     {folded['top1']:.2%} as in {figures['reference']} (the source: {source['top1']:.2%})")
     lines.append(f"KL        {folded['kl']:.1e} nats (the source: {source['kl']:.1e})")

@@ -11,6 +11,7 @@ One reader is in memory at a time, and of a large one only a few MiB.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -115,10 +116,11 @@ def _finding(name: str, norm: Norm, errors: _Errors) -> Finding:
 
 
 class _Files:
-    """Open shards of both checkpoints."""
+    """Open shards of both checkpoints, read through one buffer: there may be hundreds."""
 
     def __init__(self, pair: Pair) -> None:
         self.pair = pair
+        self.buffer = mmap.mmap(-1, BLOCK_ELEMENTS * 8)
         self.stack = ExitStack()
         self.open: dict[tuple[bool, str], ShardReader] = {}
 
@@ -133,7 +135,7 @@ class _Files:
         checkpoint: Checkpoint = self.pair.folded if folded else self.pair.source
         shard, entry = checkpoint.shard_of[name], checkpoint.tensors[name]
         if (folded, shard) not in self.open:
-            reader = ShardReader(checkpoint, shard, BLOCK_ELEMENTS * 8)
+            reader = ShardReader(checkpoint, shard, self.buffer)
             self.stack.callback(reader.close)
             self.open[folded, shard] = reader
         dtype = TORCH_DTYPE[entry.dtype]

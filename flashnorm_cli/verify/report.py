@@ -94,6 +94,7 @@ def render(result: Verification) -> str:
         limit=limit,
         algebra_limit=algebra_limit(result),
         greedy=[_side_by_side(g) for g in _dicts(_figures(result, "logits").get("greedy"))],
+        tasks=_dicts(_figures(result, "eval").get("tasks")),
         names=THRESHOLDS,
         environment={k: v for k, v in result.environment.items() if k not in ("command", "date")},
         version=__version__,
@@ -148,7 +149,7 @@ def highlights(result: Verification) -> list[tuple[str, str, str]]:
         found.append(("Algebra", error(logits["algebra_error"]), beside))
     top1 = {who: _number(logits[who].get("top1")) for who in ("source", "folded") if isinstance(logits.get(who), dict)}
     if top1.get("folded") is not None:
-        floor = f"; the source in {logits.get('dtype', 'its own dtype')}: {percent(top1.get('source'))}"
+        floor = f"; the source in {logits.get('dtype') or 'its own dtype'}: {percent(top1.get('source'))}"
         found.append(("Same next token", percent(top1["folded"]), f"of {count(logits.get('tokens'))} positions{floor}"))
     return found
 
@@ -253,7 +254,7 @@ class Panel:
         """What a log scale cannot show lies on an edge: zero below, inf and nan above."""
         if value is None or value <= 0:
             return self.bottom
-        place = math.log(value / self.low) / math.log(self.high / self.low) if math.isfinite(value) else 1.0
+        place = (math.log(value) - math.log(self.low)) / math.log(self.high / self.low) if value < math.inf else 1.0
         return self.bottom - min(max(place, 0.0), 1.0) * (self.bottom - self.top)
 
 
@@ -365,8 +366,8 @@ def _norms(figures: dict[str, Any], limit: float) -> list[NormError]:
 
 
 def _drawable(values: Iterable[float | None]) -> list[float]:
-    """Those that a log scale can show."""
-    return [value for value in values if value is not None and 0 < value < math.inf]
+    """Those that set the scale; what is smaller or larger lies on an edge."""
+    return [value for value in values if value is not None and 1e-30 < value < 1e30]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

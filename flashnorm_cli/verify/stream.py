@@ -13,6 +13,7 @@ from flashnorm_cli.checkpoint import Checkpoint
 from flashnorm_cli.errors import CheckpointError
 
 BLOCK_BYTES = 2**20
+READ_AHEAD = 16 * BLOCK_BYTES
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,19 @@ def blocks(shape: tuple[int, ...], dim: int | None, limit: int) -> Iterator[Bloc
 
 
 class ShardReader:
-    """A shard of a checkpoint, read through one page-aligned buffer; a new view invalidates the last one."""
+    """A shard of a checkpoint, read through a page-aligned buffer of its own or a shared one.
 
-    def __init__(self, checkpoint: Checkpoint, shard: str, size: int = BLOCK_BYTES) -> None:
+    A new view invalidates the last one of that buffer.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, shard: str, buffer: mmap.mmap | None = None) -> None:
         self.path: Path = checkpoint.folder / shard
         try:
             self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise CheckpointError(f"{self.path}: {error.strerror}") from error
-        self.buffer = mmap.mmap(-1, size)
+        self.ahead = 0
+        self.buffer = buffer or mmap.mmap(-1, BLOCK_BYTES)
 
     def close(self) -> None:
         os.close(self.fd)
@@ -82,6 +87,9 @@ class ShardReader:
         return view
 
     def _into(self, view: memoryview, offset: int) -> None:
+        if offset + len(view) > self.ahead:  # the disk works while this block is looked at
+            os.posix_fadvise(self.fd, offset + len(view), READ_AHEAD, os.POSIX_FADV_WILLNEED)
+            self.ahead = offset + len(view) + READ_AHEAD // 2
         done = 0
         while done < len(view):
             try:
