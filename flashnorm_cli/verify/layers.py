@@ -35,14 +35,22 @@ KINDS = ("random", "outliers")
 
 @dataclass
 class _Errors:
-    """Relative errors of one reader, for random and for outlier-heavy activations."""
+    """Relative errors of one reader of `weights` elements, for random and for outlier-heavy activations.
+
+    Folding draws the rounding of each weight anew, once: with few weights chance alone makes the errors differ, by a
+    standard deviation of 1 / sqrt(2 * weights). Three of them are granted to the floor, which is nothing for a matrix.
+    """
 
     source: dict[str, float]
     folded: dict[str, float]
-    floor: float  # below this, an error is what any dtype of this width has
+    least: float  # below this, an error is what any dtype of this width has
+    weights: int
+
+    def floor(self, kind: str) -> float:
+        return max(self.source[kind], self.least) * (1 + 3 / math.sqrt(2 * self.weights))
 
     def ratio(self) -> float:
-        return max(self.folded[kind] / max(self.source[kind], self.floor) for kind in KINDS)
+        return max(self.folded[kind] / self.floor(kind) for kind in KINDS)
 
 
 def check_layers(pair: Pair, max_ratio: float, device: str, report: Progress) -> LevelResult:
@@ -105,8 +113,8 @@ def check_layers(pair: Pair, max_ratio: float, device: str, report: Progress) ->
 
 
 def _finding(name: str, norm: Norm, errors: _Errors) -> Finding:
-    kind = max(KINDS, key=lambda kind: errors.folded[kind] / max(errors.source[kind], errors.floor))
-    error, floor = errors.folded[kind], max(errors.source[kind], errors.floor)
+    kind = max(KINDS, key=lambda kind: errors.folded[kind] / errors.floor(kind))
+    error, floor = errors.folded[kind], errors.floor(kind)
     return Finding(
         name,
         f"behind {norm.tensor} its output is off by {error:.2e} (relative, {kind} activations), {error / floor:.3g} "
@@ -173,7 +181,9 @@ def _compare(pair: Pair, files: _Files, norm: Norm, reader: Reader, device: str)
             kind: (g.norm() / r.norm().clamp(min=1e-300)).item()
             for kind, g, r in zip(KINDS, gap.split(activations), reference.split(activations), strict=True)
         }
-    return _Errors(errors["source"], errors["folded"], torch.finfo(source_dtype).eps / 16)
+    return _Errors(
+        errors["source"], errors["folded"], torch.finfo(source_dtype).eps / 16, max(math.prod(entry.shape), 1)
+    )
 
 
 def _contract(out: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, block: Any) -> None:
@@ -226,8 +236,9 @@ def _outputs(
     size = math.prod(norm.shape)
     x = torch.randn(count, size, generator=generator).double()
     if kind == "outliers":
-        loud = torch.randperm(size, generator=generator)[: max(int(size * OUTLIER_SHARE), 1)]
-        x[:, loud] *= OUTLIER_SIZE
+        # Other channels for each activation: a few channels alone would be few samples.
+        loud = torch.rand(count, size, generator=generator).argsort(1)[:, : max(int(size * OUTLIER_SHARE), 1)]
+        x.scatter_(1, loud, x.gather(1, loud) * OUTLIER_SIZE)
     x /= x.square().mean(1, keepdim=True).sqrt()
     gain = gain_of(pair.source, norm)
     after = gain_of(pair.folded, norm) if norm.tensor in pair.folded.tensors else torch.ones(size)

@@ -36,7 +36,6 @@ from flashnorm_cli.verify.result import (
 
 RUNTIMES = ("vllm", "gguf")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-RUNTIME_TOKENS = 16
 
 
 def verify(
@@ -306,17 +305,26 @@ class _Levels:
         from flashnorm_cli.verify.runtimes import compare_runtime
 
         prompts = read_prompts(self.pair.source, self.text, self.token_ids, self.trust_remote_code)
-        ids = [list(prompt) for prompt in prompts.ids]
-        folders = self.pair.source.folder, self.pair.folded.folder
-        return compare_runtime(name, *folders, ids, RUNTIME_TOKENS, self.report, self.trust_remote_code)
+        return compare_runtime(
+            name,
+            self.pair.source.folder,
+            self.pair.folded.folder,
+            [list(prompt) for prompt in prompts.ids],
+            self._own_dtype(),
+            self.report,
+            self.trust_remote_code,
+        )
+
+    def _own_dtype(self) -> str:
+        from flashnorm_cli.verify.logits import own_dtype
+
+        return str(self.dtype or own_dtype(self.pair.source)).removeprefix("torch.")
 
     def _eval(self, tasks: Sequence[str], limit: int | None) -> LevelResult:
         from flashnorm_cli.verify.evaluate import compare_eval
-        from flashnorm_cli.verify.logits import own_dtype
 
-        dtype = str(self.dtype or own_dtype(self.pair.source)).removeprefix("torch.")
         folders = self.pair.source.folder, self.pair.folded.folder
-        return compare_eval(list(tasks), *folders, dtype, self.device, limit, self.report)
+        return compare_eval(list(tasks), *folders, self._own_dtype(), self.device, limit, self.report)
 
 
 def _broken(folded: str, source: Source | None, error: CheckpointError, environment: dict[str, str]) -> Verification:
