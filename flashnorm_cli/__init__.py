@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from flashnorm_cli.errors import FlashNormError
     from flashnorm_cli.folding import FoldResult, fold
     from flashnorm_cli.plan import Plan, make_plan
+    from flashnorm_cli.proof.result import Verification
+    from flashnorm_cli.proof.verify import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,9 +23,11 @@ __all__ = [
     "FoldResult",
     "Plan",
     "Source",
+    "Verification",
     "fold",
     "make_plan",
     "open_checkpoint",
+    "verify",
 ]
 
 _HOME = {
@@ -35,6 +39,8 @@ _HOME = {
     "fold": "folding",
     "Plan": "plan",
     "make_plan": "plan",
+    "Verification": "proof.result",
+    "verify": "proof.verify",
 }
 
 

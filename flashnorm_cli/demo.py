@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from flashnorm_cli.folding import FoldResult, fold
+from flashnorm_cli.proof.result import Verification
+from flashnorm_cli.proof.verify import verify
 from flashnorm_cli.runtime import quiet_transformers
-from flashnorm_cli.verify.result import Verification
-from flashnorm_cli.verify.verify import verify
 
 MODEL = Path(__file__).parent / "demo_model"
 HELD_OUT = MODEL / "heldout.txt"

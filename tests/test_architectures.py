@@ -25,8 +25,8 @@ from flashnorm_cli.cli import main
 from flashnorm_cli.errors import PlanError
 from flashnorm_cli.folding import fold
 from flashnorm_cli.plan import Plan, grouped, make_plan
-from flashnorm_cli.verify.result import MAX_NOISE_RATIO, Verification
-from flashnorm_cli.verify.verify import verify
+from flashnorm_cli.proof.result import MAX_NOISE_RATIO, Verification
+from flashnorm_cli.proof.verify import verify
 
 DOC = Path(__file__).parent.parent / "docs" / "architectures.md"
 MAX_ERROR = 1e-5
@@ -191,9 +191,8 @@ left alone and not listed.
 
 Each family was then stored in three dtypes, folded, and passed `flashnorm verify`. The last columns hold its ratios
 to the noise floor, at the logits and in the worst layer: 1 means that the folded model rounds as its source does, and
-{MAX_NOISE_RATIO} is allowed. A `-` stands for logits without a ratio: the source does not run on text alone or in this
-dtype (diffusion_gemma; deepseek_v4 in float16), or not in float64, which would be the reference of float32 (inkling2;
-level logits compares with float32 itself then).
+{MAX_NOISE_RATIO} is allowed. A `-` stands for logits without a ratio: the source does not run in this dtype, or
+not in float64, which would be the reference of float32 (level logits compares with float32 itself then).
 
 | family | class | folded | kept, and why | lm_head | bf16 | fp16 | fp32 |
 |--|--|--|--|--|--|--|--|

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from flashnorm_cli.plan import Norm, Plan
-from flashnorm_cli.verify import report
-from flashnorm_cli.verify.report import render, write_report
-from flashnorm_cli.verify.result import Finding, LevelResult, Verification
+from flashnorm_cli.proof import report
+from flashnorm_cli.proof.report import render, write_report
+from flashnorm_cli.proof.result import Finding, LevelResult, Verification
 
 SVG = "{http://www.w3.org/2000/svg}"
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&{{ 7 * 7 }}\x00\x1b\u202e\ud800" + "long_" * 200

@@ -51,7 +51,7 @@ def read(path: Path) -> int:
 def child(way: str, source: Path, folded: Path, workers: int) -> None:
     import transformers  # noqa: F401
 
-    from flashnorm_cli.verify.verify import verify
+    from flashnorm_cli.proof.verify import verify
 
     before = fold_speed.memory_kib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here

@@ -68,7 +68,7 @@ def fold(
         )
         verification = None
         if verify:
-            from flashnorm_cli.verify.verify import verify as check
+            from flashnorm_cli.proof.verify import verify as check
 
             verification = check(
                 result.output,

@@ -15,7 +15,7 @@ from flashnorm_cli.cli.output import Output, size
 from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_OK, UsageError
 
 if TYPE_CHECKING:
-    from flashnorm_cli.verify.result import LevelResult, Verification
+    from flashnorm_cli.proof.result import LevelResult, Verification
 
 SHOWN_FINDINGS = 12
 
@@ -90,7 +90,7 @@ def verify(
         _check_report(report)
     with out.progress() as progress:
         progress(0, 0, "Starting")
-        from flashnorm_cli.verify.verify import verify as run
+        from flashnorm_cli.proof.verify import verify as run
 
         result = run(
             folded,
@@ -119,7 +119,7 @@ def verify(
             on_progress=progress,
         )
         if report is not None:
-            from flashnorm_cli.verify.report import write_report
+            from flashnorm_cli.proof.report import write_report
 
             write_report(result, report)
     out.data({**result.to_json(), "report": str(report) if report else None})

@@ -28,9 +28,9 @@ import torch
 from flashnorm_cli import runtime
 from flashnorm_cli.checkpoint import Checkpoint, Progress
 from flashnorm_cli.errors import UsageError
+from flashnorm_cli.proof.pairing import Pair
+from flashnorm_cli.proof.result import Finding, LevelResult
 from flashnorm_cli.rewrite import TORCH_DTYPE
-from flashnorm_cli.verify.pairing import Pair
-from flashnorm_cli.verify.result import Finding, LevelResult
 
 PROMPTS = Path(__file__).parent / "prompts.txt"
 # Many short prompts rather than a few long ones: what happens to one token is carried on to those that follow it.

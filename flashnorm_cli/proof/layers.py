@@ -21,10 +21,10 @@ import torch
 
 from flashnorm_cli.checkpoint import Checkpoint, Progress
 from flashnorm_cli.plan import Norm, Reader
+from flashnorm_cli.proof.pairing import Pair, gain_of
+from flashnorm_cli.proof.result import Finding, LevelResult
+from flashnorm_cli.proof.stream import ShardReader, blocks
 from flashnorm_cli.rewrite import TORCH_DTYPE
-from flashnorm_cli.verify.pairing import Pair, gain_of
-from flashnorm_cli.verify.result import Finding, LevelResult
-from flashnorm_cli.verify.stream import ShardReader, blocks
 
 BLOCK_ELEMENTS = 2**21
 # Outputs that an error is taken over: a gate with one row gets more activations than a matrix with thousands.

@@ -9,8 +9,8 @@ from typing import Any
 from flashnorm_cli import record
 from flashnorm_cli.checkpoint import CONFIG, INDEX, RECORD, Checkpoint
 from flashnorm_cli.plan import pattern_of
-from flashnorm_cli.verify.pairing import DROPPED, SOURCE, Pair
-from flashnorm_cli.verify.result import Finding
+from flashnorm_cli.proof.pairing import DROPPED, SOURCE, Pair
+from flashnorm_cli.proof.result import Finding
 
 # Written for readers and for git, not for the model.
 PAPERS = (".gitattributes", ".gitignore", "LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY")

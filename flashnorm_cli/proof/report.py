@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from flashnorm_cli import __version__
 from flashnorm_cli.plan import Norm, Plan, grouped, pattern_of
-from flashnorm_cli.verify.result import MAX_ALGEBRA_ERROR, MAX_NOISE_RATIO, Finding, LevelResult, Verification
+from flashnorm_cli.proof.result import MAX_ALGEBRA_ERROR, MAX_NOISE_RATIO, Finding, LevelResult, Verification
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SHOWN_FINDINGS = 50

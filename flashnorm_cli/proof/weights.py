@@ -19,13 +19,13 @@ import torch
 
 from flashnorm_cli.checkpoint import Progress
 from flashnorm_cli.errors import CheckpointError
+from flashnorm_cli.proof import contract
+from flashnorm_cli.proof.diagnose import diagnose
+from flashnorm_cli.proof.pairing import DROPPED, Pair
+from flashnorm_cli.proof.result import Finding, LevelResult
+from flashnorm_cli.proof.stream import BLOCK_BYTES, Block, ShardReader, blocks
 from flashnorm_cli.rewrite import TORCH_DTYPE
 from flashnorm_cli.safetensors_file import TensorEntry
-from flashnorm_cli.verify import contract
-from flashnorm_cli.verify.diagnose import diagnose
-from flashnorm_cli.verify.pairing import DROPPED, Pair
-from flashnorm_cli.verify.result import Finding, LevelResult
-from flashnorm_cli.verify.stream import BLOCK_BYTES, Block, ShardReader, blocks
 
 # Another tool may round the gain, and then the product: two units in the last place of the coarser dtype. A fold that
 # carries our record has to hold the very bits.

@@ -22,9 +22,9 @@ from flashnorm_cli.checkpoint import CONFIG, RECORD, Checkpoint, Progress, Sourc
 from flashnorm_cli.errors import CheckpointError, UsageError
 from flashnorm_cli.folding import write_text
 from flashnorm_cli.plan import Plan
-from flashnorm_cli.verify.contract import hashed_files, json_equal
-from flashnorm_cli.verify.pairing import DROPPED, Pair, pair
-from flashnorm_cli.verify.result import (
+from flashnorm_cli.proof.contract import hashed_files, json_equal
+from flashnorm_cli.proof.pairing import DROPPED, Pair, pair
+from flashnorm_cli.proof.result import (
     LEVELS,
     MAX_ALGEBRA_ERROR,
     MAX_NOISE_RATIO,
@@ -275,18 +275,18 @@ class _Levels:
         return dataclasses.replace(result, level=level, seconds=round(time.monotonic() - started, 2))
 
     def _weights(self) -> LevelResult:
-        from flashnorm_cli.verify.weights import check_weights
+        from flashnorm_cli.proof.weights import check_weights
 
         result, self.hashes = check_weights(self.pair, self.workers, self.report)
         return result
 
     def _layers(self) -> LevelResult:
-        from flashnorm_cli.verify.layers import check_layers
+        from flashnorm_cli.proof.layers import check_layers
 
         return check_layers(self.pair, self.max_ratio, self.device, self.report)
 
     def _logits(self) -> LevelResult:
-        from flashnorm_cli.verify.logits import check_logits, own_dtype, read_prompts
+        from flashnorm_cli.proof.logits import check_logits, own_dtype, read_prompts
 
         return check_logits(
             self.pair,
@@ -301,8 +301,8 @@ class _Levels:
         )
 
     def _runtime(self, name: str) -> LevelResult:
-        from flashnorm_cli.verify.logits import read_prompts
-        from flashnorm_cli.verify.runtimes import compare_runtime
+        from flashnorm_cli.proof.logits import read_prompts
+        from flashnorm_cli.proof.runtimes import compare_runtime
 
         prompts = read_prompts(self.pair.source, self.text, self.token_ids, self.trust_remote_code)
         return compare_runtime(
@@ -316,12 +316,12 @@ class _Levels:
         )
 
     def _own_dtype(self) -> str:
-        from flashnorm_cli.verify.logits import own_dtype
+        from flashnorm_cli.proof.logits import own_dtype
 
         return str(self.dtype or own_dtype(self.pair.source)).removeprefix("torch.")
 
     def _eval(self, tasks: Sequence[str], limit: int | None) -> LevelResult:
-        from flashnorm_cli.verify.evaluate import compare_eval
+        from flashnorm_cli.proof.evaluate import compare_eval
 
         folders = self.pair.source.folder, self.pair.folded.folder
         return compare_eval(list(tasks), *folders, self._own_dtype(), self.device, limit, self.report)

@@ -15,8 +15,8 @@ import torch
 from flashnorm_cli.checkpoint import RECORD, Checkpoint, read_json
 from flashnorm_cli.errors import PlanError
 from flashnorm_cli.plan import Norm, Plan, Reader, make_plan
+from flashnorm_cli.proof.result import Finding
 from flashnorm_cli.rewrite import TORCH_DTYPE
-from flashnorm_cli.verify.result import Finding
 
 IDENTITY, DROPPED, SOURCE, OTHER = "identity", "dropped", "source", "other"
 

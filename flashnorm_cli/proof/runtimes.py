@@ -9,7 +9,7 @@ weights are rounded once more, plus 1e-4: what float32 itself leaves undecided.
 llama.cpp runs by way of `xllamacpp`, a wheel with its binaries. The converter comes with llama.cpp's sources, which
 FLASHNORM_LLAMA_CPP names.
 
-    python -m flashnorm_cli.verify.runtimes JOB RESULT    # the process of one model
+    python -m flashnorm_cli.proof.runtimes JOB RESULT    # the process of one model
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +28,7 @@ from typing import Any
 
 from flashnorm_cli.checkpoint import Progress
 from flashnorm_cli.errors import FlashNormError
-from flashnorm_cli.verify.result import Finding, LevelResult
+from flashnorm_cli.proof.result import Finding, LevelResult
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, TOP = 6, 48, 12, 20
 NOISE_FACTOR, FLOAT32_TOLERANCE = 2.0, 1e-4
@@ -42,7 +42,7 @@ OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 Tops = list[dict[int, float]]
 
 
-class _EngineError(FlashNormError):
+class EngineError(FlashNormError):
     """The engine did not run a model; the message is its own last word."""
 
 
@@ -89,15 +89,15 @@ def compare_runtime(
             reference = run(source, "source", "float32", None)
             tokens: list[list[int]] = reference["tokens"]
             plain = reference if dtype == "float32" else run(source, "source", dtype, tokens)
-        except _EngineError as error:
+        except EngineError as error:
             return LevelResult(level, "skipped", reason=f"{title} does not run the source: {error}")
         try:
             mine = run(folded, "folded checkpoint", dtype, tokens)
-        except _EngineError as error:
+        except EngineError as error:
             finding = Finding(title, f"does not run the folded checkpoint: {error}")
-            return LevelResult(level, "failed", {"engine": title, "version": version(package)}, (finding,))
+            return LevelResult(level, "failed", {"engine": title, "version": _version(package)}, (finding,))
     figures, findings = judge(reference["tops"], plain["tops"], mine["tops"], tokens)
-    figures = {"engine": title, "version": version(package), "prompts": len(asked), **figures}
+    figures = {"engine": title, "version": _version(package), "prompts": len(asked), **figures}
     return LevelResult(level, "failed" if findings else "passed", figures, findings)
 
 
@@ -162,15 +162,21 @@ def _not_installed(name: str) -> str | None:
     return None
 
 
+def _version(package: str) -> str:
+    """The version of the distribution that a module comes from: vLLM's CPU build has a name of its own."""
+    names = packages_distributions().get(package)
+    return version(names[0]) if names else "?"
+
+
 def _converted(folder: Path, dtype: str, scratch: Path) -> Path:
     """A checkpoint as GGUF, by llama.cpp's own converter."""
     out = scratch / "model.gguf"
     out.unlink(missing_ok=True)
     converter = Path(os.environ[LLAMA_CPP]).expanduser() / CONVERTER
     command = [sys.executable, str(converter), str(folder), "--outfile", str(out), "--outtype", OUTTYPES[dtype]]
-    _call(command, os.environ.copy())
+    call(command, os.environ.copy())
     if not out.is_file():
-        raise _EngineError(f"{CONVERTER} wrote nothing")
+        raise EngineError(f"{CONVERTER} wrote nothing")
     return out
 
 
@@ -181,27 +187,34 @@ def _in_a_process(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
     paths[1].unlink(missing_ok=True)
     root = str(Path(__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    _call([sys.executable, "-m", __name__, *map(str, paths)], environment)
+    call([sys.executable, "-m", __name__, *map(str, paths)], environment)
     if not paths[1].is_file():
-        raise _EngineError("it left no result")
+        raise EngineError("it left no result")
     result: dict[str, Any] = json.loads(paths[1].read_text())
     result["tops"] = [[{int(i): p for i, p in top.items()} for top in row] for row in result["tops"]]
     return result
 
 
-def _call(command: list[str], environment: dict[str, str]) -> None:
+def call(command: list[str], environment: dict[str, str]) -> None:
+    """Run a command; EngineError with its last words, in one line, if it fails."""
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False
+            command,
+            env=environment or None,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
-        raise _EngineError(f"it took longer than {SECONDS:.0f} s") from None
+        raise EngineError(f"it took longer than {SECONDS:.0f} s") from None
     if done.returncode:
         lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         # The engines' own words come before the traceback's last line, which only says that it failed.
         words = next((line for line in lines if "error" in line.lower() and "Error(" not in line), "")
         last = lines[-1] if lines else f"exit code {done.returncode}"
-        raise _EngineError(last if not words or words == last else f"{words}; {last}")
+        raise EngineError(last if not words or words == last else f"{words}; {last}")
 
 
 def _answer(job: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,134 @@
+"""Levels runtime and eval: what is judged, and what happens where an engine is missing.
+
+The engines themselves are too heavy for every run: docs/runtimes_seen.md holds what was seen with them. Where lm-eval
+is installed, the last test runs it.
+"""
+
+import json
+import math
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from flashnorm_cli.cli import main
+from flashnorm_cli.demo import MODEL
+from flashnorm_cli.proof import evaluate, runtimes
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(a) for a in arguments])
+    return stopped.value.code
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engines") / "folded"
+    assert run("fold", MODEL, folder, "-q") == 0
+    return folder
+
+
+def tops(*rows: list[float]) -> list[list[dict[int, float]]]:
+    """Per prompt and position: the log-probability of token 7; token 8 has the rest."""
+    return [[{7: p, 8: math.log1p(-math.exp(p))} for p in row] for row in rows]
+
+
+TOKENS = [[7, 7], [7, 7]]
+REFERENCE = tops([-0.1, -0.2], [-0.3, -0.4])
+
+
+def test_within_twice_the_noise() -> None:
+    noisy = tops([-0.11, -0.21], [-0.31, -0.41])  # off by 0.01 everywhere
+    figures, findings = runtimes.judge(REFERENCE, noisy, tops([-0.119, -0.219], [-0.319, -0.419]), TOKENS)
+    assert not findings
+    assert (figures["tokens"], figures["same_tokens"]) == (4, 4)
+    assert figures["logprob_difference"] == pytest.approx(0.019)
+    assert figures["tolerance"] == pytest.approx(0.0201)
+    figures, (finding,) = runtimes.judge(REFERENCE, noisy, tops([-0.12, -0.22], [-0.32, -0.48]), TOKENS)
+    assert "most of all at token 2 after prompt 2: 8.00e-02" in finding.message
+
+
+def test_float32_has_a_tolerance_of_its_own() -> None:
+    shifted = tops([-0.10005, -0.20005], [-0.30005, -0.40005])
+    assert not runtimes.judge(REFERENCE, REFERENCE, shifted, TOKENS)[1]
+    shifted = tops([-0.1002, -0.2002], [-0.3002, -0.4002])
+    assert runtimes.judge(REFERENCE, REFERENCE, shifted, TOKENS)[1]
+
+
+@pytest.mark.parametrize("broken", [{}, {7: math.nan, 8: -1.0}, {8: 0.0, 9: -30.0}])
+def test_a_token_that_is_gone_is_an_error(broken: dict[int, float]) -> None:
+    mine = [[dict(top) for top in row] for row in REFERENCE]
+    mine[1][0] = broken
+    figures, findings = runtimes.judge(REFERENCE, REFERENCE, mine, TOKENS)
+    assert findings
+    assert figures["same_tokens"] == 3 or 7 in broken
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_without_vllm(folded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("verify", folded, "--level", "weights", "--runtime", "vllm", "--json") == 0
+    level = json.loads(capsys.readouterr().out)["levels"]["runtime:vllm"]
+    assert (level["status"], level["reason"]) == ("skipped", "vLLM is not installed: pip install vllm")
+
+
+def test_llama_cpp_says_what_it_needs(
+    folded: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(runtimes.LLAMA_CPP, raising=False)
+    assert run("verify", folded, "--runtime", "gguf", "--json") == 3  # nothing ran: nothing is proved
+    level = json.loads(capsys.readouterr().out)["levels"]["runtime:gguf"]
+    assert level["status"] == "skipped"
+    assert runtimes.LLAMA_CPP in level["reason"]
+
+
+def test_a_failing_process_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(runtimes.EngineError, match="error: no such head; RuntimeError: stopped") as raised:
+        runtimes.call(
+            ["sh", "-c", "echo loading >&2; echo 'error: no such head' >&2; echo 'RuntimeError: stopped' >&2; exit 1"],
+            {},
+        )
+    assert "\n" not in str(raised.value)
+    with pytest.raises(runtimes.EngineError, match="exit code -9"):
+        runtimes.call(["sh", "-c", "kill -9 $$"], {})
+
+
+def test_eval_is_judged_by_standard_errors() -> None:
+    before = {"arc": {"alias": "arc", "acc,none": 0.50, "acc_stderr,none": 0.01, "sample_len": 100, "word,none": 3.0}}
+    within = {"arc": {"acc,none": 0.52, "acc_stderr,none": 0.01, "word,none": 9.0, "word_stderr,none": "N/A"}}
+    rows, findings = evaluate.judge(before, within)
+    assert [(r["metric"], round(r["delta"], 6), r["folded_stderr"]) for r in rows] == [
+        ("acc", 0.02, 0.01),
+        ("word", 6.0, None),
+    ]
+    assert not findings
+    beyond = {"arc": {"acc,none": 0.45, "acc_stderr,none": 0.01}}
+    (finding,) = evaluate.judge(before, beyond)[1]
+    assert (finding.what, "acc changes by -0.0500" in finding.message) == ("arc", True)
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-evaluation-harness is installed")
+def test_without_lm_eval(folded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("verify", folded, "--level", "weights", "--eval", "arc_easy", "--json") == 0
+    level = json.loads(capsys.readouterr().out)["levels"]["eval"]
+    assert (level["status"], "pip install" in level["reason"]) == ("skipped", True)
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
+def test_lm_eval_on_a_task_of_our_own(folded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (MODEL / "heldout.txt").read_text().replace("\n", " ")
+    items = [
+        {"ctx": text[i : i + 80], "choices": [text[i + 80 : i + 90], "xqzjk vwqp"], "label": 0}
+        for i in range(0, 2000, 100)
+    ]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    (tmp_path / "cloze.yaml").write_text(
+        f"task: cloze\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/items.jsonl\n"
+        "output_type: multiple_choice\ntest_split: test\ndoc_to_text: '{{ctx}}'\ndoc_to_target: label\n"
+        "doc_to_choice: choices\ntarget_delimiter: ''\nmetric_list:\n  - metric: acc\n    aggregation: mean\n"
+        "    higher_is_better: true\nmetadata:\n  version: 1.0\n"
+    )
+    assert run("verify", folded, "--level", "weights", "--eval", tmp_path / "cloze.yaml", "--json") == 0
+    (row,) = json.loads(capsys.readouterr().out)["levels"]["eval"]["figures"]["tasks"]
+    assert row["source"] > 0.9  # trained text against letters
+    assert abs(row["delta"]) <= 0.1
