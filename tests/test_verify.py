@@ -7,6 +7,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +306,79 @@ def test_a_lost_file_is_not_equivalent(folded: Path, capsys: pytest.CaptureFixtu
     (folded / "config.json").unlink()
     result = result_of(capsys, folded, code=3)
     assert "config.json" in result["levels"]["weights"]["findings"][0]["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r["norms"][0].update(tensor=[1]), "is not recorded as the source's forward says"),
+        (lambda r: r.update(verify={"files": 3, "environment": 3, "levels": 3}), None),
+        (lambda r: r.update(source_files={}), "does not name the files of the source"),
+        (lambda r: r["norms"][0].update(folded=False), "is not recorded as"),
+    ],
+)
+def test_records_of_any_content(
+    folded: Path, change: Callable[[dict[str, Any]], Any], words: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = record_of(folded)
+    change(record)
+    (folded / "flashnorm.json").write_text(json.dumps(record))
+    result = result_of(capsys, folded, "--level", "weights", "--no-record", code=3 if words else 0)
+    if words:
+        assert any(words in finding["message"] for finding in result["levels"]["weights"]["findings"])
+
+
+def test_a_broken_or_lost_record(folded: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folded / "flashnorm.json").write_text("{")
+    result = result_of(capsys, folded, "--source", folder / "source", code=3)
+    assert "cannot be read as JSON" in result["levels"]["weights"]["findings"][0]["message"]
+    (folded / "flashnorm.json").unlink()
+    result = result_of(capsys, folded, "--source", folder / "source", "--level", "weights", code=3)
+    assert [f["what"] for f in result["levels"]["weights"]["findings"]] == ["flashnorm.json"]
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is true, but false in the source"),
+        ({"architectures": ["MistralForCausalLM"]}, "architectures"),
+        ({"auto_map": {"AutoModelForCausalLM": "own.Own"}}, "auto_map"),
+        ({"rms_norm_eps": 0.1}, "rms_norm_eps is 0.1"),
+        ({"model_type": "junk"}, "cannot read config.json"),
+    ],
+)
+def test_configs_of_foreign_folds(
+    folded: Path, folder: Path, config: dict[str, Any], key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folded / "flashnorm.json").unlink()
+    mine = json.loads((folded / "config.json").read_text())
+    del mine["flashnorm"], mine["flashnorm_folded"]
+    (folded / "config.json").write_text(json.dumps(mine))
+    arguments = (folded, "--source", folder / "source", "--level", "weights")
+    assert result_of(capsys, *arguments)["foreign"]
+    (folded / "config.json").write_text(json.dumps({**mine, **config}))
+    findings = result_of(capsys, *arguments, code=3)["levels"]["weights"]["findings"]
+    assert any(f["what"] == "config.json" and key in f["message"] for f in findings), findings
+
+
+def test_a_foreign_fold_may_round_products_only(folded: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folded / "flashnorm.json").unlink()
+    mine = json.loads((folded / "config.json").read_text())
+    del mine["flashnorm"]
+    (folded / "config.json").write_text(json.dumps(mine))
+
+    def one_unit(name: str) -> None:
+        path = folded / json.loads((folded / "model.safetensors.index.json").read_text())["weight_map"][name]
+        tensors = load_file(path)
+        tensors[name] = (tensors[name].view(torch.int16) + 1).view(torch.bfloat16)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    one_unit(READER)
+    arguments = (folded, "--source", folder / "source", "--level", "weights")
+    assert result_of(capsys, *arguments)["levels"]["weights"]["figures"]["rounded_otherwise"] == 1
+    one_unit("model.embed_tokens.weight")
+    (finding,) = result_of(capsys, *arguments, code=3)["levels"]["weights"]["findings"]
+    assert finding["what"] == "model.embed_tokens.weight"
 
 
 # ---- from the Hub ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 
 from flashnorm_cli import record
 from flashnorm_cli.checkpoint import CONFIG, INDEX, RECORD, Checkpoint
+from flashnorm_cli.errors import PlanError
 from flashnorm_cli.plan import pattern_of
 from flashnorm_cli.proof.pairing import DROPPED, SOURCE, Pair
 from flashnorm_cli.proof.result import Finding
@@ -18,7 +19,7 @@ PAPER_SUFFIXES = (".md", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".svg", ".gif
 # What other tools write into a config without changing the model.
 BOOKKEEPING = {
     "flashnorm", "flashnorm_folded", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache",
-    "tie_word_embeddings", "architectures", "_commit_hash", "_attn_implementation_autoset", "auto_map",
+    "_commit_hash", "_attn_implementation_autoset",
 }  # fmt: skip
 
 
@@ -26,7 +27,12 @@ def check(pair: Pair) -> list[Finding]:
     """Everything besides the tensors that is not as it has to be."""
     findings = [*_flag(pair), *_tie(pair), *_other_files(pair)]
     if pair.foreign:
-        return [*findings, *_config_by_meaning(pair)]
+        return [
+            *findings,
+            *_config_by_meaning(pair),
+            *_lost_record(pair),
+            *(_source_files(pair) if pair.record else []),
+        ]
     return [*findings, *_config(pair), *_shards(pair), *_record(pair), *_source_files(pair)]
 
 
@@ -47,6 +53,8 @@ def notes(pair: Pair) -> list[str]:
         missing = [name for name in pair.source.others if not (pair.folded.folder / name).is_file()]
         if missing:
             found.append(f"not carried over from the source: {', '.join(missing)}")
+        if pair.record is not None:
+            found.append("its record says that another tool folded it: rounding within two units is granted")
         if pair.gains and pair.record is None:
             found.append("it has no record of flashnorm; `--adopt` writes one")
     return found
@@ -118,7 +126,8 @@ def _config(pair: Pair) -> list[Finding]:
     wanted = record.folded_config(pair.source.config, pair.plan, _recorded_layout(pair))
     findings = []
     for key, found, expected in _unequal(pair.folded.config, wanted, ""):
-        if key.endswith("flashnorm.tool") or ".kept." in key:  # another version, or its words for the same reason
+        both = found is not _MISSING and expected is not _MISSING
+        if key.endswith("flashnorm.tool") or (".kept." in key and both):  # another version, or its words for a reason
             continue
         findings.append(Finding(CONFIG, f"{key} is {_short(found)} instead of {_short(expected)}"))
     return findings
@@ -195,12 +204,21 @@ def _record(pair: Pair) -> list[Finding]:
         ("norms", ("shape", "scale", "offset", "folded")),
         ("readers", ("dim", "runs", "values_from")),
     ):
-        mine = {e.get("tensor"): {f: e.get(f) for f in fields} for e in said[what] if isinstance(e, dict)}
+        mine = {
+            e.get("tensor"): {f: e.get(f) for f in fields}
+            for e in said[what]
+            if isinstance(e, dict) and isinstance(e.get("tensor"), str)
+        }
         plan = {e["tensor"]: json.loads(json.dumps({f: e[f] for f in fields})) for e in wanted[what]}
         for tensor in dict.fromkeys([*plan, *mine]):
             if not json_equal(mine.get(tensor), plan.get(tensor)):
                 findings.append(Finding(RECORD, f"{what}: {tensor} is not recorded as the source's forward says it is"))
     layout = said.get("layout")
+    if layout == "identity":
+        left_out = [name for name in pair.gains if pair.states[name] == DROPPED]
+        findings += [
+            Finding(name, "is left out, but the record says that layout identity was written") for name in left_out
+        ]
     if pair.gains and layout != pair.layout:
         findings.append(Finding(RECORD, f"says layout {layout!r}, but the files hold layout {pair.layout!r}"))
     return findings
@@ -210,6 +228,8 @@ def _source_files(pair: Pair) -> list[Finding]:
     """The source has to be the one that was folded, as far as its headers and small files tell."""
     facts = (pair.record or {}).get("source_files")
     findings = []
+    if not isinstance(facts, dict) or not set(facts) >= {CONFIG, *pair.source.shards}:
+        findings.append(Finding(RECORD, "does not name the files of the source that it was made from"))
     for name, fact in facts.items() if isinstance(facts, dict) else ():
         if name not in (CONFIG, INDEX, *pair.source.shards) or not isinstance(fact, dict):
             findings.append(Finding(RECORD, f"speaks of {name} of the source, which is not there"))
@@ -272,15 +292,27 @@ def _config_by_meaning(pair: Pair) -> list[Finding]:
     def loaded(checkpoint: Checkpoint) -> dict[str, Any]:
         return _without(runtime.load_config(checkpoint.folder, False).to_dict())
 
-    same_code = "auto_map" not in pair.source.config
-    if not same_code:  # its own config class: its code is not run for this
+    if "auto_map" in pair.source.config:  # its own config class: its code is not run for this
         found, wanted = _without(pair.folded.config), _without(pair.source.config)
     else:
-        found, wanted = loaded(pair.folded), loaded(pair.source)
+        wanted = loaded(pair.source)
+        try:
+            found = loaded(pair.folded)
+        except PlanError as error:
+            return [Finding(CONFIG, str(error))]
     return [
         Finding(CONFIG, f"{key} is {_short(now)}, but {_short(was)} in the source")
         for key, now, was in _unequal(found, wanted, "")
+        if not (key.endswith("tie_word_embeddings") and now is False and pair.expected_added)
     ]
+
+
+def _lost_record(pair: Pair) -> list[Finding]:
+    """Without its record a fold of ours would be judged more mildly."""
+    ours = pair.folded.config.get("flashnorm")
+    if pair.record is None and isinstance(ours, dict) and str(ours.get("tool", "")).startswith("flashnorm-cli"):
+        return [Finding(RECORD, f"is missing: {CONFIG} says that flashnorm folded this checkpoint")]
+    return []
 
 
 def _without(config: dict[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,8 @@ def diagnose(pair: Pair, name: str, units: float) -> str:
     found, source = _sample(pair.folded, name), _sample(pair.source, origin)
     if found is None or source is None or found.shape != source.shape:
         return ""
+    if not found.any() and source.any():
+        return "it holds zeros"
     if not found.isfinite().all():
         return "it holds inf or NaN" if source.isfinite().all() else ""
     wanted = pair.factor(reader).double() if reader else None

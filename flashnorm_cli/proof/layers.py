@@ -50,7 +50,8 @@ class _Errors:
         return max(self.source[kind], self.least) * (1 + 3 / math.sqrt(2 * self.weights))
 
     def ratio(self) -> float:
-        return max(self.folded[kind] / self.floor(kind) for kind in KINDS)
+        ratios = [self.folded[kind] / self.floor(kind) for kind in KINDS]
+        return math.inf if any(math.isnan(ratio) for ratio in ratios) else max(ratios)
 
 
 def check_layers(pair: Pair, max_ratio: float, device: str, report: Progress) -> LevelResult:

@@ -100,6 +100,8 @@ def verify(
     origin = _source_of(target, folder, source, source_revision, token, where, local_files_only)
     try:
         mine = open_checkpoint(target, on_progress=report)
+        if (mine.folder / RECORD).exists():
+            read_json(mine.folder / RECORD)
     except CheckpointError as error:
         if not _was_checkpoint(folder):
             raise
@@ -369,7 +371,8 @@ def _record(both: Pair, result: Verification, run: _Levels, adopt: bool, wanted:
     hashes = _hashes(both.folded, run)
     before = (said or {}).get("verify")
     if isinstance(before, dict) and (changed := changed_files(before, hashes)):
-        when = (before.get("environment") or {}).get("date", "an earlier day")
+        environment = before.get("environment")
+        when = environment.get("date") if isinstance(environment, dict) else "an earlier day"
         notes.append(f"the verification of {when} is void: {', '.join(changed[:3])} changed since")
     weights = result.level("weights")
     if adopt and said is not None:

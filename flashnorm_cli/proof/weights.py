@@ -99,7 +99,9 @@ def check_weights(pair: Pair, workers: int, report: Progress) -> tuple[LevelResu
     rounded: list[str] = []
     wrong: list[str] = []
     for name, difference in outcome.differences.items():
-        (rounded if pair.foreign and difference.largest <= FOREIGN_UNITS else wrong).append(name)
+        is_product = expected[name].factor is not None  # what is only copied has nothing to round
+        fine = pair.foreign and is_product and difference.largest <= FOREIGN_UNITS
+        (rounded if fine else wrong).append(name)
     for i, name in enumerate(wrong):
         if name in said and name in pair.states:
             continue  # a norm that has been described already
