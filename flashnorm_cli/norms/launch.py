@@ -1,0 +1,124 @@
+"""Which variant of a kernel runs: everything that is chosen on the host, as data. Needs neither torch nor a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Literal
+
+Operation = Literal["rms_norm", "fused_add_rms_norm", "copy"]
+OPERATIONS: tuple[Operation, ...] = ("rms_norm", "fused_add_rms_norm")
+DTYPES = ("bfloat16", "float16", "float32")
+GAINS = ("none", "w", "1 + w")
+MAX_BLOCKS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a choice depends on: compute capability (90 is sm_90), multiprocessors, bytes of L2."""
+
+    arch: int
+    processors: int
+    l2: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One variant of a kernel; `kernels/norms/row.cuh` says what the numbers mean."""
+
+    width: int
+    threads: int
+    rows: int = 1
+    split: int = 1
+    keep: bool = True
+    policy: bool = False
+    dims: int = 1
+
+    def options(self, dtype: int, gain: int, hidden: int) -> tuple[str, ...]:
+        """The -D options of NVRTC. `dtype` and `gain` are positions in DTYPES and GAINS."""
+        values = {
+            "DTYPE": dtype,
+            "GAIN": gain,
+            "HIDDEN": hidden,
+            "WIDTH": self.width,
+            "THREADS": self.threads,
+            "ROWS": self.rows,
+            "SPLIT": self.split,
+            "KEEP": int(self.keep),
+            "POLICY": int(self.policy),
+            "DIMS": self.dims,
+        }
+        return tuple(f"-D{name}={value}" for name, value in values.items())
+
+    def blocks(self, rows: int) -> int:
+        """The size of the grid."""
+        return -(-rows // self.rows) * self.split
+
+
+@cache
+def source(operation: Operation) -> str:
+    """The CUDA source of an operation, with the shared part in front."""
+    folder = files("flashnorm_cli.kernels")
+    return folder.joinpath("row.cuh").read_text() + folder.joinpath(f"{operation}.cu").read_text()
+
+
+def width_of(*addresses: int) -> int:
+    """Bytes per access, 16 at most, that divide all of these addresses, strides and lengths in bytes."""
+    everything = 16
+    for address in addresses:
+        everything |= address
+    return everything & -everything
+
+
+def choose(
+    operation: Operation, hidden: int, size: int, width: int, rows: int, device: Device, dims: int = 1
+) -> Launch:
+    """The variant for `rows` rows of `hidden` elements of `size` bytes, read `width` bytes at a time.
+
+    The numbers come from measurements on an H200 (docs/kernels.md).
+    """
+    fused = operation == "fused_add_rms_norm"
+    accesses = hidden * size // width
+    traffic = hidden * size * rows * (4 if fused else 2)
+    few = rows <= 2 * device.processors
+    split = 1
+    if accesses <= 32:
+        per = 2 if few else 1
+    elif not few:
+        per = 1 if fused else 2
+    elif accesses <= 128:
+        per = 1
+    elif fused:
+        per = 2 if accesses <= 512 else 4
+        if device.arch >= 90 and accesses >= 2048 and rows <= device.processors // 4 and width == 16:
+            per, split = 2, 8
+    elif rows * accesses <= 250 * device.processors and width == 16:
+        # The row is short for four blocks: one warp each, which needs no barrier.
+        per, split = (8 if accesses <= 256 else 4), 4
+    else:
+        per = 2 if accesses <= 256 else 4
+    threads = _threads(-(-accesses // split) if fused else accesses, per)
+    held = -(-accesses // (threads * (split if fused else 1)))
+    words = max(width // 4, 1) * held * (2 if fused else 1)
+    # What fits beside the addresses without spilling: 64 registers at 1024 threads, 128 at 512.
+    keep = words <= ((32 if fused else 24) if threads > 512 else 64)
+    if not keep:
+        threads, split = 1024, 1
+    return Launch(
+        width=width,
+        threads=threads,
+        rows=1 if split > 1 else max(1, (256 if accesses <= 32 and not few else 128) // threads),
+        split=split,
+        keep=keep,
+        policy=keep and width == 16 and device.arch >= 80 and traffic >= device.l2 // 2,
+        dims=dims,
+    )
+
+
+def _threads(accesses: int, per: int) -> int:
+    """Threads for a row of `accesses`, about `per` for each thread."""
+    wanted = -(-accesses // per)
+    if wanted <= 32:
+        return 1 << (wanted - 1).bit_length() if wanted > 1 else 1
+    return min(-(-wanted // 32) * 32, 1024)
