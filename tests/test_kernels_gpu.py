@@ -135,8 +135,13 @@ def test_small_odd_values_as_torch_treats_them():
                 x[row, hidden // 2] = value
                 if row % 2:
                     x[row] = value
+            wide = x.float()
             for eps in (0.0, 1e-6):
-                want = F.rms_norm(x.float(), (hidden,), None, eps).to(dtype)
+                want = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(dtype)
+                if hidden % 4 == 0:
+                    # Its other path, for sizes that it cannot vectorize, makes the whole row NaN where one is inf.
+                    native = F.rms_norm(wide, (hidden,), None, eps).to(dtype)
+                    assert torch.equal(native.isnan(), want.isnan())
                 for got in (rms_norm(x, eps), *fused(x, eps)):
                     assert torch.equal(got.isnan(), want.isnan())
                     torch.testing.assert_close(

@@ -1,21 +1,23 @@
 """Compile the kernels with NVRTC, through CuPy, and launch them on torch's tensors and streams.
 
 A norm of one token takes one microsecond on the GPU, so what a launch costs on the host is what a user feels. The
-usual way (`RawKernel.__call__` in an ExternalStream, arrays through DLPack) costs 12 to 50 us a call. Here arguments
-are packed into one struct per thread, and the function handle goes straight to CuPy's binding of `cuLaunchKernel`.
-That binding is not public: where it is missing, `RawKernel.__call__` is used.
+usual way (`RawKernel.__call__` in an ExternalStream, arrays through DLPack) costs 12 to 50 us a call. Here all that a
+launch says is packed into one buffer per thread, and goes straight to the driver's `cuLaunchKernelEx`, which also takes
+the attribute for programmatic dependent launch (CUDA programming guide). Where the driver cannot be reached that way,
+`RawKernel.__call__` is used.
 """
 
 from __future__ import annotations
 
 import ctypes
 import struct
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,14 +27,31 @@ from flashnorm_cli.norms.launch import Device, Launch, Operation
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order of launch.DTYPES
 MIN_ARCH = 75
 
-_ARGUMENTS = "<QQQQfIqq"  # struct Args of row.cuh up to its arrays
-ROWS_APART = struct.Struct(_ARGUMENTS + "Qqq")  # with DIMS = 1
+_CONFIG = "<7I4xQQI12x"  # CUlaunchConfig of cuda.h, filled up to 64 bytes
+_ARGUMENTS = "QQQQfIqq"  # struct Args of row.cuh up to its arrays
+ROWS_APART = struct.Struct(_CONFIG + _ARGUMENTS + "Qqq")  # with DIMS = 1
+_ATTRIBUTE = struct.pack("<IiI60x", 6, 0, 1)  # CUlaunchAttribute: PROGRAMMATIC_STREAM_SERIALIZATION, allowed
+_BUFFER = 1024
 _PLANS_KEPT = 4096
+
+
+class Plan(NamedTuple):
+    """A compiled variant with its grid, for one number of rows."""
+
+    kernel: Any  # the RawKernel
+    handle: int  # its CUfunction
+    blocks: int
+    threads: int
+    pdl: int  # launch attributes: 1 with programmatic dependent launch, else 0
+    rows: int
+    row: int  # bytes of a row of contiguous tensors
+    size: int  # bytes of an element
+
 
 _lock = threading.Lock()
 _local = threading.local()
 _kernels: dict[Any, Any] = {}  # (operation, launch, dtype, gain, hidden, device) -> (RawKernel, handle)
-_plans: dict[Any, tuple[Any, int, int, int]] = {}  # what a call depends on -> (RawKernel, handle, blocks, threads)
+_plans: dict[Any, Plan] = {}  # what a call depends on -> Plan
 _broken: list[str] = []  # why compiling failed, once it has
 
 get_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: torch.cuda.current_device())
@@ -52,11 +71,14 @@ def cupy() -> Any:
 
 @cache
 def driver_launch() -> Any:
-    """CuPy's binding of cuLaunchKernel, or None where this version of CuPy has none of that name."""
+    """The driver's cuLaunchKernelEx (CUDA 11.8 and later), or None."""
     try:
-        return getattr(import_module("cupy_backends.cuda.api.driver"), "launchKernel", None)
-    except ImportError:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        function = driver.cuLaunchKernelEx
+    except (OSError, AttributeError):
         return None
+    function.argtypes, function.restype = (ctypes.c_void_p,) * 4, ctypes.c_int
+    return function
 
 
 @cache
@@ -100,31 +122,30 @@ def run(
     Rows may lie anywhere: strides and storage offsets are the kernel's business. Returns False if nothing was
     launched: there is no kernel for this dtype, GPU or machine, or more rows than a grid has blocks.
     """
-    count = a.numel()
-    if count == 0:
-        return True
-    hidden, index = a.size(-1), a.get_device()
-    code = 0 if gain is None else 2 if offset else 1
-    a_at, b_at, gain_at = a.data_ptr(), b.data_ptr(), 0 if gain is None else gain.data_ptr()
-    if a.is_contiguous() and b.is_contiguous() and not (a_at | b_at | gain_at) & 15 and a_at != b_at:
-        # The usual case, short: nothing to find out about the tensors but their shape.
-        key = (operation, a.dtype, hidden, count, index, code)
-        plan = _plans.get(key)
+    a_at, b_at, index = a.data_ptr(), b.data_ptr(), a.get_device()
+    if gain is None:
+        gain_at = code = 0
+    else:
+        gain_at, code = gain.data_ptr(), 2 if offset else 1
+    if (a_at | b_at | gain_at) & 15 or a_at == b_at or not a.is_contiguous() or not b.is_contiguous():
+        return _run_anywhere(operation, a, b, eps, gain_at, code)
+    # The usual case, short: nothing to find out about the tensors but their shape.
+    key = (operation, a.dtype, a.shape, index, code)
+    plan = _plans.get(key)
+    if plan is None:
+        if a.numel() == 0:
+            return True
+        plan = _plan(operation, a, code, launch.width_of(a.size(-1) * a.element_size()), 1, False, key)
         if plan is None:
-            size = a.element_size()
-            plan = _plan(operation, a, hidden, count, code, launch.width_of(hidden * size), 1, False, key)
-            if plan is None:
-                return False
-        row = hidden * a.element_size()
-        step = a.element_size()  # used only where an access is one element
-        arguments: tuple[Any, ...] = (a_at, b_at, gain_at, count // hidden, eps, 0, step, step, 0, row, row)
-        return launch_plan(plan, index, ROWS_APART, arguments)
-    return _run_anywhere(operation, a, b, eps, gain_at, code)
+            return False
+    return launch_plan(plan, index, a_at, b_at, gain_at, eps)
 
 
 def _run_anywhere(operation: Operation, a: torch.Tensor, b: torch.Tensor, eps: float, gain: int, code: int) -> bool:
     """`run` for rows at any strides and addresses, and for y in place of x."""
-    hidden, count, size = a.size(-1), a.numel(), a.element_size()
+    if a.numel() == 0:
+        return True
+    hidden, size = a.size(-1), a.element_size()
     sizes, a_strides, b_strides = collapse(a.shape[:-1], a.stride()[:-1], b.stride()[:-1])
     a_bytes, b_bytes = [s * size for s in a_strides], [s * size for s in b_strides]
     steps = a.stride(-1), b.stride(-1)
@@ -133,13 +154,13 @@ def _run_anywhere(operation: Operation, a: torch.Tensor, b: torch.Tensor, eps: f
     else:
         width = size
     inside = _meet(a, b)  # blocks that share a row would read what others have written
-    key = (operation, a.dtype, hidden, count, a.get_device(), code, width, len(sizes), inside)
-    plan = _plans.get(key) or _plan(operation, a, hidden, count, code, width, len(sizes), inside, key)
+    key = (operation, a.dtype, a.shape, a.get_device(), code, width, len(sizes), inside)
+    plan = _plans.get(key) or _plan(operation, a, code, width, len(sizes), inside, key)
     if plan is None:
         return False
-    layout = struct.Struct(f"{_ARGUMENTS}{len(sizes)}Q{2 * len(sizes)}q")
-    head = (a.data_ptr(), b.data_ptr(), gain, count // hidden, eps, 0, steps[0] * size, steps[1] * size)
-    return launch_plan(plan, a.get_device(), layout, (*head, *sizes, *a_bytes, *b_bytes))
+    layout = struct.Struct(f"{_CONFIG}{_ARGUMENTS}{len(sizes)}Q{2 * len(sizes)}q")
+    more = (steps[0] * size, steps[1] * size, *sizes, *a_bytes, *b_bytes)
+    return launch_plan(plan, a.get_device(), a.data_ptr(), b.data_ptr(), gain, eps, layout, more)
 
 
 def collapse(
@@ -174,33 +195,35 @@ def _meet(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _plan(
-    operation: Operation,
-    a: torch.Tensor,
-    hidden: int,
-    count: int,
-    code: int,
-    width: int,
-    dims: int,
-    inside: bool,
-    key: Any,
-) -> tuple[Any, int, int, int] | None:
+    operation: Operation, a: torch.Tensor, code: int, width: int, dims: int, inside: bool, key: Any
+) -> Plan | None:
     """Choose and compile, and remember it under `key`. None where there is no kernel."""
-    index, rows = a.get_device(), count // hidden
+    index, hidden, size = a.get_device(), a.size(-1), a.element_size()
+    rows = a.numel() // hidden
     if a.dtype not in DTYPES or why_not(index):
         return None
-    choice = launch.choose(operation, hidden, a.element_size(), width, rows, device(index), dims)
+    choice = launch.choose(operation, hidden, size, width, rows, device(index), dims, weighted=code > 0)
     if inside and operation == "rms_norm":
         choice = replace(choice, split=1)
+    plan = plan_of(operation, choice, DTYPES.index(a.dtype), code, hidden, rows, index)
+    if plan is not None:
+        if len(_plans) >= _PLANS_KEPT:  # a server that sees every number of tokens once
+            _plans.clear()
+        _plans[key] = plan
+    return plan
+
+
+def plan_of(
+    operation: Operation, choice: Launch, dtype: int, gain: int, hidden: int, rows: int, index: int
+) -> Plan | None:
+    """A variant, compiled for a GPU. `dtype` and `gain` are positions in DTYPES and launch.GAINS."""
     if choice.blocks(rows) > launch.MAX_BLOCKS:
         return None
-    found = kernel(operation, choice, DTYPES.index(a.dtype), code, hidden, index)
+    found = kernel(operation, choice, dtype, gain, hidden, index)
     if found is None:
         return None
-    plan = (*found, choice.blocks(rows), choice.threads * choice.rows)
-    if len(_plans) >= _PLANS_KEPT:  # a server that sees every number of tokens once
-        _plans.clear()
-    _plans[key] = plan
-    return plan
+    size = DTYPES[dtype].itemsize
+    return Plan(*found, choice.blocks(rows), choice.threads * choice.rows, int(choice.pdl), rows, hidden * size, size)
 
 
 def kernel(
@@ -227,37 +250,79 @@ def kernel(
         return found
 
 
-class _Arguments:
-    """The launch arguments of one thread: a block that is packed anew for each launch, and the pointer to it."""
+class _Buffer:
+    """One thread's launch, packed anew each time: the driver has read it before it returns."""
 
     def __init__(self) -> None:
-        self.size = 1024
-        self.block = ctypes.create_string_buffer(self.size)
-        self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.block))
-        self.address = ctypes.addressof(self.pointers)
+        self.block = ctypes.create_string_buffer(_BUFFER)
+        self.config = ctypes.addressof(self.block)
+        self._attribute = ctypes.create_string_buffer(_ATTRIBUTE, len(_ATTRIBUTE))
+        self.attribute = ctypes.addressof(self._attribute)
+        self._pointers = (ctypes.c_void_p * 1)(self.config + struct.calcsize(_CONFIG))
+        self.pointers = ctypes.addressof(self._pointers)
         # A thread that has not touched CUDA yet has no context, which the driver's calls need.
         torch.cuda.set_device(torch.cuda.current_device())
 
 
-def launch_plan(plan: tuple[Any, int, int, int], index: int, layout: struct.Struct, arguments: tuple[Any, ...]) -> bool:
-    """Launch (RawKernel, handle, blocks, threads) on torch's current stream of a GPU. Always True."""
+def launch_plan(
+    plan: Plan,
+    index: int,
+    a: int,
+    b: int,
+    gain: int,
+    eps: float,
+    layout: struct.Struct = ROWS_APART,
+    more: tuple[int, ...] | None = None,
+) -> bool:
+    """Launch on torch's current stream of GPU `index`; a, b and gain are addresses. Always True.
+
+    Without `more`, rows follow one another; with it, it holds what follows eps in struct Args (row.cuh).
+
+    Raises:
+        RuntimeError: the driver refused; CUDA errors of earlier kernels come up here as well.
+    """
     if get_device() != index:
         with torch.cuda.device(index):
-            return launch_plan(plan, index, layout, arguments)
-    raw, handle, blocks, threads = plan
+            return launch_plan(plan, index, a, b, gain, eps, layout, more)
+    raw, handle, blocks, threads, pdl, rows, row, size = plan
+    if more is None:
+        more = (size, size, 0, row, row)
     try:
-        mine = _local.arguments
+        buffer = _local.buffer
     except AttributeError:
-        mine = _local.arguments = _Arguments()
+        buffer = _local.buffer = _Buffer()
     call = driver_launch()
-    if call is None or layout.size > mine.size:
-        import numpy
+    if call is None or layout.size > _BUFFER:
+        return _launch_by_cupy(raw, blocks, threads, index, layout, (a, b, gain, rows, eps, 0, *more))
+    # fmt: off
+    layout.pack_into(
+        buffer.block, 0, blocks, 1, 1, threads, 1, 1, 0, get_stream(index), buffer.attribute, pdl,
+        a, b, gain, rows, eps, 0, *more,
+    )
+    # fmt: on
+    error = call(buffer.config, handle, buffer.pointers, None)
+    if error:
+        raise RuntimeError(f"cuLaunchKernelEx failed with CUresult {error}, which cuda.h explains")
+    return True
 
-        block = numpy.frombuffer(layout.pack(*arguments), dtype=f"V{layout.size}")[0]
-        with cupy().cuda.ExternalStream(get_stream(index), index):
-            raw((blocks,), (threads,), (block,))
-        return True
-    layout.pack_into(mine.block, 0, *arguments)
-    # The driver copies the arguments before it returns, so the block is free for the next launch.
-    call(handle, blocks, 1, 1, threads, 1, 1, 0, get_stream(index), mine.address, 0)
+
+class _Stream(NamedTuple):
+    """A stream of another library, in the CUDA stream protocol."""
+
+    handle: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
+
+def _launch_by_cupy(
+    kernel: Any, blocks: int, threads: int, index: int, layout: struct.Struct, arguments: tuple[Any, ...]
+) -> bool:
+    import numpy
+
+    packed = struct.pack("<" + layout.format.removeprefix(_CONFIG), *arguments)
+    stream = get_stream(index)
+    come_in = getattr(cupy().cuda.Stream, "from_external", None)  # what came before it is deprecated since CuPy 14
+    with come_in(_Stream(stream)) if come_in else cupy().cuda.ExternalStream(stream, index):
+        kernel((blocks,), (threads,), (numpy.frombuffer(packed, dtype=f"V{len(packed)}")[0],))
     return True

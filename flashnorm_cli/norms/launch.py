@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 Operation = Literal["rms_norm", "fused_add_rms_norm", "copy"]
@@ -33,6 +34,7 @@ class Launch:
     split: int = 1
     keep: bool = True
     policy: bool = False
+    pdl: bool = False
     dims: int = 1
 
     def options(self, dtype: int, gain: int, hidden: int) -> tuple[str, ...]:
@@ -47,6 +49,7 @@ class Launch:
             "SPLIT": self.split,
             "KEEP": int(self.keep),
             "POLICY": int(self.policy),
+            "PDL": int(self.pdl),
             "DIMS": self.dims,
         }
         return tuple(f"-D{name}={value}" for name, value in values.items())
@@ -59,7 +62,11 @@ class Launch:
 @cache
 def source(operation: Operation) -> str:
     """The CUDA source of an operation, with the shared part in front."""
-    folder = files("flashnorm_cli.kernels")
+    installed = find_spec("flashnorm_cli.kernels")
+    if installed is not None and installed.origin is not None:
+        folder = Path(installed.origin).parent
+    else:  # a checkout that runs without having been installed
+        folder = Path(__file__).parents[2] / "kernels" / "norms"
     return folder.joinpath("row.cuh").read_text() + folder.joinpath(f"{operation}.cu").read_text()
 
 
@@ -72,7 +79,14 @@ def width_of(*addresses: int) -> int:
 
 
 def choose(
-    operation: Operation, hidden: int, size: int, width: int, rows: int, device: Device, dims: int = 1
+    operation: Operation,
+    hidden: int,
+    size: int,
+    width: int,
+    rows: int,
+    device: Device,
+    dims: int = 1,
+    weighted: bool = False,
 ) -> Launch:
     """The variant for `rows` rows of `hidden` elements of `size` bytes, read `width` bytes at a time.
 
@@ -111,7 +125,8 @@ def choose(
         rows=1 if split > 1 else max(1, (256 if accesses <= 32 and not few else 128) // threads),
         split=split,
         keep=keep,
-        policy=keep and width == 16 and device.arch >= 80 and traffic >= device.l2 // 2,
+        policy=keep and width == 16 and device.arch >= 80 and traffic >= (device.l2 if fused else device.l2 // 2),
+        pdl=device.arch >= 90,
         dims=dims,
     )
 

@@ -13,6 +13,7 @@ from flashnorm_cli.norms import cuda
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _compiling = torch.compiler.is_compiling
+_transforms = torch._C._functorch.peek_interpreter_stack
 
 
 def rms_norm(
@@ -37,10 +38,13 @@ def rms_norm(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
     """
-    if out is None and _direct(x) and (weight is None or _fits(weight, offset, x)):
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        if cuda.run("rms_norm", x, y, eps, weight, offset):
-            return y
+    if _direct(x) and (weight is None or _fits(weight, offset, x)):
+        if out is None:
+            y = torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
+            if cuda.run("rms_norm", x, y, eps, weight, offset):
+                return y
+        elif _like(out, x) and cuda.run("rms_norm", x, out, eps, weight, offset):
+            return out
     return _rms_norm(x, eps, out, weight, offset)
 
 
@@ -61,14 +65,9 @@ def fused_add_rms_norm(
     """
     if (
         _direct(x)
-        and (weight is None or _fits(weight, offset, x))
-        and type(residual) in _PLAIN
-        and x.shape == residual.shape
-        and x.dtype == residual.dtype
-        and residual.get_device() == x.get_device()
+        and _like(residual, x)
         and x.is_contiguous()
-        and residual.is_contiguous()
-        and not (residual.requires_grad and torch.is_grad_enabled())
+        and (weight is None or _fits(weight, offset, x))
         and cuda.run("fused_add_rms_norm", x, residual, eps, weight, offset)
     ):
         return
@@ -84,7 +83,19 @@ def _direct(x: Tensor) -> bool:
         and x.dim() > 0
         and not (x.requires_grad and torch.is_grad_enabled())
         and not _dispatch_modes()
-        and not _transforming()
+        and _transforms() is None  # under vmap or grad a tensor has no memory of its own
+    )
+
+
+def _like(other: Tensor, x: Tensor) -> bool:
+    """Whether a kernel can write to this tensor beside x at once: x's shape, dtype and device, contiguous."""
+    return (
+        type(other) in _PLAIN
+        and other.shape == x.shape
+        and other.dtype == x.dtype
+        and other.get_device() == x.get_device()
+        and other.is_contiguous()
+        and not (other.requires_grad and torch.is_grad_enabled())
     )
 
 
@@ -100,11 +111,6 @@ def _fits(weight: Tensor, offset: float, x: Tensor) -> bool:
         and (offset == 0 or offset == 1)
         and not (weight.requires_grad and torch.is_grad_enabled())
     )
-
-
-def _transforming() -> bool:
-    """Under vmap, grad or another functorch transform a tensor has no memory of its own."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _rms_norm(x: Tensor, eps: float, out: Tensor | None, weight: Tensor | None, offset: float) -> Tensor:
@@ -287,7 +293,7 @@ def info() -> dict[str, Any]:
     if reason is None:
         found["path"] = "cuda, direct launch" if cuda.driver_launch() else "cuda, RawKernel"
         if cuda.driver_launch() is None:
-            reason = f"CuPy {found['cupy']} has no cupy_backends.cuda.api.driver.launchKernel: a launch costs 2 us more"
+            reason = "libcuda has no cuLaunchKernelEx (CUDA 11.8 and later have): a launch costs 2 us more"
     found["reason"] = reason
     return found
 

@@ -4,6 +4,7 @@
 extern "C" __global__ void __launch_bounds__(THREADS) copy(const Args args) {
     const u64 first = u64(blockIdx.x) * (THREADS * ROWS) + threadIdx.x;
     Pack kept[ROWS];
+    begin();
 #pragma unroll
     for (int i = 0; i < ROWS; i++) {
         if (first + i * THREADS < args.rows) kept[i] = load_once(args.a + (first + i * THREADS) * WIDTH);

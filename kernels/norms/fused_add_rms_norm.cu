@@ -12,7 +12,7 @@
 #define PART ((ACCESSES + SPLIT - 1) / SPLIT)  // accesses of a block
 #define PART_PER ((PART + THREADS - 1) / THREADS)
 #define PART_EVEN (ACCESSES % (SPLIT * THREADS) == 0)
-#define PART_EARLY (GAIN && PART_PER <= 2)
+#define PART_EARLY (GAIN && PART_PER <= 4)
 
 #if SPLIT > 1
 // The sum over the cluster. Blocks meet once at their start (arrived in the kernel's first line), so that nobody
@@ -48,6 +48,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS)
     char* const x = const_cast<char*>(args.a) + at.a;
     char* const residual = args.b + at.b;
     float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    begin();
 
 #if KEEP
     const int part = SPLIT == 1 ? 0 : blockIdx.x % SPLIT;

@@ -18,6 +18,7 @@ extern "C" __global__ void __launch_bounds__(THREADS * ROWS) rms_norm(const Args
     const char* const x = args.a + at.a;
     char* const y = args.b + at.b;
     float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    begin();
 
 #if KEEP
     const int part = SPLIT == 1 ? 0 : blockIdx.x % SPLIT;

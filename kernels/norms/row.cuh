@@ -11,6 +11,7 @@
 //   SPLIT    blocks that share a row
 //   KEEP     1: the row stays in registers; 0: it is too long for that and read twice
 //   POLICY   1: rows are read as "evict last" from L2 (sm_80), see below
+//   PDL      1: launched with programmatic stream serialization (sm_90), see begin()
 //   DIMS     dimensions of the index of a row; 1 when rows lie at one constant stride
 //
 // Why these choices pay (measured on an H200, docs/kernels.md):
@@ -31,7 +32,7 @@ typedef long long i64;
 #define PER ((ACCESSES + THREADS - 1) / THREADS)  // accesses of a thread
 #define WARPS ((THREADS + 31) / 32)           // warps that share a row
 #define EVEN (ACCESSES % THREADS == 0)
-#define EARLY (GAIN && PER <= 4)              // read the gain before the sum is known, if registers allow
+#define EARLY (GAIN && PER / SPLIT <= 4)      // read the gain before the sum is known, if registers allow
 
 // The host packs this, so it holds no padding that differs between compilers. Strides are in bytes.
 // a is x; b is the output, or the residual of a fused add.
@@ -54,6 +55,16 @@ struct Pack {
 struct Row {
     i64 a, b;  // byte offsets
 };
+
+// The first thing that a kernel does, before it touches memory. Under programmatic dependent launch its blocks may be
+// on the chip while the kernel before it still runs, so it waits for all that was written there. It lets the kernel
+// after it come likewise: that one waits for this one's end, if it is launched this way, and is not there otherwise.
+__device__ __forceinline__ void begin() {
+#if PDL && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 // Offsets of a row. size[0] is never needed: what is left of the index belongs to dimension 0.
 __device__ __forceinline__ Row find_row(const Args& args, u64 row) {

@@ -1,0 +1,86 @@
+"""All shapes that docs/kernels.md speaks of, with every contender that is installed, into one JSON file.
+
+    python docs/benchmarks/kernels.py OUTPUT.json [--flashinfer fi.so] [--hidden N ...] [--tokens N ...]
+
+`--flashinfer` takes the library that kernels_flashinfer.cu makes. What is timed, and how, is `flashnorm bench`'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashnorm_cli.bench import kernels, report
+from flashnorm_cli.bench.kernels import EPS, Buffers
+from flashnorm_cli.norms import cuda
+
+
+def flashinfer(path: str) -> dict[str, list[Any]]:
+    library = ctypes.CDLL(path)
+    for name, pointers in (("fi_norm", 3), ("fi_fused", 3)):
+        getattr(library, name).argtypes = [ctypes.c_void_p] * pointers + [
+            ctypes.c_uint, ctypes.c_uint, ctypes.c_float, ctypes.c_void_p
+        ]  # fmt: skip
+
+    def call(function: Any, first: torch.Tensor, second: torch.Tensor, third: torch.Tensor) -> None:
+        code = function(
+            first.data_ptr(),
+            second.data_ptr(),
+            third.data_ptr(),
+            first.size(0),
+            first.size(-1),
+            EPS,
+            cuda.get_stream(0),
+        )
+        if code:
+            raise RuntimeError(f"CUDA error {code}")
+
+    def norm(b: Buffers) -> Any:
+        return lambda i: call(library.fi_norm, b.x[i], b.weight, b.other[i])
+
+    def fused(b: Buffers) -> Any:
+        return lambda i: call(library.fi_fused, b.x[i], b.other[i], b.weight)
+
+    return {
+        "rms_norm": [("FlashInfer, weight", True, norm)],
+        "fused_add_rms_norm": [("FlashInfer fused, weight", True, fused)],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--flashinfer")
+    parser.add_argument("--hidden", type=int, nargs="+", default=kernels.HIDDEN)
+    parser.add_argument("--tokens", type=int, nargs="+", default=kernels.TOKENS)
+    parser.add_argument("--trials", type=int, default=9)
+    options = parser.parse_args()
+    extra = flashinfer(options.flashinfer) if options.flashinfer else {}
+    results = []
+    start = time.perf_counter()
+    for hidden in options.hidden:
+        for tokens in options.tokens:
+            for operation in ("rms_norm", "fused_add_rms_norm"):
+                results += kernels.measure(
+                    operation, hidden, tokens, trials=options.trials, host=tokens == 1, extra=extra.get(operation, ())
+                )
+            print(f"{hidden} x {tokens}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+            record = kernels.record(
+                f"python docs/benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}", results
+            )
+            options.output.write_text(json.dumps(record, indent=1) + "\n")
+    for operation in ("rms_norm", "fused_add_rms_norm"):
+        print(operation, *report.text_table(*report.rows_of(results, operation)), sep="\n")
+    print(*report.text_table(*report.host_rows(results)), *report.words(results), sep="\n")
+    print(*(f"{r.contender} {r.hidden}x{r.tokens}: {r.error}" for r in results if r.error), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Benchmarks of the norms: kernels on shapes, and whole models."""
