@@ -95,34 +95,44 @@ def choose(
     fused = operation == "fused_add_rms_norm"
     accesses = hidden * size // width
     traffic = hidden * size * rows * (4 if fused else 2)
-    few = rows <= 2 * device.processors
-    split = 1
+    split, at_most = 1, 1024
+    many = rows > 2 * device.processors
     if accesses <= 32:
-        per = 2 if few else 1
-    elif not few:
-        per = 1 if fused else 2
+        per = 1 if many else 2
+    elif many:
+        # Enough rows to fill the chip. Blocks of few warps let others run while they wait for their sum.
+        if accesses <= 128:
+            per = -(-accesses // (64 if fused else 32))
+        elif fused:
+            per = 1
+        else:
+            per, at_most = (4 if weighted and accesses > 512 else 2), 512
     elif accesses <= 128:
-        per = 1
+        per = 1 if fused else -(-accesses // 32)
+    elif rows > device.processors:
+        per, at_most = 1, 1024 if fused else 512
     elif fused:
-        per = 2 if accesses <= 512 else 4
-        if device.arch >= 90 and accesses >= 2048 and rows <= device.processors // 4 and width == 16:
-            per, split = 2, 8
+        per = 1 if accesses >= 1024 and rows > device.processors // 4 else 2
+        most = device.processors // (4 if accesses >= 2048 else 16)
+        if device.arch >= 90 and accesses >= 1024 and rows <= most and width == 16:
+            per, split = (2 if accesses >= 2048 else 1), 8
     elif rows * accesses <= 250 * device.processors and width == 16:
-        # The row is short for four blocks: one warp each, which needs no barrier.
-        per, split = (8 if accesses <= 256 else 4), 4
+        # A short row is enough for one warp of each of four blocks, which needs no barrier.
+        per, split = (8, 4) if accesses <= 256 else (2, 2) if accesses <= 512 and rows > 4 else (4, 4)
     else:
         per = 2 if accesses <= 256 else 4
-    threads = _threads(-(-accesses // split) if fused else accesses, per)
+    threads = min(_threads(-(-accesses // split) if fused else accesses, per), at_most)
     held = -(-accesses // (threads * (split if fused else 1)))
     words = max(width // 4, 1) * held * (2 if fused else 1)
     # What fits beside the addresses without spilling: 64 registers at 1024 threads, 128 at 512.
     keep = words <= ((32 if fused else 24) if threads > 512 else 64)
     if not keep:
         threads, split = 1024, 1
+    block = 256 if many and (fused or accesses <= 32) else 128 if many or accesses <= 32 else threads
     return Launch(
         width=width,
         threads=threads,
-        rows=1 if split > 1 else max(1, (256 if accesses <= 32 and not few else 128) // threads),
+        rows=1 if split > 1 else max(1, block // threads),
         split=split,
         keep=keep,
         policy=keep and width == 16 and device.arch >= 80 and traffic >= (device.l2 if fused else device.l2 // 2),
