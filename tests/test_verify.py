@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from flashnorm_cli.cli import main
 from flashnorm_cli.demo import HELD_OUT, MODEL
+from flashnorm_cli.norms import info
 
 NORM, READER = "model.layers.1.input_layernorm.weight", "model.layers.1.self_attn.v_proj.weight"
 
@@ -427,3 +428,23 @@ def test_on_a_gpu(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert {level["status"] for level in result["levels"].values()} == {"passed"}
     assert result["environment"]["device"].startswith("cuda (")
     assert result["levels"]["logits"]["figures"]["device"] == "cuda"
+    if info()["path"] != "torch":
+        assert result["levels"]["logits"]["figures"]["norms_on_kernels"] > 0
+        assert result["levels"]["kernels"]["figures"]["error"] <= 0.51
+
+
+@pytest.mark.gpu
+def test_a_model_of_the_size_of_llama_1b_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from flashnorm_cli.bench.models import SHAPES
+
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(LlamaConfig(**SHAPES["llama-3.2-1b"], dtype="bfloat16"))
+    families.randomize_gains(model.cpu(), seed=6)
+    families.save(model, tmp_path / "source", dtype=torch.bfloat16)
+    assert run("fold", tmp_path / "source", tmp_path / "folded", "--quiet") == 0
+    result = result_of(capsys, tmp_path / "folded", "--device", "cuda")
+    assert {level["status"] for level in result["levels"].values()} == {"passed"}
+    assert result["levels"]["logits"]["figures"]["norms_on_kernels"] == 33
+    assert result["levels"]["kernels"]["figures"]["sizes"] == [2048]

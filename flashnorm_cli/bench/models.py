@@ -1,7 +1,7 @@
-"""Time a whole model with its norms on different code: decoding as users run it, and as a CUDA graph.
+"""Time a whole model with its norms on different code: decoding and prefill, as users run them and as CUDA graphs.
 
-The weights are random and the norms' are ones: every way computes the same, which is checked before it is timed. So
-what differs is the code of the norms, which is what a folded checkpoint allows to change.
+Every way computes the same model (weights that are not the identity are applied), which is checked before it is
+timed. So what differs is the code of the norms.
 """
 
 from __future__ import annotations
@@ -9,98 +9,167 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from statistics import median
+from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashnorm_cli.norms import fused_add_rms_norm, rms_norm
+from flashnorm_cli.errors import FlashNormError
+from flashnorm_cli.norms import fused_add_rms_norm
+from flashnorm_cli.norms.modules import PlainNorm, norms_replaced, on_kernel, plain_norms
+from flashnorm_cli.runtime import first_line, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# Shapes of models that are known by name, so that nothing has to be downloaded to time them.
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.2-1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    },
-    "llama-3.1-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 128256,
-        "tie_word_embeddings": False,
-    },
+_LLAMA_1B: dict[str, Any] = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "tie_word_embeddings": True,
 }
-WAYS = ("stock", "notebook swap", "F.rms_norm(None)", "flashnorm", "flashnorm fused", "no norms")
+_LLAMA_8B = {
+    **_LLAMA_1B,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+}
+# Shapes of models that are known by name, so that nothing has to be downloaded to time them.
+SHAPES = {"llama-3.2-1b": _LLAMA_1B, "llama-3.1-8b": _LLAMA_8B}
+WAYS = ("stock", "notebook swap", "F.rms_norm", "flashnorm", "flashnorm fused", "no norms")
+MODES = ("decode", "decode, CUDA graph", "decode, compiled", "prefill")
+COMPILED_WAYS = ("stock", "flashnorm", "no norms")
+PREFILL_TOKENS = 4096
+CPU_PREFILL_TOKENS = 256
+REPLAYS = 20
 CLOSE = 0.05  # of the logits' own size: bf16 models differ by their rounding
 
 
-def config_of(name: str) -> PretrainedConfig:
-    """A named shape, or the config of a local folder."""
-    from transformers import AutoConfig, LlamaConfig
+def load(name: str, config_only: bool, device: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """A model to time: a named shape or, with `config_only`, a config with random weights; else a whole checkpoint.
 
-    if name in SHAPES:
-        return LlamaConfig(
-            **SHAPES[name], max_position_embeddings=8192, rms_norm_eps=1e-5, eos_token_id=None, bos_token_id=1
-        )
-    return AutoConfig.from_pretrained(name)
+    Raises:
+        FlashNormError: transformers cannot read or build it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-
-def random_model(config: PretrainedConfig, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A model with random weights, norms of ones, eager sdpa attention."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    try:
+        with quiet_transformers():
+            if not config_only and name not in SHAPES:
+                model = AutoModelForCausalLM.from_pretrained(
+                    name, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
+                )
+                return model.eval()
+            config: PretrainedConfig
+            if name in SHAPES:
+                config = LlamaConfig(**SHAPES[name], max_position_embeddings=8192, rms_norm_eps=1e-5)
+            else:
+                config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            torch.manual_seed(0)
+            with torch.device(device):
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises anything, remote code included
+        raise FlashNormError(f"{name}: cannot be loaded as a causal language model: {first_line(error)}") from error
     return model.eval()
-
-
-def norms_of(model: nn.Module) -> list[nn.Module]:
-    """The RMSNorm modules whose forward is x, weight and eps, and nothing else."""
-    return [
-        m
-        for m in model.modules()
-        if type(m).__name__.endswith("RMSNorm")
-        and isinstance(getattr(m, "weight", None), Tensor)
-        and _eps(m) is not None
-    ]
-
-
-def _eps(norm: nn.Module) -> float | None:
-    for name in ("variance_epsilon", "eps"):
-        if isinstance(value := getattr(norm, name, None), float):
-            return value
-    return None
 
 
 @contextmanager
 def swapped(model: PreTrainedModel, way: str) -> Iterator[None]:
-    """Run the model's norms another way, one of WAYS, within the block. Raises ValueError where that cannot be."""
-    changed: list[nn.Module] = []
+    """Run the model's norms another way, one of WAYS, within the block.
 
-    def give(module: nn.Module, forward: Callable[..., Any]) -> None:
-        module.forward = forward
-        changed.append(module)
+    Raises:
+        FlashNormError: the way is not for this model.
+    """
+    if way == "stock":
+        yield
+    elif way == "flashnorm fused":
+        with _fused(model):
+            yield
+    else:
+        with norms_replaced(model, lambda module, norm: _forward(way, module, norm)) as names:
+            if not names:
+                raise FlashNormError("the model has no plain RMSNorm")
+            yield
 
-    if way == "flashnorm fused":
-        _fuse(model, give)
-    elif way != "stock":
-        for norm in norms_of(model):
-            give(norm, _forward(way, norm))
+
+def _forward(way: str, module: nn.Module, norm: PlainNorm) -> Callable[[Tensor], Tensor]:
+    weight = norm.parameter(module).detach()
+    eps, shape = norm.eps, weight.shape
+    gain: Any = None if norm.is_identity(module) else (weight.float() + norm.offset).to(weight.dtype)
+
+    def notebook(x: Tensor) -> Tensor:
+        y = F.rms_norm(x.float(), shape, None, eps).to(x.dtype)
+        return y if gain is None else y * gain
+
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
+        "notebook swap": notebook,
+        "F.rms_norm": lambda x: F.rms_norm(x, shape, gain, eps),
+        "flashnorm": on_kernel(module, norm),
+        "no norms": lambda x: x,
+    }
+    return ways[way]
+
+
+@contextmanager
+def _fused(model: PreTrainedModel) -> Iterator[None]:
+    """Let each norm add what the block before it left: layers hand on (their output, the residual stream)."""
+    base: Any = model.base_model
+    found = {id(module): norm for module, norm in plain_norms(model).values()}
+    layers: Any = getattr(base, "layers", None)
+    final: Any = getattr(base, "norm", None)
+    parts = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+    if layers is None or id(final) not in found or any(set(dict(x.named_children())) != parts for x in layers):
+        raise FlashNormError("fusing is written for layers of two norms, attention and MLP, as Llama's")
+    if any(id(n) not in found for layer in layers for n in (layer.input_layernorm, layer.post_attention_layernorm)):
+        raise FlashNormError("fusing is written for plain RMSNorms")
+    stream: list[Tensor] = []  # the residual stream, while it is not in the layers' output
+
+    def add_norm(module: nn.Module) -> Callable[[Tensor], None]:
+        norm = found[id(module)]
+        eps, offset = norm.eps, norm.offset
+        weight = None if norm.is_identity(module) else norm.parameter(module)
+        return lambda x: fused_add_rms_norm(x, stream[0], eps, weight=weight, offset=offset)
+
+    def layer_forward(layer: Any, first: bool) -> Callable[..., Tensor]:
+        before, after = add_norm(layer.input_layernorm), add_norm(layer.post_attention_layernorm)
+        start, attention, mlp = (
+            on_kernel(layer.input_layernorm, found[id(layer.input_layernorm)]),
+            layer.self_attn,
+            layer.mlp,
+        )
+
+        def forward(hidden_states: Tensor, **arguments: Any) -> Tensor:
+            x = hidden_states
+            if first:
+                stream[:] = [x]
+                x = start(x)
+            else:
+                before(x)
+            x, _ = attention(hidden_states=x, **arguments)
+            after(x)
+            out: Tensor = mlp(x)
+            return out
+
+        return forward
+
+    last = add_norm(final)
+
+    def final_forward(x: Tensor) -> Tensor:
+        last(x)
+        return x
+
+    changed = [*layers, final]
+    for i, layer in enumerate(layers):
+        layer.forward = layer_forward(layer, i == 0)
+    final.forward = final_forward
     try:
         yield
     finally:
@@ -108,74 +177,40 @@ def swapped(model: PreTrainedModel, way: str) -> Iterator[None]:
             del module.forward
 
 
-def _forward(way: str, norm: nn.Module) -> Callable[[Tensor], Tensor]:
-    eps, shape = _eps(norm) or 0.0, list(norm.get_parameter("weight").shape)
-    ways: dict[str, Callable[[Tensor], Tensor]] = {
-        "notebook swap": lambda x: F.rms_norm(x.float(), shape, None, eps).to(x.dtype),
-        "F.rms_norm(None)": lambda x: F.rms_norm(x, shape, None, eps),
-        "flashnorm": lambda x: rms_norm(x, eps),
-        "no norms": lambda x: x,
-    }
-    return ways[way]
-
-
-def _fuse(model: PreTrainedModel, give: Callable[[nn.Module, Callable[..., Any]], None]) -> None:
-    """Let each norm add what the block before it left: layers hand on (their output, the residual stream)."""
-    base = model.base_model
-    layers: Any = getattr(base, "layers", None)
-    final: Any = getattr(base, "norm", None)
-    parts = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-    if layers is None or final is None or any({n for n, _ in layer.named_children()} != parts for layer in layers):
-        raise ValueError("fusing is written for layers of two norms, attention and MLP, as Llama's")
-    stream: list[Tensor] = []  # the residual stream, while it is not in the layers' output
-
-    def layer_forward(layer: Any, first: bool) -> Callable[..., Tensor]:
-        before, after = _eps(layer.input_layernorm) or 0.0, _eps(layer.post_attention_layernorm) or 0.0
-        attention, mlp = layer.self_attn, layer.mlp
-
-        def forward(hidden_states: Tensor, **arguments: Any) -> Tensor:
-            if first:
-                stream[:] = [hidden_states]
-                x = rms_norm(hidden_states, before)
-            else:
-                x = hidden_states
-                fused_add_rms_norm(x, stream[0], before)
-            x, _ = attention(hidden_states=x, **arguments)
-            fused_add_rms_norm(x, stream[0], after)
-            out: Tensor = mlp(x)
-            return out
-
-        return forward
-
-    def final_forward(x: Tensor) -> Tensor:
-        fused_add_rms_norm(x, stream[0], _eps(final) or 0.0)
-        return x
-
-    for i, layer in enumerate(layers):
-        give(layer, layer_forward(layer, i == 0))
-    give(final, final_forward)
-
-
 def check(model: PreTrainedModel, way: str) -> str | None:
     """Compare a forward's logits with the stock model's. Returns what is wrong."""
+    ids = torch.arange(1, 33, device=model.device).view(1, -1) % model.config.get_text_config().vocab_size
+    try:
+        with torch.no_grad():
+            want = model(ids).logits.float()
+            with swapped(model, way):
+                got = model(ids).logits.float()
+    except FlashNormError as error:
+        return str(error)
     if way == "no norms":
         return None  # another model on purpose: the limit
-    ids = torch.arange(1, 33, device=model.device).view(1, -1)
-    with torch.no_grad():
-        want = model(ids).logits.float()
-        with swapped(model, way):
-            got = model(ids).logits.float()
-    error = ((got - want).norm() / want.norm()).item()
-    return None if error <= CLOSE else f"wrong: logits differ by {error:.2g} of their size"
+    error_size = ((got - want).norm() / want.norm()).item()
+    return None if error_size <= CLOSE else f"wrong: logits differ by {error_size:.2g} of their size"
 
 
-def decode_eager(model: PreTrainedModel, way: str, tokens: int, batch: int = 1) -> float:
+def _wait(model: PreTrainedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
+def _prompt(model: PreTrainedModel, batch: int, length: int) -> Tensor:
+    ids = torch.arange(1, length + 1, device=model.device) % model.config.get_text_config().vocab_size
+    return ids.expand(batch, -1).contiguous()
+
+
+def _decode(model: PreTrainedModel, way: str, tokens: int, batch: int) -> float:
     """Tokens per second and sequence of `generate`, greedy, from a prompt of 8 tokens."""
-    ids = torch.arange(1, 9, device=model.device).expand(batch, -1).contiguous()
+    ids = _prompt(model, batch, 8)
     with torch.no_grad(), swapped(model, way):
-        torch.cuda.synchronize()
+        _wait(model)
         start = time.perf_counter()
-        out = model.generate(
+        generate: Any = model.generate  # annotated as a Tensor, as any attribute of a module
+        generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=tokens,
@@ -183,94 +218,146 @@ def decode_eager(model: PreTrainedModel, way: str, tokens: int, batch: int = 1) 
             do_sample=False,
             pad_token_id=0,
         )
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-    return (out.shape[1] - ids.shape[1]) / seconds
+        _wait(model)
+        return tokens / (time.perf_counter() - start)
 
 
-def decode_graph(model: PreTrainedModel, way: str, length: int = 256, batch: int = 1) -> Any:
-    """One step of decoding at position `length`, captured as a CUDA graph."""
+def _prefill(model: PreTrainedModel, way: str, tokens: int, batch: int) -> float:
+    """Tokens per second and sequence of a forward over a prompt."""
+    ids = _prompt(model, batch, tokens)
+    with torch.no_grad(), swapped(model, way):
+        _wait(model)
+        start = time.perf_counter()
+        model(ids, use_cache=False, logits_to_keep=1)
+        _wait(model)
+        return tokens / (time.perf_counter() - start)
+
+
+def _graph(model: PreTrainedModel, way: str, length: int, batch: int, compiled: bool) -> Callable[[], float]:
+    """One step of decoding at position `length`, in a CUDA graph. The result times it: steps per second."""
     from transformers import StaticCache
 
-    device = model.device
     with torch.no_grad(), swapped(model, way):
-        cache = StaticCache(config=model.config, max_cache_len=length + 8)
-        ids = torch.arange(1, length + 1, device=device).expand(batch, -1).contiguous() % model.config.vocab_size
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        step = torch.ones(batch, 1, dtype=torch.long, device=device)
-        position = torch.full((batch, 1), length, dtype=torch.long, device=device)
+        cache = StaticCache(config=model.config, max_cache_len=length + REPLAYS + 8)
+        model(_prompt(model, batch, length), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        step = torch.ones(batch, 1, dtype=torch.long, device=model.device)
+        position = torch.full((batch, 1), length, dtype=torch.long, device=model.device)
+        # A step moves counters of the cache on; more replays than it has places for would write beside it.
+        counters = [
+            t
+            for layer in cache.layers
+            for t in vars(layer).values()
+            if isinstance(t, Tensor) and not t.is_floating_point()
+        ]
+        start = [t.clone() for t in counters]
 
-        def run() -> Any:
-            return model(step, position_ids=position, past_key_values=cache, use_cache=True).logits
+        def rewind() -> None:
+            for counter, value in zip(counters, start, strict=True):
+                counter.copy_(value)
 
+        def forward() -> Tensor:
+            logits: Tensor = model(step, position_ids=position, past_key_values=cache, use_cache=True).logits
+            return logits
+
+        if compiled:
+            torch._dynamo.reset()
+            forward = torch.compile(forward, dynamic=False)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            run(), run()
+            for _ in range(3):
+                forward()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            graph.result = run()  # type: ignore[attr-defined]
-        graph.cache = cache  # type: ignore[attr-defined]
-    return graph
+            kept = forward()
+
+    def timed() -> float:
+        rewind()
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        marks[0].record()
+        for _ in range(REPLAYS):
+            graph.replay()
+        marks[1].record()
+        torch.cuda.synchronize()
+        return REPLAYS * 1000 / marks[0].elapsed_time(marks[1]) * len(kept[:1])
+
+    return timed
 
 
 def bench(
-    name: str,
+    model: PreTrainedModel,
     trials: int = 20,
     tokens: int = 256,
+    batch: int = 1,
+    modes: tuple[str, ...] = MODES,
     ways: tuple[str, ...] = WAYS,
-    modes: tuple[str, ...] = ("eager", "graph"),
-    dtype: torch.dtype = torch.bfloat16,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """Decode, one sequence, in every way; ways take turns, and gains are medians over pairs of one turn.
+    """Time the model in every mode and way. Ways take turns; gains are medians over pairs of one turn.
 
+    Args:
+        model: on the device that it is timed on. On a CPU, only "decode" and "prefill" are.
+        tokens: to decode; also the position of the step that is captured in a graph.
     Returns:
-        One row per mode and way: tok_per_s (median), trials (each), gain over stock in percent, or error.
+        A row per mode and way: tok_per_s and sequence (median), spread (10th and 90th percentile), trials (each),
+        gain_percent over stock; or error.
     """
-    model = random_model(config_of(name), "cuda", dtype)
+    gpu = model.device.type == "cuda"
     rows: list[dict[str, Any]] = []
     good = []
     for way in ways:
-        try:
-            error = check(model, way)
-        except ValueError as problem:
-            error = str(problem)
-        if error:
-            rows.append({"model": name, "mode": "all", "way": way, "error": error})
+        if error := check(model, way):
+            rows.append({"mode": "all", "way": way, "error": error})
         else:
             good.append(way)
     for mode in modes:
-        speeds: dict[str, list[float]] = {way: [] for way in good}
-        if mode == "eager":
-            for way in good:
-                decode_eager(model, way, 16)
-            for trial in range(trials):
-                on_progress(f"{name} {mode} {trial + 1}/{trials}")
-                for way in good[trial % len(good) :] + good[: trial % len(good)]:
-                    speeds[way].append(decode_eager(model, way, tokens))
-        else:
-            graphs = {way: decode_graph(model, way) for way in good}
-            for _ in range(trials):
-                for way, graph in graphs.items():
-                    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                    start.record()
-                    for _ in range(20):
-                        graph.replay()
-                    end.record()
-                    torch.cuda.synchronize()
-                    speeds[way].append(20_000 / start.elapsed_time(end))
-        for way in good:
-            gains = [100 * (a / b - 1) for a, b in zip(speeds[way], speeds[good[0]], strict=True)]
-            rows.append(
-                {
-                    "model": name,
-                    "mode": mode,
-                    "way": way,
-                    "tok_per_s": round(median(speeds[way]), 2),
-                    f"gain_over_{good[0]}_percent": round(median(gains), 2),
-                    "trials": [round(s, 2) for s in speeds[way]],
-                }
-            )
+        if not gpu and mode not in ("decode", "prefill"):
+            continue
+        mine = [way for way in good if mode != "decode, compiled" or way in COMPILED_WAYS]
+        timers: dict[str, Callable[[], float]] = {}
+        for way in mine:
+            on_progress(f"{mode}: {way}")
+            try:
+                timers[way] = _timer(model, mode, way, tokens, batch)
+                timers[way]()
+            except Exception as problem:  # a model of any kind, under a compiler or in a graph
+                timers.pop(way, None)
+                rows.append({"mode": mode, "way": way, "error": first_line(problem)})
+        speeds: dict[str, list[float]] = {way: [] for way in timers}
+        for trial in range(trials):
+            on_progress(f"{mode}: turn {trial + 1} of {trials}")
+            turn = list(timers)
+            for way in turn[trial % len(turn) :] + turn[: trial % len(turn)]:  # nobody always follows the same one
+                speeds[way].append(timers[way]())
+        rows += [_row(mode, way, each, speeds.get("stock")) for way, each in speeds.items()]
     return rows
+
+
+def _timer(model: PreTrainedModel, mode: str, way: str, tokens: int, batch: int) -> Callable[[], float]:
+    if mode == "decode":
+        return lambda: _decode(model, way, tokens, batch)
+    if mode == "prefill":
+        many = PREFILL_TOKENS if model.device.type == "cuda" else CPU_PREFILL_TOKENS
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or many
+        return lambda: _prefill(model, way, min(many, longest), batch)
+    return _graph(model, way, tokens, batch, compiled=mode == "decode, compiled")
+
+
+def _row(mode: str, way: str, speeds: list[float], stock: list[float] | None) -> dict[str, Any]:
+    low = quantiles(speeds, n=10) if len(speeds) > 1 else speeds * 9
+    row: dict[str, Any] = {
+        "mode": mode,
+        "way": way,
+        "tok_per_s": round(median(speeds), 2),
+        "spread": [round(low[0], 2), round(low[-1], 2)],
+        "trials": [round(s, 2) for s in speeds],
+    }
+    if stock is not None:
+        row["gain_percent"] = round(median(100 * (a / b - 1) for a, b in zip(speeds, stock, strict=True)), 2)
+    return row
+
+
+def norm_sizes(model: PreTrainedModel) -> list[int]:
+    """The hidden sizes of the model's plain norms, to time the kernels on."""
+    return sorted({norm.parameter(module).numel() for module, norm in plain_norms(model).values()})

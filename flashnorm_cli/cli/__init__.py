@@ -10,7 +10,9 @@ import typer
 
 from flashnorm_cli import __version__
 from flashnorm_cli.cli import options
+from flashnorm_cli.cli.bench import bench
 from flashnorm_cli.cli.demo import demo
+from flashnorm_cli.cli.doctor import doctor
 from flashnorm_cli.cli.fold import fold
 from flashnorm_cli.cli.plan import plan
 from flashnorm_cli.cli.verify import verify
@@ -48,6 +50,15 @@ app.command(
         "flashnorm verify someone/gemma-3-1b-FlashNorm --source google/gemma-3-1b-it --json",
     )
 )(verify)
+app.command(
+    epilog=options.examples(
+        "flashnorm bench",
+        "flashnorm bench --hidden 4096 --tokens 1 --tokens 4096 --plot norms.svg",
+        "flashnorm bench llama-3.2-1b",
+        "flashnorm bench ./my-model --config-only --batch 8 --json",
+    )
+)(bench)
+app.command(epilog=options.examples("flashnorm doctor", "flashnorm doctor --json"))(doctor)
 
 
 def _print_version(value: bool) -> None:

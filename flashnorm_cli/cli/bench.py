@@ -1,4 +1,4 @@
-"""`flashnorm bench`: the norms beside everybody else's, or a model with its norms on different code."""
+"""`flashnorm bench`: the norms beside everybody else's, and a model with its norms on different code."""
 
 from __future__ import annotations
 
@@ -11,125 +11,146 @@ import typer
 
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output
-from flashnorm_cli.errors import FlashNormError
+from flashnorm_cli.errors import FlashNormError, UsageError
 
 if TYPE_CHECKING:
     from flashnorm_cli.bench.kernels import Measurement
+
+MODEL_TOKENS = (1, 16, 256, 4096)
 
 
 def bench(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="llama-3.2-1b, llama-3.1-8b or a local folder with a config: decode with random weights. Without it, "
-            "the kernels on standard shapes.",
+            help="Local folder or Hub id of a model, or one of the shapes llama-3.2-1b and llama-3.1-8b with random "
+            "weights: the norms of its sizes, decoding and prefill. Without it, the norms on standard shapes.",
             show_default=False,
         ),
     ] = None,
+    config_only: Annotated[
+        bool, typer.Option("--config-only", help="Read the config and make random weights.")
+    ] = False,
+    device: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option(help="What to time on.", show_default="cuda if there is one")
+    ] = None,
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="Of the tensors.")] = "bfloat16",
     hidden: Annotated[
-        list[int] | None, typer.Option(help="Hidden size; may be given again.", show_default="576 to 16384")
+        list[int] | None,
+        typer.Option(min=1, max=65536, help="Elements in a row; may be given again.", show_default="576 to 16384"),
     ] = None,
     tokens: Annotated[
-        list[int] | None, typer.Option(help="Rows, or tokens to decode; may be given again.", show_default="1 to 65536")
+        list[int] | None, typer.Option(min=1, help="Rows of a norm; may be given again.", show_default="1 to 65536")
     ] = None,
-    trials: Annotated[int | None, typer.Option(min=1, help="Turns.", show_default="11, models 20")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that the model decodes.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that the model decodes at once.")] = 1,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Turns of each contender.", show_default="11; models 20")
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Time the model under torch.compile, too (minutes).")
+    ] = True,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture of the norms' share of a copy over tokens (.svg, .png or .pdf).")
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture (SVG) of the norms, share of a copy.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Write what --json prints to a file as well.")] = None,
+    save: Annotated[Path | None, typer.Option(help="File to write what --json prints to, as well.")] = None,
+    trust_remote_code: options.TrustRemoteCodeOpt = False,
     json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
     debug: options.DebugOpt = False,
 ) -> None:
-    """Time the norms: every contender is checked before it is timed, in turns, on the same buffers.
+    """Time the norms, each contender checked against float64 first, in turns, on the same buffers.
 
-    Device times come from CUDA graphs and hold no host time; that is a column of its own. Without a GPU, the norms
-    that run on a CPU are timed there.
+    Device times are replays of CUDA graphs, and hold no host time, which is a column of its own. The limit is a copy
+    of the same bytes. Without a GPU, the norms that run on a CPU are timed, and the output says so.
     """
     out = Output(json, quiet)
-    command = options.command_line(["bench", *_without_program(sys.argv)])
+    for path in (plot, save):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"{path.absolute().parent}: no such folder")
+    command = options.command_line(["bench", *sys.argv[2:]])
     with out.progress() as report:
-        report(0, 0, "Starting")
+        report(0, 0, "Loading torch")
         import torch
 
         from flashnorm_cli.bench import kernels
 
-        gpu = torch.cuda.is_available()
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UsageError("--device cuda: torch sees no CUDA device here")
+        of_model: list[dict[str, Any]] = []
+        sizes = list(hidden or kernels.HIDDEN)
         if model is not None:
-            if not gpu:
-                raise FlashNormError("decoding is timed on a GPU, and torch sees none here")
             from flashnorm_cli.bench import models
 
-            rows = models.bench(
-                model,
-                trials or 20,
-                tokens[0] if tokens else 256,
-                dtype=getattr(torch, dtype),
-                on_progress=lambda what: report(0, 0, what),
+            report(0, 0, f"Loading {model}")
+            loaded = models.load(model, config_only, device, getattr(torch, dtype), trust_remote_code)
+            sizes = list(hidden or models.norm_sizes(loaded))
+            if not sizes:
+                raise FlashNormError(f"{model}: has no plain RMSNorm")
+            modes = [m for m in models.MODES if compiled or m != "decode, compiled"]
+            of_model = models.bench(
+                loaded, trials or 20, new_tokens, batch, tuple(modes), on_progress=lambda what: report(0, 0, what)
             )
-            data = kernels.record(command, [], models=rows)
-        else:
-            results = _measure(gpu, hidden, tokens, getattr(torch, dtype), trials or 11, report)
-            data = kernels.record(command, results, device="GPU" if gpu else "CPU")
+            del loaded
+        rows = list(tokens or (MODEL_TOKENS if model else kernels.TOKENS))
+        results = _measure(device, sizes, rows, getattr(torch, dtype), trials or 11, report)
+        data = kernels.record(command, results, device=device, model=model, models=of_model)
     if save is not None:
         save.write_text(json_module.dumps(data, indent=1) + "\n")
-    out.data(data)
-    if model is not None:
-        _show_models(out, data["models"], markdown)
-        return
     if plot is not None:
-        from flashnorm_cli.bench.report import plot as picture
+        from flashnorm_cli.bench.report import plot as draw
 
-        plot.write_text(picture(results, "rms_norm"))
-        plot.with_suffix(".fused.svg").write_text(picture(results, "fused_add_rms_norm"))
-    _show(out, results, gpu, markdown)
+        draw(results, plot)
+    out.data(data)
+    _show(out, results, of_model, device, markdown)
 
 
 def _measure(
-    gpu: bool, hidden: list[int] | None, tokens: list[int] | None, dtype: Any, trials: int, report: Any
+    device: str, sizes: list[int], tokens: list[int], dtype: Any, trials: int, report: Any
 ) -> list[Measurement]:
     from flashnorm_cli.bench import kernels
 
     results: list[Measurement] = []
-    for h in hidden or (kernels.HIDDEN if gpu else (2048,)):
-        for t in tokens or (kernels.TOKENS if gpu else (1, 256)):
-            if not gpu:
-                report(0, 0, f"CPU, hidden {h}, {t} tokens")
-                results += kernels.measure_cpu(h, t, dtype, trials)
-                continue
+    shapes = [(h, t) for h in sizes for t in tokens]
+    for i, (h, t) in enumerate(shapes):
+        report(i, len(shapes), f"Norms of {h} elements, {t} rows")
+        if device == "cpu":
+            results += kernels.measure_cpu(h, t, dtype, trials)
+        else:
             for operation in ("rms_norm", "fused_add_rms_norm"):
-                report(0, 0, f"{operation}, hidden {h}, {t} tokens")
-                results += kernels.measure(operation, h, t, dtype, trials, host=t == 1)
+                results += kernels.measure(operation, h, t, dtype, trials, host=t == min(tokens))
     return results
 
 
-def _show(out: Output, results: list[Measurement], gpu: bool, markdown: bool) -> None:
+def _show(out: Output, results: list[Measurement], of_model: list[dict[str, Any]], device: str, markdown: bool) -> None:
     from flashnorm_cli.bench import report
 
     table = report.markdown_table if markdown else report.text_table
     for operation in dict.fromkeys(r.operation for r in results):
-        where = "GPU: device time; the others' columns say how many times as long they take" if gpu else "CPU"
-        out.text(f"{operation} ({where})", *table(*report.rows_of(results, operation)), "")
+        where = "on the GPU: device time" if device == "cuda" else "on this CPU, where flashnorm's norms are torch's"
+        out.text(f"{operation} {where}; the others: how many times as long they take", "")
+        out.text(*table(*report.rows_of(results, operation)), "")
     head, lines = report.host_rows(results)
-    if lines:
+    if lines and device == "cuda":
         out.text("Host time per call", *table(head, lines), "")
+    if of_model:
+        out.text(f"The model on the {'GPU' if device == 'cuda' else 'CPU'}", *table(*_model_rows(of_model)), "")
     for wrong in (r for r in results if r.error):
         out.text(f"{wrong.contender}, {wrong.hidden} x {wrong.tokens}: {wrong.error}")
     out.text(*report.words(results))
 
 
-def _show_models(out: Output, rows: list[dict[str, Any]], markdown: bool) -> None:
-    from flashnorm_cli.bench import report
-
-    head = ["mode", "norms", "tok/s", "over stock"]
-    lines = [
-        [r["mode"], r["way"], "", r["error"]]
-        if "error" in r
-        else [r["mode"], r["way"], f"{r['tok_per_s']:.1f}", f"{r['gain_over_stock_percent']:+.1f} %"]
-        for r in rows
-    ]
-    out.text(*(report.markdown_table if markdown else report.text_table)(head, lines))
-
-
-def _without_program(arguments: list[str]) -> list[str]:
-    return arguments[2:] if arguments[1:2] == ["bench"] else arguments[1:]
+def _model_rows(of_model: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    head = ["mode", "norms", "tok/s", "10 % to 90 %", "over stock"]
+    lines = []
+    for row in of_model:
+        if "error" in row:
+            lines.append([row["mode"], row["way"], "-", "", row["error"]])
+            continue
+        low, high = row["spread"]
+        gain = f"{row['gain_percent']:+.1f} %" if "gain_percent" in row else ""
+        lines.append([row["mode"], row["way"], f"{row['tok_per_s']:.1f}", f"{low:.1f} to {high:.1f}", gain])
+    return head, lines

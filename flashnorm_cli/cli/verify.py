@@ -193,6 +193,12 @@ def _level_lines(level: LevelResult) -> list[str]:
         ]
     if level.level == "logits" and figures:
         return _logits_lines(figures)
+    if level.level == "kernels" and figures:
+        return [
+            f"weightless norms of {', '.join(map(str, figures['sizes']))} elements on {figures['gpu']}, "
+            f"{figures['dtype']} against float64:",
+            f"the largest error is {figures['error']:.2g} eps (one rounding is 0.5)",
+        ]
     if level.level.startswith("runtime:") and figures:
         difference, tolerance = (figures.get(key) or 0.0 for key in ("logprob_difference", "tolerance"))
         return [
@@ -229,4 +235,6 @@ def _logits_lines(figures: dict[str, Any]) -> list[str]:
         same, tokens = (sum(row[key] for row in figures["greedy"]) for key in ("same", "tokens"))
         lines.append(f"greedy    {same} of {tokens} tokens before the texts part")
     lines.append(f"on {figures['tokens']} tokens of {figures['text']}, {figures['device']}")
+    if figures.get("norms_on_kernels"):
+        lines.append(f"{figures['norms_on_kernels']} norms of the folded model ran on flashnorm's kernels")
     return lines

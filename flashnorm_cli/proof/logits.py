@@ -122,7 +122,11 @@ def check_logits(
         device: "cpu", "cuda", "cuda:1", ... A model too large for it is spread by accelerate.
         insist: try although the memory may not suffice; otherwise such a model is skipped.
 
-    figures: `reference`, `dtype`, `device`, `prompts`, `tokens`, `text`, `algebra_error` (None if not measured),
+    On a GPU, the plain RMSNorms of the folded model run on this project's kernels, weightless where they are folded;
+    the source runs as it is.
+
+    figures: `reference`, `dtype`, `device`, `norms_on_kernels` (how many), `prompts`, `tokens`, `text`,
+    `algebra_error` (None if not measured),
     `rounding_error`, `noise_floor` (errors relative to the norm of the reference's logits, the median over positions),
     `ratio` (None where the reference is the dtype itself, because the model does not run in float64),
     `certain_ratio` (what the ratio exceeds in 99 of 100 samples of the prompts: this is judged),
@@ -175,8 +179,9 @@ def check_logits(
         report(3, steps, f"Logits of the folded checkpoint in {_name(dtype)}")
         try:
             model = _load(run, pair.folded, dtype)
-            mine = _score(run, model)
-            continued = _generate(run, model, notes)
+            with _weightless(model, device) as swapped:
+                mine = _score(run, model)
+                continued = _generate(run, model, notes)
             del model
         except Exception as error:  # it is the folded files that make the difference
             finding = Finding("logits", f"the folded checkpoint cannot be run: {runtime.first_line(error)}")
@@ -190,6 +195,7 @@ def check_logits(
         "reference": _name(wide),
         "dtype": _name(dtype),
         "device": device,
+        "norms_on_kernels": swapped,
         "prompts": len(prompts.ids),
         "tokens": sum(map(len, prompts.ids)),
         "text": prompts.origin,
@@ -423,6 +429,18 @@ def _load(run: _Run, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             experts_implementation="eager",  # the others know no float64
             **more,
         ).eval()
+
+
+@contextmanager
+def _weightless(model: Any, device: str) -> Iterator[int]:
+    """On a GPU, run the model's norms on this project's kernels; yields how many."""
+    if not device.startswith("cuda"):
+        yield 0
+        return
+    from flashnorm_cli.norms.modules import norms_replaced
+
+    with norms_replaced(model) as names:
+        yield len(names)
 
 
 def _fold_in_memory(run: _Run, config: Any, dtype: torch.dtype) -> Any:

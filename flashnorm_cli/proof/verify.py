@@ -266,6 +266,8 @@ class _Levels:
                 results.append(LevelResult(level, "skipped", reason=reason))
                 continue
             results.append(self._timed(level, getattr(self, f"_{level}")))
+        if "logits" in levels and self.device.startswith("cuda"):
+            results.append(self._timed("kernels", self._kernels))
         results += [self._timed(f"runtime:{name}", partial(self._runtime, name)) for name in runtimes]
         if tasks:
             results.append(self._timed("eval", partial(self._eval, tasks, limit)))
@@ -301,6 +303,12 @@ class _Levels:
             insist=self.insist,
             report=self.report,
         )
+
+    def _kernels(self) -> LevelResult:
+        from flashnorm_cli.proof.kernels import check_kernels
+        from flashnorm_cli.proof.logits import own_dtype
+
+        return check_kernels(self.pair, self.dtype or own_dtype(self.pair.source), self.device)
 
     def _runtime(self, name: str) -> LevelResult:
         from flashnorm_cli.proof.logits import read_prompts
