@@ -12,6 +12,7 @@ import ctypes
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,11 @@ def main() -> None:
                     operation, hidden, tokens, trials=options.trials, host=tokens == 1, extra=extra.get(operation, ())
                 )
             print(f"{hidden} x {tokens}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-            record = kernels.record(
-                f"python docs/benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}", results
-            )
-            options.output.write_text(json.dumps(record, indent=1) + "\n")
+            command = f"python docs/benchmarks/kernels.py {options.output.name}"
+            command += f" --flashinfer {Path(options.flashinfer).name}" if options.flashinfer else ""
+            record = kernels.record(command, [])
+            lines = ",\n".join(f"  {json.dumps(asdict(r))}" for r in results)  # a line each, so that diffs can be read
+            options.output.write_text(f"{json.dumps(record, indent=1)[:-5]}[\n{lines}\n ]\n}}\n")
     for operation in ("rms_norm", "fused_add_rms_norm"):
         print(operation, *report.text_table(*report.rows_of(results, operation)), sep="\n")
     print(*report.text_table(*report.host_rows(results)), *report.words(results), sep="\n")

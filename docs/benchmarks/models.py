@@ -1,0 +1,45 @@
+"""Decode and prefill of two Llama shapes with their norms on different code, into one JSON file.
+
+    python docs/benchmarks/models.py OUTPUT.json
+
+What is timed, and how, is `flashnorm bench <model>`'s.
+About twelve minutes on an H200, most of it decoding token by token.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from flashnorm_cli.bench import kernels, models
+
+RUNS = (
+    ("llama-3.2-1b", "decode, CUDA graph", 20, models.WAYS),
+    ("llama-3.2-1b", "prefill", 10, models.WAYS),
+    ("llama-3.2-1b", "decode", 20, ("stock", "notebook swap", "flashnorm", "flashnorm fused", "no norms")),
+    ("llama-3.1-8b", "decode, CUDA graph", 20, models.WAYS),
+    ("llama-3.1-8b", "prefill", 10, models.WAYS),
+    ("llama-3.1-8b", "decode", 5, ("stock", "notebook swap", "flashnorm", "flashnorm fused")),
+    ("llama-3.2-1b", "decode, compiled", 20, ("stock", "flashnorm")),
+)
+
+
+def main() -> None:
+    output, rows = Path(sys.argv[1]), []
+    name, model = "", None
+    for wanted, mode, turns, ways in RUNS:
+        if wanted != name:
+            model = None  # free its memory first
+            name, model = wanted, models.load(wanted, True, "cuda", torch.bfloat16, False)
+        for row in models.bench(model, turns, 256, modes=(mode,), ways=ways):
+            rows.append({"model": name, **row})
+            print({k: v for k, v in rows[-1].items() if k != "trials"}, flush=True)
+        record = kernels.record(f"python docs/benchmarks/models.py {output.name}", [], models=rows)
+        output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

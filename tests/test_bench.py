@@ -1,0 +1,93 @@
+"""`flashnorm bench` and `flashnorm doctor` where there is no GPU, and what the benchmark does with a wrong contender."""
+
+import json
+
+import families
+import pytest
+import torch
+
+from flashnorm_cli.bench import kernels, models
+from flashnorm_cli.cli import main
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    return stop.value.code
+
+
+@no_gpu
+def test_kernels_on_a_cpu(tmp_path, capsys):
+    save = tmp_path / "out.json"
+    assert run("bench", "--hidden", 64, "--tokens", 3, "--trials", 2, "--json", "--save", save) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data == json.loads(save.read_text())
+    assert data["device"] == "cpu" and data["norms"]["path"] == "torch"
+    contenders = {r["contender"]: r for r in data["results"]}
+    assert {"flashnorm", "F.rms_norm(None)", "notebook swap", "transformers"} <= set(contenders)
+    assert all(r["us"] > 0 and r["error"] is None for r in contenders.values())
+    assert run("bench", "--hidden", 64, "--tokens", 3, "--trials", 2) == 0
+    assert "CPU" in capsys.readouterr().out
+
+
+@no_gpu
+def test_a_model_on_a_cpu(tmp_path, capsys):
+    model = families.build("llama", seed=1)
+    families.randomize_gains(model, seed=2)
+    families.save(model, tmp_path / "model")
+    more = ("--trials", 1, "--new-tokens", 2, "--tokens", 2, "--dtype", "float32", "--json")
+    for config_only in ((), ("--config-only",)):
+        assert run("bench", tmp_path / "model", *config_only, *more) == 0
+        data = json.loads(capsys.readouterr().out)
+        ways = {(r["mode"], r["way"]) for r in data["models"] if "error" not in r}
+        assert ways == {(mode, way) for mode in ("decode", "prefill") for way in models.WAYS}
+        assert {r["hidden"] for r in data["results"]} == {model.config.hidden_size}
+
+
+def test_a_way_that_computes_something_else_is_not_timed(monkeypatch):
+    model = families.build("llama", seed=1).eval()
+    families.randomize_gains(model, seed=2)
+    assert models.check(model, "flashnorm") is None and models.check(model, "flashnorm fused") is None
+    monkeypatch.setattr(models, "on_kernel", lambda module, norm: lambda x: x * 1.5)
+    assert "wrong" in models.check(model, "flashnorm")
+    rows = models.bench(model, 1, 2, modes=("decode",), ways=("stock", "flashnorm"))
+    assert [("error" in r, r["way"]) for r in rows] == [(True, "flashnorm"), (False, "stock")]
+
+
+def test_a_wrong_contender_is_shown_and_not_timed(monkeypatch):
+    wrong = ("transformers", True, lambda b: lambda i: b.x[i] * 0.999)
+    monkeypatch.setattr(kernels, "NORMS", [n for n in kernels.NORMS if n[0] != "transformers"] + [wrong])
+    found = {r.contender: r for r in kernels.measure_cpu(64, 5, torch.float32, 2)}
+    assert found["transformers"].us is None and "wrong" in found["transformers"].error
+    assert found["flashnorm"].us > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("--save", "no/such/folder/x.json"), 2, "no such folder"),
+        (("--plot", "no/such/folder/x.svg"), 2, "no such folder"),
+        (("./no-such-model",), 1, "no-such-model"),
+        (("--dtype", "int8"), 2, "int8"),
+        (("--hidden", "0"), 2, "hidden"),
+        (("--tokes", "3"), 2, "--tokens"),
+        pytest.param(("--device", "cuda"), 2, "no CUDA device", marks=no_gpu),
+    ],
+)
+def test_bad_input_is_one_line(arguments, code, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert run("bench", *arguments) == code
+    error = capsys.readouterr().err
+    assert says in error and error.strip().count("\n") == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor(capsys):
+    assert run("doctor", "--json") == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["path"].startswith("cuda") or data["reason"]
+    assert run("doctor") == 0
+    assert data["torch"] in capsys.readouterr().out
