@@ -1,4 +1,4 @@
-"""`flashnorm bench` and `flashnorm doctor` where there is no GPU, and what the benchmark does with a wrong contender."""
+"""`flashnorm bench` and `flashnorm doctor` without a GPU, and what a benchmark does with a wrong contender."""
 
 import json
 
