@@ -69,6 +69,8 @@ def test_a_wrong_contender_is_shown_and_not_timed(monkeypatch):
     [
         (("--save", "no/such/folder/x.json"), 2, "no such folder"),
         (("--plot", "no/such/folder/x.svg"), 2, "no such folder"),
+        (("--plot", "x.gif"), 2, ".svg"),
+        pytest.param(("--plot", "x.svg"), 2, "this is a CPU", marks=no_gpu),
         (("./no-such-model",), 1, "no-such-model"),
         (("--dtype", "int8"), 2, "int8"),
         (("--hidden", "0"), 2, "hidden"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -142,6 +143,14 @@ def test_words_give_ranges() -> None:
     ]
 
 
+def test_words_say_why_more_than_a_copy() -> None:
+    results = [norm("flashnorm", 1.0, of_copy=1.375), norm("copy", 1.375, of_copy=1.0)]
+    text = "Up to 138 % of the copy (rms_norm): the copy is launched without programmatic dependent launch"
+    assert report.words(results) == [f"{text}."]
+    results.append(norm("flashnorm, no PDL", 1.5, of_copy=0.92))
+    assert report.words(results)[-1] == f"{text}; our kernel without it reaches 92 %."
+
+
 def test_words_claim_nothing_without_data() -> None:
     assert report.words([]) == []
     assert report.words([norm("flashnorm", 2.0), norm("copy", 1.0)]) == []
@@ -169,6 +178,30 @@ def test_plot(tmp_path: Path) -> None:
     assert texts.count("hidden 4096") == 2  # a row of panels for each operation
     assert "vLLM, weight" not in texts  # it was wrong, and has no line
     assert "copy" not in texts
+
+
+@pytest.mark.parametrize("hiddens", [1, 5])
+def test_plot_has_room_for_everybody(tmp_path: Path, hiddens: int) -> None:
+    """Legends are as wide as their names: nothing may lie left of the picture, or right of it."""
+    pytest.importorskip("matplotlib")
+    from flashnorm_cli.bench import kernels
+
+    tables = (("rms_norm", kernels.NORMS), ("fused_add_rms_norm", kernels.FUSED))
+    shapes = [
+        (operation, name, 512 << i) for operation, table in tables for name, _, _ in table for i in range(hiddens)
+    ]
+    report.plot([norm(n, 1.0, hidden=h, of_copy=1.0, operation=o) for o, n, h in shapes], tmp_path / "a.svg")
+    root = ET.parse(tmp_path / "a.svg").getroot()
+    width = float(root.attrib["viewBox"].split()[2])
+    names = {name for _, name, _ in shapes}
+    found = {}
+    for node in root.iter("{http://www.w3.org/2000/svg}text"):
+        if node.text in names:
+            found[node.text] = float(
+                node.attrib.get("x") or re.findall(r"translate\(([-\d.]+)", node.attrib["transform"])[0]
+            )
+    assert set(found) == names
+    assert all(30 < x < width - 4.5 * len(name) for name, x in found.items())  # 30 points for the line before a name
 
 
 @pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.PDF", b"%PDF")])

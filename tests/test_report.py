@@ -113,7 +113,8 @@ def verification(*levels: LevelResult, **more: Any) -> Verification:
     return dataclasses.replace(result, **more)
 
 
-FULL = verification(WEIGHTS, layers(*map(norm_row, range(16))), LOGITS, RUNTIME, EVAL)
+KERNELS = LevelResult("kernels", "passed", {"gpu": "NVIDIA H200", "sizes": [64, 2048], "error": 0.4987})
+FULL = verification(WEIGHTS, layers(*map(norm_row, range(16))), LOGITS, KERNELS, RUNTIME, EVAL)
 
 
 def charts(page: str) -> list[ET.Element]:
@@ -203,7 +204,9 @@ def test_page_asks_for_nothing_elsewhere() -> None:
 
 
 @pytest.mark.parametrize("figures", [{}, {"norms": [{}]}, {"greedy": [{}]}, {"tasks": [{}]}, {"source": None}])
-@pytest.mark.parametrize("name", ["weights", "layers", "logits", "runtime:vllm", "runtime:", "eval", "unheard of"])
+@pytest.mark.parametrize(
+    "name", ["weights", "layers", "logits", "kernels", "runtime:vllm", "runtime:", "eval", "unheard of"]
+)
 def test_every_figure_may_be_missing(name: str, figures: dict[str, Any]) -> None:
     level = LevelResult(name, "passed", figures)
     page = render(verification(level, plan=None, commit=None, thresholds={}, environment={}, source=""))
@@ -218,6 +221,11 @@ def test_each_figure_may_be_missing(name: str) -> None:
         for other in (None, "text", math.nan):
             page = render(verification(dataclasses.replace(level, figures={**level.figures, key: other})))
             assert "None" not in Page(page).text, key
+
+
+def test_level_kernels() -> None:
+    text = Page(render(verification(WEIGHTS, LOGITS, KERNELS))).text
+    assert "NVIDIA H200" in text and "64, 2048" in text and "0.4987" in text
 
 
 def test_numbers_are_for_people() -> None:

@@ -69,6 +69,12 @@ def bench(
     for path in (plot, save):
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"{path.absolute().parent}: no such folder")
+    if plot is not None:
+        from flashnorm_cli.bench.report import PICTURES, require_matplotlib
+
+        if plot.suffix.lower() not in PICTURES:
+            raise UsageError(f"--plot {plot}: the name has to end in {', '.join(PICTURES)}")
+        require_matplotlib()
     command = options.command_line(["bench", *sys.argv[2:]])
     with out.progress() as report:
         report(0, 0, "Loading torch")
@@ -80,6 +86,8 @@ def bench(
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
             raise UsageError("--device cuda: torch sees no CUDA device here")
+        if device == "cpu" and plot is not None:
+            raise UsageError("--plot shows shares of a copy on a GPU, and this is a CPU")
         of_model: list[dict[str, Any]] = []
         sizes = list(hidden or kernels.HIDDEN)
         if model is not None:
@@ -100,12 +108,12 @@ def bench(
         data = kernels.record(command, results, device=device, model=model, models=of_model)
     if save is not None:
         save.write_text(json_module.dumps(data, indent=1) + "\n")
+    out.data(data)
+    _show(out, results, of_model, device, markdown)
     if plot is not None:
         from flashnorm_cli.bench.report import plot as draw
 
         draw(results, plot)
-    out.data(data)
-    _show(out, results, of_model, device, markdown)
 
 
 def _measure(
