@@ -41,8 +41,10 @@ def compile_one(operation: str, choice: Launch, dtype: int, gain: int, hidden: i
     options = [f"--gpu-architecture=sm_{arch}", "--ftz=true", "--std=c++17", *choice.options(dtype, gain, hidden)]
     nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     _, length = nvrtc.nvrtcGetProgramLogSize(program)
-    log = b" " * length
-    nvrtc.nvrtcGetProgramLog(program, log)
+    log = b""
+    if length > 1:  # a NUL at least; and Python has one object for all bytes of length 1, which NVRTC would write into
+        log = b" " * length
+        nvrtc.nvrtcGetProgramLog(program, log)
     error, size = nvrtc.nvrtcGetCUBINSize(program)
     nvrtc.nvrtcDestroyProgram(program)
     return (size if error == nvrtc.nvrtcResult.NVRTC_SUCCESS else 0), log.decode(errors="replace").strip("\0 \n")
