@@ -297,6 +297,12 @@ QWEN_SLIDING = {"use_sliding_window": True, "layer_types": SLIDING_AND_FULL}
 
 # What the tables above cannot know.  A nested dictionary is for the configuration of that name.
 OVERRIDES = {
+    "apertus1p5": {
+        "audio_config": {"codebook_dim": 32, "codebook_size": 16},
+        "vision_config": {"codebook_size": 16},
+        "image_token_offset": 90,
+        "audio_token_offset": 106,
+    },
     "bamba": {"attn_layer_indices": [1, 3]},
     "blt": {
         "encoder_hash_byte_group_vocab": 100,
@@ -430,6 +436,7 @@ OVERRIDES = {
         "vision_hidden_size": 32,
     },
     "neomme": {"head_dim": 32},
+    "hy_v4_vl": {"text_config": {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}}},
     "paddleocr_vl": {"text_config": {"rope_parameters": ROPE | {"mrope_section": [4, 4, 4]}}},
     "phi4_multimodal": {
         "audio_config": {
