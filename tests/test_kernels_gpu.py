@@ -176,9 +176,56 @@ def test_the_fast_path_is_in_use_and_the_other_agrees(monkeypatch):
     fast = rms_norm(x, EPS)
     strided = rms_norm(x[:, 3:1999], EPS)
     monkeypatch.setattr(cuda, "driver_launch", lambda: None)
+    cuda._local.ready.clear()
     assert info()["path"] == "cuda, RawKernel"
     assert torch.equal(rms_norm(x, EPS), fast)
     assert torch.equal(rms_norm(x[:, 3:1999], EPS), strided)
+
+
+def test_what_worked_once_is_checked_again():
+    """The second call takes a shorter way, which must not let through what the first would have refused."""
+    x, residual = random(6, 512), random(6, 512)
+    weight = torch.rand(512, device="cuda", dtype=x.dtype) + 0.5
+    for _ in range(3):
+        rms_norm(x, EPS)
+        rms_norm(x, EPS, out=torch.empty_like(x), weight=weight)
+        fused_add_rms_norm(x.clone(), residual.clone(), EPS)
+    for wrong in (residual[:5], residual[:, :256], residual.float(), residual.cpu()):
+        with pytest.raises((ValueError, TypeError)):
+            fused_add_rms_norm(x, wrong, EPS)
+        with pytest.raises((ValueError, TypeError)):
+            rms_norm(x, EPS, out=wrong)
+    for wrong in (weight[:256], weight.cpu()):
+        with pytest.raises(ValueError):
+            rms_norm(x, EPS, weight=wrong)
+    with pytest.raises(ValueError, match="share one place"):
+        rms_norm(x, EPS, out=residual[:1].expand(6, -1))
+    check(rms_norm(x, EPS, weight=weight.float()), exact(x, weight))
+    check(rms_norm(x, EPS, weight=weight.repeat_interleave(2)[::2]), exact(x, weight))
+    check(rms_norm(x, EPS, weight=weight, offset=1), exact(x, weight, 1))
+    check(rms_norm(x, 0.5), exact(x, eps=0.5))
+    columns = residual.t().contiguous().t()  # the shape is right, the strides are not
+    rms_norm(x, EPS, out=columns)
+    check(columns, exact(x))
+    inside = x.clone()
+    rms_norm(inside, EPS, out=inside)
+    check(inside, exact(x))
+
+
+def test_autograd_notices_what_the_kernels_write():
+    """A tensor that autograd keeps for a gradient was written: the gradient would be wrong without a word."""
+    for write in (
+        lambda x: fused_add_rms_norm(x, torch.ones_like(x), EPS),
+        lambda x: rms_norm(torch.ones_like(x), EPS, out=x),
+        lambda x: torch.ops.flashnorm.fused_add_rms_norm(x, torch.ones_like(x), EPS),
+    ):
+        for _ in range(2):
+            x = random(4, 256)
+            weight = torch.ones(256, device="cuda", dtype=x.dtype, requires_grad=True)
+            product = weight * x
+            write(x)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                product.sum().backward()
 
 
 def test_follows_torchs_current_stream_and_never_waits():

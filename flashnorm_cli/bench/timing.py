@@ -67,12 +67,14 @@ def graph_times(
 def host_times(contenders: dict[str, Call], calls: int = 200, trials: int = 15) -> dict[str, float]:
     """Microseconds of host time per call: the median over turns of the mean of `calls` calls, none of which waits."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(trials):
-        for name, call in contenders.items():
+    order = list(contenders.items())
+    for trial in range(-1, trials):  # the first turn warms up
+        for name, call in order[trial % len(order) :] + order[: trial % len(order)]:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             start = time.perf_counter()
             for _ in range(calls):
                 call(0)
-            times[name].append((time.perf_counter() - start) / calls * 1e6)
+            if trial >= 0:
+                times[name].append((time.perf_counter() - start) / calls * 1e6)
     return {name: median(each) for name, each in times.items()}

@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -27,12 +27,14 @@ from flashnorm_cli.norms.launch import Device, Launch, Operation
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order of launch.DTYPES
 MIN_ARCH = 75
 
-_CONFIG = "<7I4xQQI12x"  # CUlaunchConfig of cuda.h, filled up to 64 bytes
+_CONFIG = "<7I4xQQI4x"  # CUlaunchConfig of cuda.h
 _ARGUMENTS = "QQQQfIqq"  # struct Args of row.cuh up to its arrays
 ROWS_APART = struct.Struct(_CONFIG + _ARGUMENTS + "Qqq")  # with DIMS = 1
 _ATTRIBUTE = struct.pack("<IiI60x", 6, 0, 1)  # CUlaunchAttribute: PROGRAMMATIC_STREAM_SERIALIZATION, allowed
+_STREAM, _A, _B, _GAIN = 4, 7, 8, 9  # where those lie, in units of 8 bytes
 _BUFFER = 1024
 _PLANS_KEPT = 4096
+_REFUSED = "cuLaunchKernelEx failed with CUresult {}, which cuda.h explains"
 
 
 class Plan(NamedTuple):
@@ -49,6 +51,8 @@ class Plan(NamedTuple):
 
 
 _lock = threading.Lock()
+# Of each thread: `buffer`, for launches packed anew; and `ready`, launches packed before. These are, by what they
+# depend on: 64 bit words that lack those at _STREAM, _A, _B and _GAIN; what starts it; what that must keep alive.
 _local = threading.local()
 _kernels: dict[Any, Any] = {}  # (operation, launch, dtype, gain, hidden, device) -> (RawKernel, handle)
 _plans: dict[Any, Plan] = {}  # what a call depends on -> Plan
@@ -109,6 +113,45 @@ def why_not(index: int) -> str | None:
     return unavailable(index) or (_broken[0] if _broken else None)
 
 
+def again(
+    operation: Operation,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    eps: float,
+    gain: torch.Tensor | None,
+    offset: float,
+) -> bool:
+    """Launch a kernel if this thread launched it for just such tensors before; else do nothing and return False.
+
+    The short way of a norm: tensors that differ from checked ones in nothing that matters need no checks.
+    """
+    a_at, b_at, index = a.data_ptr(), b.data_ptr(), a.get_device()
+    if gain is None:
+        gain_at, kind = 0, None
+    else:
+        gain_at, kind = gain.data_ptr(), _kind(gain, offset)
+    try:
+        words, start, _ = _local.ready[operation, a.dtype, a.shape, index, b.dtype, b.shape, b.get_device(), eps, kind]
+    except (AttributeError, KeyError):
+        return False
+    if (a_at | b_at | gain_at) & 15 or a_at == b_at or not (a.is_contiguous() and b.is_contiguous()):
+        return False
+    if get_device() != index:
+        with torch.cuda.device(index):
+            return again(operation, a, b, eps, gain, offset)
+    words[_STREAM] = get_stream(index)
+    words[_A] = a_at
+    words[_B] = b_at
+    words[_GAIN] = gain_at
+    if error := start():
+        raise RuntimeError(_REFUSED.format(error))
+    return True
+
+
+def _kind(gain: torch.Tensor, offset: float) -> tuple[Any, ...]:
+    return gain.dtype, gain.shape, gain.stride(), gain.get_device(), offset
+
+
 def run(
     operation: Operation,
     a: torch.Tensor,
@@ -119,48 +162,34 @@ def run(
 ) -> bool:
     """Launch a kernel on two CUDA tensors alike in shape, dtype and device: x and y, or x and residual.
 
-    Rows may lie anywhere: strides and storage offsets are the kernel's business. Returns False if nothing was
-    launched: there is no kernel for this dtype, GPU or machine, or more rows than a grid has blocks.
+    Rows may lie anywhere: strides and storage offsets are the kernel's business. `gain` is contiguous.
+
+    Returns:
+        False if nothing was launched: there is no kernel for this dtype, GPU or machine, or more rows than a grid has
+        blocks.
     """
-    a_at, b_at, index = a.data_ptr(), b.data_ptr(), a.get_device()
-    if gain is None:
-        gain_at = code = 0
-    else:
-        gain_at, code = gain.data_ptr(), 2 if offset else 1
-    if (a_at | b_at | gain_at) & 15 or a_at == b_at or not a.is_contiguous() or not b.is_contiguous():
-        return _run_anywhere(operation, a, b, eps, gain_at, code)
-    # The usual case, short: nothing to find out about the tensors but their shape.
-    key = (operation, a.dtype, a.shape, index, code)
-    plan = _plans.get(key)
-    if plan is None:
-        if a.numel() == 0:
-            return True
-        plan = _plan(operation, a, code, launch.width_of(a.size(-1) * a.element_size()), 1, False, key)
-        if plan is None:
-            return False
-    return launch_plan(plan, index, a_at, b_at, gain_at, eps)
-
-
-def _run_anywhere(operation: Operation, a: torch.Tensor, b: torch.Tensor, eps: float, gain: int, code: int) -> bool:
-    """`run` for rows at any strides and addresses, and for y in place of x."""
-    if a.numel() == 0:
+    if a.numel() == 0 or again(operation, a, b, eps, gain, offset):
         return True
-    hidden, size = a.size(-1), a.element_size()
+    hidden, size, index = a.size(-1), a.element_size(), a.get_device()
+    gain_at, code = (0, 0) if gain is None else (gain.data_ptr(), 2 if offset else 1)
     sizes, a_strides, b_strides = collapse(a.shape[:-1], a.stride()[:-1], b.stride()[:-1])
     a_bytes, b_bytes = [s * size for s in a_strides], [s * size for s in b_strides]
     steps = a.stride(-1), b.stride(-1)
     if steps == (1, 1) or hidden == 1:
-        width = launch.width_of(hidden * size, a.data_ptr(), b.data_ptr(), gain, *a_bytes, *b_bytes)
+        width = launch.width_of(hidden * size, a.data_ptr(), b.data_ptr(), gain_at, *a_bytes, *b_bytes)
     else:
         width = size
     inside = _meet(a, b)  # blocks that share a row would read what others have written
-    key = (operation, a.dtype, a.shape, a.get_device(), code, width, len(sizes), inside)
+    key = (operation, a.dtype, a.shape, index, code, width, len(sizes), inside)
     plan = _plans.get(key) or _plan(operation, a, code, width, len(sizes), inside, key)
     if plan is None:
         return False
+    if width == launch.width_of(hidden * size) and not inside and a.is_contiguous() and b.is_contiguous():
+        kind = None if gain is None else _kind(gain, offset)
+        _make_ready(plan, eps, (operation, a.dtype, a.shape, index, b.dtype, b.shape, b.get_device(), eps, kind))
     layout = struct.Struct(f"{_CONFIG}{_ARGUMENTS}{len(sizes)}Q{2 * len(sizes)}q")
     more = (steps[0] * size, steps[1] * size, *sizes, *a_bytes, *b_bytes)
-    return launch_plan(plan, a.get_device(), a.data_ptr(), b.data_ptr(), gain, eps, layout, more)
+    return launch_plan(plan, index, a.data_ptr(), b.data_ptr(), gain_at, eps, layout, more)
 
 
 def collapse(
@@ -251,17 +280,49 @@ def kernel(
 
 
 class _Buffer:
-    """One thread's launch, packed anew each time: the driver has read it before it returns."""
+    """A launch, packed for the driver, which has read it before it returns."""
 
-    def __init__(self) -> None:
-        self.block = ctypes.create_string_buffer(_BUFFER)
-        self.config = ctypes.addressof(self.block)
+    def __init__(self, size: int) -> None:
+        self.block = ctypes.create_string_buffer(size)
+        at = ctypes.addressof(self.block)
         self._attribute = ctypes.create_string_buffer(_ATTRIBUTE, len(_ATTRIBUTE))
         self.attribute = ctypes.addressof(self._attribute)
-        self._pointers = (ctypes.c_void_p * 1)(self.config + struct.calcsize(_CONFIG))
-        self.pointers = ctypes.addressof(self._pointers)
-        # A thread that has not touched CUDA yet has no context, which the driver's calls need.
-        torch.cuda.set_device(torch.cuda.current_device())
+        self._pointers = (ctypes.c_void_p * 1)(at + struct.calcsize(_CONFIG))
+        self.before, self.after = at, ctypes.addressof(self._pointers)  # what the driver takes around the function
+
+    def pack(
+        self, plan: Plan, stream: int, layout: struct.Struct, a: int, b: int, gain: int, eps: float, more: Sequence[int]
+    ) -> None:
+        _, _, blocks, threads, pdl, rows, _, _ = plan
+        # fmt: off
+        layout.pack_into(
+            self.block, 0, blocks, 1, 1, threads, 1, 1, 0, stream, self.attribute, pdl,
+            a, b, gain, rows, eps, 0, *more,
+        )
+        # fmt: on
+
+
+def _follow_on(plan: Plan) -> tuple[int, ...]:
+    """What follows eps in struct Args (row.cuh) where rows follow one another."""
+    return plan.size, plan.size, 0, plan.row, plan.row
+
+
+def _make_ready(plan: Plan, eps: float, key: Any) -> None:
+    """Pack a launch but for its addresses and stream, and remember it under `key` for this thread."""
+    if driver_launch() is None:
+        return
+    if not hasattr(_local, "ready") or len(_local.ready) >= _PLANS_KEPT:
+        _enter()
+    buffer = _Buffer(ROWS_APART.size)
+    buffer.pack(plan, 0, ROWS_APART, 0, 0, 0, eps, _follow_on(plan))
+    start = partial(driver_launch(), buffer.before, plan.handle, buffer.after, None)
+    _local.ready[key] = memoryview(buffer.block).cast("B").cast("Q"), start, buffer
+
+
+def _enter() -> None:
+    """Set up this thread, which has no CUDA context yet if it never used the GPU: the driver's calls need one."""
+    _local.ready, _local.buffer = {}, _Buffer(_BUFFER)
+    torch.cuda.set_device(torch.cuda.current_device())
 
 
 def launch_plan(
@@ -284,25 +345,18 @@ def launch_plan(
     if get_device() != index:
         with torch.cuda.device(index):
             return launch_plan(plan, index, a, b, gain, eps, layout, more)
-    raw, handle, blocks, threads, pdl, rows, row, size = plan
     if more is None:
-        more = (size, size, 0, row, row)
-    try:
-        buffer = _local.buffer
-    except AttributeError:
-        buffer = _local.buffer = _Buffer()
+        more = _follow_on(plan)
     call = driver_launch()
     if call is None or layout.size > _BUFFER:
-        return _launch_by_cupy(raw, blocks, threads, index, layout, (a, b, gain, rows, eps, 0, *more))
-    # fmt: off
-    layout.pack_into(
-        buffer.block, 0, blocks, 1, 1, threads, 1, 1, 0, get_stream(index), buffer.attribute, pdl,
-        a, b, gain, rows, eps, 0, *more,
-    )
-    # fmt: on
-    error = call(buffer.config, handle, buffer.pointers, None)
-    if error:
-        raise RuntimeError(f"cuLaunchKernelEx failed with CUresult {error}, which cuda.h explains")
+        arguments = (a, b, gain, plan.rows, eps, 0, *more)
+        return _launch_by_cupy(plan.kernel, plan.blocks, plan.threads, index, layout, arguments)
+    if not hasattr(_local, "buffer"):
+        _enter()
+    buffer = _local.buffer
+    buffer.pack(plan, get_stream(index), layout, a, b, gain, eps, more)
+    if error := call(buffer.before, plan.handle, buffer.after, None):
+        raise RuntimeError(_REFUSED.format(error))
     return True
 
 

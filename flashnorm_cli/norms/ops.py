@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from flashnorm_cli.norms import cuda
 
@@ -38,13 +39,20 @@ def rms_norm(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
     """
-    if _direct(x) and (weight is None or _fits(weight, offset, x)):
-        if out is None:
-            y = torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
-            if cuda.run("rms_norm", x, y, eps, weight, offset):
-                return y
-        elif _like(out, x) and cuda.run("rms_norm", x, out, eps, weight, offset):
-            return out
+    if (
+        not _compiling()
+        and type(x) in _PLAIN
+        and (out is None or _plain(out))
+        and (weight is None or _plain(weight))
+        and not _dispatch_modes()
+        and _transforms() is None
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and x.is_cuda
+        and x.is_contiguous()
+    ):
+        y = torch.empty_like(x) if out is None else out
+        if cuda.again("rms_norm", x, y, eps, weight, offset):
+            return y if out is None else _written(out)
     return _rms_norm(x, eps, out, weight, offset)
 
 
@@ -64,38 +72,32 @@ def fused_add_rms_norm(
         RuntimeError: from torch, if x or residual is a leaf that wants a gradient.
     """
     if (
-        _direct(x)
-        and _like(residual, x)
-        and x.is_contiguous()
-        and (weight is None or _fits(weight, offset, x))
-        and cuda.run("fused_add_rms_norm", x, residual, eps, weight, offset)
+        not _compiling()
+        and type(x) in _PLAIN
+        and type(residual) in _PLAIN
+        and (weight is None or _plain(weight))
+        and not _dispatch_modes()
+        and _transforms() is None
+        and not ((x.requires_grad or residual.requires_grad) and torch.is_grad_enabled())
+        and cuda.again("fused_add_rms_norm", x, residual, eps, weight, offset)
     ):
+        _written(x, residual)
         return
     _fused_add_rms_norm(x, residual, eps, weight, offset)
 
 
-def _direct(x: Tensor) -> bool:
-    """Whether a kernel may be launched on x at once: a plain CUDA tensor, and nobody who traces or differentiates."""
+def _plain(t: Tensor) -> bool:
+    """Whether t is a tensor as such, and nobody wants its gradient."""
+    return type(t) in _PLAIN and not (t.requires_grad and torch.is_grad_enabled())
+
+
+def _direct(*tensors: Tensor) -> bool:
+    """Whether a kernel may be launched on these: plain CUDA tensors, and nobody who traces or differentiates."""
     return (
         not _compiling()
-        and type(x) in _PLAIN
-        and x.is_cuda
-        and x.dim() > 0
-        and not (x.requires_grad and torch.is_grad_enabled())
+        and all(_plain(t) and t.is_cuda for t in tensors)
         and not _dispatch_modes()
         and _transforms() is None  # under vmap or grad a tensor has no memory of its own
-    )
-
-
-def _like(other: Tensor, x: Tensor) -> bool:
-    """Whether a kernel can write to this tensor beside x at once: x's shape, dtype and device, contiguous."""
-    return (
-        type(other) in _PLAIN
-        and other.shape == x.shape
-        and other.dtype == x.dtype
-        and other.get_device() == x.get_device()
-        and other.is_contiguous()
-        and not (other.requires_grad and torch.is_grad_enabled())
     )
 
 
@@ -119,12 +121,12 @@ def _rms_norm(x: Tensor, eps: float, out: Tensor | None, weight: Tensor | None, 
     if out is not None:
         _check_alike(x, out, "out")
     tensors = [t for t in (x, out, weight) if t is not None]
-    if not torch.compiler.is_compiling() and not _wants_grad(*tensors):
-        if out is not None and all(map(_direct, tensors)) and (weight is None or _fits(weight, offset, x)):
-            if cuda.run("rms_norm", x, out, eps, weight, offset):
-                return out
-        elif out is None and not all(type(t) in _PLAIN for t in tensors):
-            return torch.ops.flashnorm.rms_norm(x, eps, weight, offset)
+    if _direct(*tensors) and (weight is None or _fits(weight, offset, x)):
+        y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+        if cuda.run("rms_norm", x, y, eps, weight, offset):
+            return y if out is None else _written(out)
+    elif out is None and not torch.compiler.is_compiling() and not all(type(t) in _PLAIN for t in tensors):
+        return torch.ops.flashnorm.rms_norm(x, eps, weight, offset)
     y = _torch_rms_norm(x, eps, weight, offset)
     return y if out is None else out.copy_(y)
 
@@ -135,12 +137,20 @@ def _fused_add_rms_norm(x: Tensor, residual: Tensor, eps: float, weight: Tensor 
     if x.numel() and _overlaps(x):
         raise ValueError("x is written, but several of its elements share one place in memory")
     if (
-        all(map(_direct, (x, residual)))
+        _direct(x, residual)
         and (weight is None or _fits(weight, offset, x))
         and cuda.run("fused_add_rms_norm", x, residual, eps, weight, offset)
     ):
+        _written(x, residual)
         return
     _torch_fused_add_rms_norm(x, residual, eps, weight, offset)
+
+
+def _written(*tensors: Tensor) -> Tensor:
+    """Tell autograd, which cannot see a kernel write, in case that it keeps one of these for a gradient."""
+    if torch.is_grad_enabled():
+        increment_version(tensors)
+    return tensors[0]
 
 
 def _wants_grad(*tensors: Tensor) -> bool:
@@ -220,6 +230,7 @@ def _op_fused_add_rms_norm(
         and (weight is None or _fits(weight, offset, x))
         and cuda.run("fused_add_rms_norm", x, residual, eps, weight, offset)
     ):
+        _written(x, residual)
         return
     _torch_fused_add_rms_norm(x, residual, eps, weight, offset)
 
