@@ -1,6 +1,6 @@
 """Decode and prefill of two Llama shapes with their norms on different code, into one JSON file.
 
-    python docs/benchmarks/models.py OUTPUT.json
+    python docs/benchmarks/models.py OUTPUT.json [llama-3.2-1b | llama-3.1-8b]
 
 What is timed, and how, is `flashnorm bench <model>`'s.
 About twelve minutes on an H200, most of it decoding token by token.
@@ -30,14 +30,17 @@ RUNS = (
 def main() -> None:
     output, rows = Path(sys.argv[1]), []
     name, model = "", None
-    for wanted, mode, turns, ways in RUNS:
+    runs = [run for run in RUNS if not sys.argv[2:] or run[0] in sys.argv[2:]]
+    for wanted, mode, turns, ways in runs:
         if wanted != name:
             model = None  # free its memory first
             name, model = wanted, models.load(wanted, True, "cuda", torch.bfloat16, False)
         for row in models.bench(model, turns, 256, modes=(mode,), ways=ways):
             rows.append({"model": name, **row})
             print({k: v for k, v in rows[-1].items() if k != "trials"}, flush=True)
-        record = kernels.record(f"python docs/benchmarks/models.py {output.name}", [], models=rows)
+        record = kernels.record(
+            " ".join(["python docs/benchmarks/models.py", output.name, *sys.argv[2:]]), [], models=rows
+        )
         output.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -63,6 +63,16 @@ get_stream: Callable[[int], int] = getattr(
     torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
 )
 
+# Inductor's own way to make a tensor on the current device, past torch's dispatcher: a third of empty_like's time.
+_empty: Callable[..., torch.Tensor] | None = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+
+
+def empty_like(x: torch.Tensor) -> torch.Tensor:
+    """A new tensor of the shape, dtype and device of a contiguous CUDA tensor."""
+    if _empty is None or get_device() != x.get_device():
+        return torch.empty_like(x)
+    return _empty(x.shape, x.stride(), x.dtype)
+
 
 @cache
 def cupy() -> Any:
@@ -142,7 +152,8 @@ def again(
     words[_STREAM] = get_stream(index)
     words[_A] = a_at
     words[_B] = b_at
-    words[_GAIN] = gain_at
+    if gain_at:
+        words[_GAIN] = gain_at
     if error := start():
         raise RuntimeError(_REFUSED.format(error))
     return True

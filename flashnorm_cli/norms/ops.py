@@ -14,6 +14,7 @@ from flashnorm_cli.norms import cuda
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _compiling = torch.compiler.is_compiling
+_grad_enabled = torch.is_grad_enabled
 _transforms = torch._C._functorch.peek_interpreter_stack
 
 
@@ -39,20 +40,20 @@ def rms_norm(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
     """
-    if (
-        not _compiling()
-        and type(x) in _PLAIN
-        and (out is None or _plain(out))
-        and (weight is None or _plain(weight))
-        and not _dispatch_modes()
-        and _transforms() is None
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and x.is_cuda
-        and x.is_contiguous()
-    ):
-        y = torch.empty_like(x) if out is None else out
-        if cuda.again("rms_norm", x, y, eps, weight, offset):
-            return y if out is None else _written(out)
+    if not _compiling() and type(x) in _PLAIN and not _dispatch_modes() and _transforms() is None:
+        grad = _grad_enabled()
+        if (
+            (out is None or (type(out) in _PLAIN and not (grad and out.requires_grad)))
+            and (weight is None or (type(weight) in _PLAIN and not (grad and weight.requires_grad)))
+            and not (grad and x.requires_grad)
+            and x.is_cuda
+            and x.is_contiguous()
+        ):
+            y = out if out is not None else cuda.empty_like(x)
+            if cuda.again("rms_norm", x, y, eps, weight, offset):
+                if grad and out is not None:
+                    _written(out)
+                return y
     return _rms_norm(x, eps, out, weight, offset)
 
 
@@ -71,31 +72,26 @@ def fused_add_rms_norm(
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
         RuntimeError: from torch, if x or residual is a leaf that wants a gradient.
     """
-    if (
-        not _compiling()
-        and type(x) in _PLAIN
-        and type(residual) in _PLAIN
-        and (weight is None or _plain(weight))
-        and not _dispatch_modes()
-        and _transforms() is None
-        and not ((x.requires_grad or residual.requires_grad) and torch.is_grad_enabled())
-        and cuda.again("fused_add_rms_norm", x, residual, eps, weight, offset)
-    ):
-        _written(x, residual)
-        return
+    if not _compiling() and type(x) in _PLAIN and not _dispatch_modes() and _transforms() is None:
+        grad = _grad_enabled()
+        if (
+            type(residual) in _PLAIN
+            and (weight is None or (type(weight) in _PLAIN and not (grad and weight.requires_grad)))
+            and not (grad and (x.requires_grad or residual.requires_grad))
+            and cuda.again("fused_add_rms_norm", x, residual, eps, weight, offset)
+        ):
+            if grad:
+                _written(x, residual)
+            return
     _fused_add_rms_norm(x, residual, eps, weight, offset)
-
-
-def _plain(t: Tensor) -> bool:
-    """Whether t is a tensor as such, and nobody wants its gradient."""
-    return type(t) in _PLAIN and not (t.requires_grad and torch.is_grad_enabled())
 
 
 def _direct(*tensors: Tensor) -> bool:
     """Whether a kernel may be launched on these: plain CUDA tensors, and nobody who traces or differentiates."""
     return (
         not _compiling()
-        and all(_plain(t) and t.is_cuda for t in tensors)
+        and all(type(t) in _PLAIN and t.is_cuda for t in tensors)
+        and not _wants_grad(*tensors)
         and not _dispatch_modes()
         and _transforms() is None  # under vmap or grad a tensor has no memory of its own
     )
@@ -124,7 +120,9 @@ def _rms_norm(x: Tensor, eps: float, out: Tensor | None, weight: Tensor | None, 
     if _direct(*tensors) and (weight is None or _fits(weight, offset, x)):
         y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
         if cuda.run("rms_norm", x, y, eps, weight, offset):
-            return y if out is None else _written(out)
+            if out is not None:
+                _written(out)
+            return y
     elif out is None and not torch.compiler.is_compiling() and not all(type(t) in _PLAIN for t in tensors):
         return torch.ops.flashnorm.rms_norm(x, eps, weight, offset)
     y = _torch_rms_norm(x, eps, weight, offset)
@@ -146,11 +144,10 @@ def _fused_add_rms_norm(x: Tensor, residual: Tensor, eps: float, weight: Tensor 
     _torch_fused_add_rms_norm(x, residual, eps, weight, offset)
 
 
-def _written(*tensors: Tensor) -> Tensor:
+def _written(*tensors: Tensor) -> None:
     """Tell autograd, which cannot see a kernel write, in case that it keeps one of these for a gradient."""
     if torch.is_grad_enabled():
         increment_version(tensors)
-    return tensors[0]
 
 
 def _wants_grad(*tensors: Tensor) -> bool:
