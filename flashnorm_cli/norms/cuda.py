@@ -71,7 +71,7 @@ def empty_like(x: torch.Tensor) -> torch.Tensor:
     """A new tensor of the shape, dtype and device of a contiguous CUDA tensor."""
     if _empty is None or get_device() != x.get_device():
         return torch.empty_like(x)
-    return _empty(x.shape, x.stride(), x.dtype)
+    return _empty(tuple(x.shape), x.stride(), x.dtype)
 
 
 @cache
