@@ -63,16 +63,6 @@ get_stream: Callable[[int], int] = getattr(
     torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
 )
 
-# Inductor's own way to make a tensor on the current device, past torch's dispatcher: a third of empty_like's time.
-_empty: Callable[..., torch.Tensor] | None = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
-
-
-def empty_like(x: torch.Tensor) -> torch.Tensor:
-    """A new tensor of the shape, dtype and device of a contiguous CUDA tensor."""
-    if _empty is None or get_device() != x.get_device():
-        return torch.empty_like(x)
-    return _empty(tuple(x.shape), x.stride(), x.dtype)
-
 
 @cache
 def cupy() -> Any:

@@ -49,7 +49,7 @@ def rms_norm(
             and x.is_cuda
             and x.is_contiguous()
         ):
-            y = out if out is not None else cuda.empty_like(x)
+            y = out if out is not None else torch.empty_like(x)
             if cuda.again("rms_norm", x, y, eps, weight, offset):
                 if grad and out is not None:
                     _written(out)
