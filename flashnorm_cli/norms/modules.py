@@ -1,4 +1,4 @@
-"""Which modules of a model are plain RMSNorms, told from what they compute, and running those on the kernels."""
+"""Which modules of a model are plain RMSNorms, told from what they compute, and running those without a weight."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -37,17 +38,17 @@ def read_norm(module: nn.Module) -> PlainNorm | None:
 
     Class names and attribute names of 200 model families differ; what they compute is one of two formulas. A copy
     with a random weight is run in float32 on inputs of ordinary and of tiny size (where eps shows) and compared with
-    both.
+    both. The module's own weight is not looked at: it may be anywhere.
 
     Returns:
-        What it computes, or None: for another module, for one whose forward was replaced, and for weights that are
-        not there (meta).
+        What it computes, or None: for another module, and for one whose forward was replaced (accelerate's hooks
+        are no replacement).
     """
     parameters = dict(module.named_parameters())
-    if len(parameters) != 1 or next(module.children(), None) is not None or "forward" in vars(module):
+    if len(parameters) != 1 or next(module.children(), None) is not None or not own_forward(module):
         return None
     (name, weight), *_ = parameters.items()
-    if weight.dim() != 1 or weight.numel() == 0 or weight.is_meta or not weight.is_floating_point():
+    if weight.dim() != 1 or weight.numel() == 0 or not weight.is_floating_point():
         return None
     candidates = {v for v in vars(module).values() if isinstance(v, float) and 0 <= v < 0.1}
     if not candidates:
@@ -55,16 +56,14 @@ def read_norm(module: nn.Module) -> PlainNorm | None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, weight.numel(), generator=generator)
     x[1] *= 1e-3
+    gain = torch.rand(weight.numel(), generator=generator) + 0.3
     try:
-        copy = deepcopy(module).to("cpu", torch.float32)
-        with torch.no_grad():
-            copy.get_parameter(name).copy_(torch.rand(weight.numel(), generator=generator) + 0.3)
-            found = type(module).forward(copy, x.clone())
+        with torch.no_grad(), torch.device("cpu"):
+            found = type(module).forward(_copy_with(module, name, gain), x.clone())
     except Exception:  # a module of any kind, run with an input that it may not expect
         return None
     if not isinstance(found, Tensor) or found.shape != x.shape:
         return None
-    gain = copy.get_parameter(name).detach()
     for eps in candidates:
         normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         for offset in (0.0, 1.0):
@@ -74,22 +73,160 @@ def read_norm(module: nn.Module) -> PlainNorm | None:
     return None
 
 
-def plain_norms(model: nn.Module) -> dict[str, tuple[nn.Module, PlainNorm]]:
-    """The plain RMSNorms of a model by module name. Modules of one class and one set of attributes are run once."""
+def own_forward(module: nn.Module) -> bool:
+    """Whether a call ends in the class's forward: nobody has put another one on the instance, except accelerate."""
+    mine = vars(module)
+    if "forward" not in mine:
+        return True
+    return "_hf_hook" in mine and getattr(mine.get("_old_forward"), "__func__", None) is type(module).forward
+
+
+def _copy_with(module: nn.Module, name: str, weight: Tensor) -> nn.Module:
+    """A copy on the CPU, without hooks, with this weight."""
+    copy: nn.Module = object.__new__(type(module))
+    nn.Module.__init__(copy)
+    left = {*vars(copy), "forward", "_old_forward", "_hf_hook"}
+    vars(copy).update({key: deepcopy(value) for key, value in vars(module).items() if key not in left})
+    for key, buffer in module.named_buffers(recurse=False):
+        copy.register_buffer(key, buffer.detach().to("cpu", weight.dtype, copy=True))
+    copy.register_parameter(name, nn.Parameter(weight))
+    return copy
+
+
+def norm_reader() -> Callable[[nn.Module], PlainNorm | None]:
+    """`read_norm` that runs modules of one class and one set of attributes once."""
     known: dict[Any, PlainNorm | None] = {}
-    found = {}
-    for name, module in model.named_modules():
+
+    def read(module: nn.Module) -> PlainNorm | None:
         weights = list(module.parameters(recurse=False))
         if len(weights) != 1 or weights[0].dim() != 1:
-            continue
-        plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str))}
-        key = (type(module), weights[0].shape, repr(sorted(plain.items())), "forward" in vars(module))
+            return None
+        plain: dict[str, Any] = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str))}
+        key = (type(module), weights[0].shape, repr(sorted(plain.items())), own_forward(module))
         if key not in known:
             known[key] = read_norm(module)
-        if (norm := known[key]) is not None:
+        return known[key]
+
+    return read
+
+
+def plain_norms(model: nn.Module) -> dict[str, tuple[nn.Module, PlainNorm]]:
+    """The plain RMSNorms of a model by module name, those whose weights are in memory."""
+    read, found = norm_reader(), {}
+    for name, module in model.named_modules():
+        if not any(p.is_meta for p in module.parameters(recurse=False)) and (norm := read(module)) is not None:
             found[name] = (module, norm)
     return found
 
+
+# ---- for good: an instance that has no use for its weight ------------------------------------------------------------
+
+
+class _Weightless(nn.Module):
+    """What `make_weightless` puts in front of a norm's own class.
+
+    The parameter stays where it is, for state dicts, for code that asks its dtype, and for the way back; calls do not
+    read it. A call that is not the plain one (more arguments, an input of another dtype than the weight's, where the
+    formula of the class decides on the result's, float64, which most classes compute in float32) goes to the class's
+    own forward.
+    """
+
+    _plain_norm: PlainNorm
+    _wanted_grad: bool  # whether the weight is to be trained once it is in use again
+
+    def forward(self, *arguments: Any, **more: Any) -> Any:
+        norm = self._plain_norm
+        if len(arguments) == 1 and not more:
+            x = arguments[0]
+            dtype = x.dtype
+            weight: Any = self._parameters[norm.weight]
+            if dtype == weight.dtype and dtype != torch.float64:
+                y = rms_norm(x, norm.eps)
+                return y if y.dtype == dtype else y.to(dtype)  # autocast
+        return super().forward(*arguments, **more)
+
+    def extra_repr(self) -> str:
+        return ", ".join(part for part in (super().extra_repr(), "weightless") if part)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *more: Any) -> None:
+        norm, (_, _, _, _, errors) = self._plain_norm, more
+        weight = state_dict.get(prefix + norm.weight)
+        if weight is not None and not weight.is_meta and bool((weight != 1 - norm.offset).any()):
+            errors.append(
+                f"{prefix}{norm.weight} is not the identity, but this norm is weightless and would not read it; "
+                "undo that with flashnorm_cli.weighted(model) first"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *more)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For copies and pickles: the class is made on the spot, and nobody could import it."""
+        return _new_weightless, (type(self).__mro__[2],), self.__getstate__()
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _weightless_class(base: type[nn.Module]) -> type[nn.Module]:
+    name, about = f"Weightless{base.__name__}", {"__module__": base.__module__}
+    return _classes.setdefault(base, _classes.get(base) or type(name, (_Weightless, base), about))
+
+
+def _new_weightless(base: type[nn.Module]) -> nn.Module:
+    cls = _weightless_class(base)
+    return cls.__new__(cls)
+
+
+def is_weightless(module: nn.Module) -> bool:
+    return isinstance(module, _Weightless)
+
+
+def same_rounding(module: nn.Module, norm: PlainNorm) -> bool:
+    """Whether the module with an identity weight is `rms_norm` but for one rounding in the weight's own dtype.
+
+    All classes of transformers 5.24 compute in float32 and round once; with ones, they give the same bits on a CPU. A
+    class that rounds in between, or computes in bfloat16, does not.
+    """
+    weight = norm.parameter(module)
+    identity = torch.full(weight.shape, 1 - norm.offset, dtype=weight.dtype, device="cpu")
+    x = torch.randn(64, *weight.shape, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    with torch.no_grad(), torch.device("cpu"):
+        found = type(module).forward(_copy_with(module, norm.weight, identity), x.clone())
+    if found.dtype != x.dtype:
+        return False
+    want = rms_norm(x, norm.eps).double()
+    # Half a unit for each of two roundings; float32 sums in another order.
+    near = 2 * torch.finfo(x.dtype).eps * want.abs() * (4 if x.dtype == torch.float32 else 0.5)
+    return bool(((found.double() - want).abs() <= near).all()) or x.dtype == torch.float64
+
+
+def make_weightless(module: nn.Module, norm: PlainNorm) -> None:
+    """Let a plain RMSNorm whose weight is the identity run without it, from now on. Its class becomes a subclass.
+
+    The weight gets no gradient any more, so it is frozen, lest optimizers and DistributedDataParallel wait for one.
+    """
+    parameter = norm.parameter(module)
+    module._plain_norm, module._wanted_grad = norm, parameter.requires_grad  # type: ignore[assignment]
+    parameter.requires_grad_(False)
+    _become(module, _weightless_class(type(module)))
+
+
+def make_weighted(module: nn.Module) -> None:
+    """The way back: the module's own class, and its weight trained if it was before."""
+    norm: Any = module._plain_norm
+    if module._wanted_grad:
+        norm.parameter(module).requires_grad_(True)
+    del module._plain_norm, module._wanted_grad
+    _become(module, type(module).__mro__[2])
+
+
+def _become(module: nn.Module, cls: type[nn.Module]) -> None:
+    hooked = "_old_forward" in vars(module)
+    module.__class__ = cls
+    if hooked:  # accelerate calls the forward that it found
+        module._old_forward = MethodType(cls.forward, module)  # type: ignore[assignment]
+
+
+# ---- for a while: verify and benchmarks ------------------------------------------------------------------------------
 
 # Given a module and what it is, the forward for it; None to leave it alone.
 Choose = Callable[[nn.Module, PlainNorm], Callable[[Tensor], Tensor] | None]
@@ -107,8 +244,9 @@ def on_kernel(module: nn.Module, norm: PlainNorm) -> Callable[[Tensor], Tensor]:
 def norms_replaced(model: nn.Module, choose: Choose = on_kernel) -> Iterator[list[str]]:
     """Run a model's plain RMSNorms another way within the block, instance by instance.
 
-    Calls that the replacement does not know (more arguments, another dtype than the weight's, where the module's own
-    result would be of the wider dtype) go to the module's own forward.
+    With `on_kernel`, those whose weight is the identity run as `weightless` makes them. Calls that another replacement
+    does not know (more arguments, another dtype than the weight's, where the module's own result would be of the wider
+    dtype) go to the module's own forward.
 
     Yields:
         The names of the modules that were replaced.
@@ -116,14 +254,19 @@ def norms_replaced(model: nn.Module, choose: Choose = on_kernel) -> Iterator[lis
     replaced: dict[str, nn.Module] = {}
     try:
         for name, (module, norm) in plain_norms(model).items():
-            forward = choose(module, norm)
-            if forward is not None:
+            if choose is on_kernel and norm.is_identity(module):
+                make_weightless(module, norm)
+                replaced[name] = module
+            elif "forward" not in vars(module) and (forward := choose(module, norm)) is not None:
                 module.forward = _guarded(module, norm, forward)
                 replaced[name] = module
         yield list(replaced)
     finally:
         for module in replaced.values():
-            del module.forward
+            if is_weightless(module):
+                make_weighted(module)
+            else:
+                del module.forward
 
 
 def _guarded(module: nn.Module, norm: PlainNorm, forward: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
