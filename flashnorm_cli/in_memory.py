@@ -76,8 +76,10 @@ def fold_model_(model: Model, final_norm: str = "auto") -> Model:
     _own_config(model)
     if traced.plan.untie:
         _untie(model, head)
+        for name in traced.plan.added:
+            runtime.save_as(model, head, name)
     for config in _levels(model.config, traced.plan.text_config):
-        for key, value in record.config_keys(traced.plan, "identity").items():
+        for key, value in record.config_keys(traced.plan, "identity", in_memory=True).items():
             setattr(config, key, value)
     return model
 

@@ -50,10 +50,11 @@ def folded_config(config: dict[str, Any], plan: Plan, layout: str) -> dict[str, 
     return new
 
 
-def config_keys(plan: Plan, layout: str) -> dict[str, Any]:
-    """What a fold adds to a config, at its top and in its nested text config."""
+def config_keys(plan: Plan, layout: str, in_memory: bool = False) -> dict[str, Any]:
+    """What a fold adds to a config, at its top and in its nested text config. In memory there is no flashnorm.json."""
     tie = {"tie_word_embeddings": False} if plan.untie else {}
-    return {**tie, "flashnorm_folded": plan.folded_flag, "flashnorm": config_record(plan, layout)}
+    record = {**config_record(plan, layout), **({"in_memory": True} if in_memory else {})}
+    return {**tie, "flashnorm_folded": plan.folded_flag, "flashnorm": record}
 
 
 def folded_index(

@@ -280,6 +280,25 @@ def saved_names(model: PreTrainedModel, parameters: list[str]) -> dict[str, str]
     return found
 
 
+def save_as(model: PreTrainedModel, parameter: str, name: str) -> None:
+    """Let `save_pretrained` write a new parameter of a loaded model under the name that the file fold gives it.
+
+    The model remembers only the conversions that its loading needed, and its loading knew nothing of this parameter.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import revert_weight_conversion
+
+    used = getattr(model, "_weight_conversions", None)
+    if used is None:
+        return
+    value = model.get_parameter(parameter)
+    choices = [used, *([one, *used] for one in get_model_conversion_mapping(model, add_legacy=False))]
+    for model._weight_conversions in choices:
+        if name in revert_weight_conversion(model, {parameter: value}):
+            return
+    model._weight_conversions = used
+
+
 def loader_names(model: PreTrainedModel, disk_names: list[str]) -> dict[str, tuple[str, str | None]]:
     """What the loader makes of each disk name: the parameter that it goes into, and the pattern that says how."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -294,21 +313,19 @@ def loader_names(model: PreTrainedModel, disk_names: list[str]) -> dict[str, tup
 def tensors_on_disk(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """What `save_pretrained` would write for a model: names with tensors of that shape and dtype, values left out.
 
-    A parameter with several names is written once. Raises PlanError where transformers cannot say.
+    Of parameters that are declared as tied, one is written. Raises PlanError where transformers cannot say.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    tied = model.all_tied_weights_keys
-    first: dict[int, str] = {}
     state = model.state_dict(keep_vars=True)
-    for name, tensor in sorted(state.items(), key=lambda item: item[0] in tied):
-        first.setdefault(id(tensor), name)
-    ignored = model._keys_to_ignore_on_save or ()
-    empty = {
-        name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-        for name, tensor in state.items()
-        if first[id(tensor)] == name and name not in ignored and isinstance(tensor, torch.Tensor)
-    }
+    tied, ignored = model.all_tied_weights_keys, model._keys_to_ignore_on_save or ()
+    written = {id(tensor) for name, tensor in state.items() if name not in tied}
+    empty: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        again = name in tied and id(tensor) in written
+        written.add(id(tensor))
+        if not again and name not in ignored and isinstance(tensor, torch.Tensor):
+            empty[name] = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
     try:
         with quiet_transformers(), _KeepSmall():
             return {n: t[0] if isinstance(t, list) else t for n, t in revert_weight_conversion(model, empty).items()}

@@ -25,7 +25,7 @@ from flashnorm_cli.norms.modules import (
     make_weightless,
     norm_reader,
     own_forward,
-    same_rounding,
+    weightless_ways,
 )
 from flashnorm_cli.plan import FORMAT
 
@@ -69,8 +69,8 @@ def weightless(model: AnyModel) -> AnyModel:
     for each in found:
         _check_identity(each)
     for each in found:
-        if each.norm is not None:
-            make_weightless(each.module, each.norm)
+        if each.norm is not None and each.ways is not None:
+            make_weightless(each.module, each.norm, each.ways)
     states = weightless_norms(base).values()
     left = sum(why is not None for why in states)
     logger.info("%d norms of %s run without weights, %d keep them", len(states) - left, type(base).__name__, left)
@@ -90,19 +90,18 @@ def weightless_norms(model: nn.Module) -> dict[str, str | None]:
 
     Raises UsageError and FlashNormError as `weightless` does for a model without a record.
     """
-    return {
-        each.name: None if is_weightless(each.module) else _why_not(each.module, each.norm)
-        for each in _recorded(_base(model))
-    }
+    return {each.name: None if is_weightless(each.module) else _why_not(each) for each in _recorded(_base(model))}
 
 
-def _why_not(module: nn.Module, norm: PlainNorm | None) -> str:
-    kind = type(module).__name__
-    if norm is not None:
-        return "weightless() has not been called"
-    if not own_forward(module):
+def _why_not(recorded: _Recorded) -> str:
+    _, _, module, norm, ways = recorded
+    if norm is None and not own_forward(module):
         return "something else has replaced its forward"
-    return f"{kind} computes more than a plain RMSNorm, and multiplies by the identity itself"
+    if norm is None:
+        return f"{type(module).__name__} computes more than a plain RMSNorm, and multiplies by the identity itself"
+    if ways is None:
+        return f"{type(module).__name__} rounds otherwise than rms_norm in this dtype"
+    return "weightless() has not been called"
 
 
 # ---- what the record says --------------------------------------------------------------------------------------------
@@ -145,12 +144,16 @@ def record_of(config: PretrainedConfig) -> dict[str, Any]:
 
 
 class _Recorded(NamedTuple):
-    """A norm that the record names: its parameter and the name of that on disk; what it is, if it can be swapped."""
+    """A norm that the record names: its parameter and the name of that on disk; what it is, and how it is swapped.
+
+    No ways: it cannot be.
+    """
 
     name: str
     disk: str
     module: nn.Module
     norm: PlainNorm | None
+    ways: Any
 
 
 def _recorded(model: PreTrainedModel) -> Iterator[_Recorded]:
@@ -160,24 +163,25 @@ def _recorded(model: PreTrainedModel) -> Iterator[_Recorded]:
             f"{type(model).__name__} has none of the norms that its record names; was it loaded as another class?"
         )
     owners: dict[int, str] = {id(model.get_parameter(name)): disk for name, disk in named.items()}
-    read, faithful = norm_reader(), dict[Any, bool]()
+    read, known = norm_reader(), dict[Any, Any]()
     for path, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in owners:
                 continue
             norm: PlainNorm | None = vars(module)["_plain_norm"] if is_weightless(module) else read(module)
+            ways = None
             if norm is not None and not is_weightless(module):
-                kind = type(module), norm, parameter.shape, parameter.dtype
-                if kind not in faithful:
-                    faithful[kind] = same_rounding(module, norm)
-                norm = norm if faithful[kind] else None
-            yield _Recorded(f"{path}.{key}" if path else key, owners[id(parameter)], module, norm)
+                kind = type(module), norm, parameter.shape
+                if kind not in known:
+                    known[kind] = weightless_ways(module, norm)
+                ways = known[kind] if (parameter.dtype, parameter.dtype) in known[kind] else None
+            yield _Recorded(f"{path}.{key}" if path else key, owners[id(parameter)], module, norm, ways)
 
 
 def _check_identity(recorded: _Recorded) -> None:
     from accelerate.utils import align_module_device  # type: ignore[import-untyped]
 
-    name, disk, module, norm = recorded
+    name, disk, module, norm, _ = recorded
     with align_module_device(module):  # for weights that are offloaded
         weight = module.get_parameter(name.rpartition(".")[2]).detach()
         if weight.is_meta:
@@ -218,12 +222,15 @@ def from_pretrained(name: str | Path, **arguments: Any) -> Any:
     except FlashNormError as error:
         raise type(error)(f"{name}: {error}") from error
     cls = runtime.model_class(config, where, trust, **hub)
+    filled: dict[str, float] = {}
     if said.get("layout") == "dropped":
-        cls = _filling(cls, said["folded"], _identities(where, hub))
+        cls = _filling(cls, said["folded"], _identities(where, hub), filled)
     loaded = cls.from_pretrained(where, **arguments)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     if said.get("layout") == "dropped":
         model.__class__ = cls.__mro__[1]
+        for key, value in filled.items():
+            _offload(model, key, value)
         for each in (model.config, model.config.get_text_config(decoder=True)):
             if hasattr(each, "flashnorm"):  # in memory they are all there, and save_pretrained will write them
                 each.flashnorm = {**each.flashnorm, "layout": "identity"}
@@ -248,8 +255,10 @@ def _identities(where: str, hub: dict[str, Any]) -> dict[str, float]:
         raise CheckpointError(f"{where}: {RECORD} cannot be read: {error}") from error
 
 
-def _filling(cls: type[PreTrainedModel], patterns: list[str], identities: dict[str, float]) -> type[PreTrainedModel]:
-    """A class that loads like `cls` and fills in the folded norms, for the time of loading."""
+def _filling(
+    cls: type[PreTrainedModel], patterns: list[str], identities: dict[str, float], filled: dict[str, float]
+) -> type[PreTrainedModel]:
+    """A class that loads like `cls` and fills in the folded norms, for the time of loading; `filled` says which."""
 
     def fill(self: Any, info: Any) -> None:
         cls._adjust_missing_and_unexpected_keys(self, info)
@@ -265,5 +274,17 @@ def _filling(cls: type[PreTrainedModel], patterns: list[str], identities: dict[s
                 with torch.no_grad():
                     self.get_parameter(name).fill_(value)
                 info.missing_keys.discard(name)
+                filled[name] = value
 
     return type(cls.__name__, (cls,), {"__module__": cls.__module__, "_adjust_missing_and_unexpected_keys": fill})
+
+
+def _offload(model: PreTrainedModel, name: str, value: float) -> None:
+    """Where the module of a filled parameter is offloaded, accelerate looks for it in the files, and it is in none."""
+    module, key = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    weights: Any = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    if weights is not None and key not in weights:
+        parameter = module.get_parameter(key)
+        weights.dataset.state_dict[f"{weights.prefix}{key}"] = torch.full(
+            parameter.shape, value, dtype=parameter.dtype, device="cpu"
+        )

@@ -122,27 +122,30 @@ def plain_norms(model: nn.Module) -> dict[str, tuple[nn.Module, PlainNorm]]:
 # ---- for good: an instance that has no use for its weight ------------------------------------------------------------
 
 
+# (dtype of the input, dtype of the weight) -> (dtype that is normed in, dtype of the result)
+_Ways = dict[tuple[torch.dtype, torch.dtype], tuple[torch.dtype, torch.dtype]]
+
+
 class _Weightless(nn.Module):
     """What `make_weightless` puts in front of a norm's own class.
 
     The parameter stays where it is, for state dicts, for code that asks its dtype, and for the way back; calls do not
-    read it. A call that is not the plain one (more arguments, an input of another dtype than the weight's, where the
-    formula of the class decides on the result's, float64, which most classes compute in float32) goes to the class's
-    own forward.
+    read it. A call that is not the plain one (more arguments, float64) goes to the class's own forward.
     """
 
     _plain_norm: PlainNorm
+    _ways: _Ways
     _wanted_grad: bool  # whether the weight is to be trained once it is in use again
 
     def forward(self, *arguments: Any, **more: Any) -> Any:
         norm = self._plain_norm
         if len(arguments) == 1 and not more:
-            x = arguments[0]
-            dtype = x.dtype
+            x: Tensor = arguments[0]
             weight: Any = self._parameters[norm.weight]
-            if dtype == weight.dtype and dtype != torch.float64:
-                y = rms_norm(x, norm.eps)
-                return y if y.dtype == dtype else y.to(dtype)  # autocast
+            way = self._ways.get((x.dtype, weight.dtype))
+            if way is not None:
+                y = rms_norm(x if x.dtype == way[0] else x.to(way[0]), norm.eps)
+                return y if y.dtype == way[1] else y.to(way[1])
         return super().forward(*arguments, **more)
 
     def extra_repr(self) -> str:
@@ -180,42 +183,56 @@ def is_weightless(module: nn.Module) -> bool:
     return isinstance(module, _Weightless)
 
 
-def same_rounding(module: nn.Module, norm: PlainNorm) -> bool:
-    """Whether the module with an identity weight is `rms_norm` but for one rounding in the weight's own dtype.
+def weightless_ways(module: nn.Module, norm: PlainNorm) -> _Ways:
+    """How `rms_norm` gives what the module gives with an identity weight, by dtypes of input and weight.
 
-    All classes of transformers 5.24 compute in float32 and round once; with ones, they give the same bits on a CPU. A
-    class that rounds in between, or computes in bfloat16, does not.
+    A residual stream in float32 before a bfloat16 norm, or a norm kept in float32: classes differ in the dtype of the
+    result, and in when they round to it. A copy of the module is asked. Combinations for which no order of casts comes
+    within one rounding are left out (a class that computes in bfloat16 throughout, say); on a CPU, all that are here
+    give the same bits for the classes of transformers 5.24.
     """
-    weight = norm.parameter(module)
-    identity = torch.full(weight.shape, 1 - norm.offset, dtype=weight.dtype, device="cpu")
-    x = torch.randn(64, *weight.shape, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-    with torch.no_grad(), torch.device("cpu"):
-        found = type(module).forward(_copy_with(module, norm.weight, identity), x.clone())
-    if found.dtype != x.dtype:
-        return False
-    want = rms_norm(x, norm.eps).double()
-    # Half a unit for each of two roundings; float32 sums in another order.
-    near = 2 * torch.finfo(x.dtype).eps * want.abs() * (4 if x.dtype == torch.float32 else 0.5)
-    return bool(((found.double() - want).abs() <= near).all()) or x.dtype == torch.float64
+    halves = (torch.bfloat16, torch.float16)
+    generator = torch.Generator().manual_seed(0)
+    shape = norm.parameter(module).shape
+    values, ways = torch.randn(16, *shape, generator=generator), _Ways()
+    for theirs in (*halves, torch.float32):
+        identity = torch.full(shape, 1 - norm.offset, dtype=theirs, device="cpu")
+        for mine in (*halves, torch.float32):
+            x = values.to(mine)
+            try:
+                with torch.no_grad(), torch.device("cpu"):
+                    found = type(module).forward(_copy_with(module, norm.weight, identity), x.clone())
+            except (RuntimeError, TypeError):  # a formula that knows no mixed dtypes
+                continue
+            inside = dict.fromkeys((mine, torch.promote_types(mine, theirs)))
+            ours = {each: rms_norm(x.to(each), norm.eps).to(found.dtype) for each in inside}
+            near = torch.finfo(found.dtype).eps * (8 if found.dtype == torch.float32 else 1)
+            same = [each for each, y in ours.items() if torch.equal(y, found)]
+            same += [each for each, y in ours.items() if ((y - found).abs() <= near * found.abs()).all()]
+            if same:
+                ways[mine, theirs] = same[0], found.dtype
+    return ways
 
 
-def make_weightless(module: nn.Module, norm: PlainNorm) -> None:
+def make_weightless(module: nn.Module, norm: PlainNorm, ways: _Ways | None = None) -> None:
     """Let a plain RMSNorm whose weight is the identity run without it, from now on. Its class becomes a subclass.
 
     The weight gets no gradient any more, so it is frozen, lest optimizers and DistributedDataParallel wait for one.
     """
     parameter = norm.parameter(module)
-    module._plain_norm, module._wanted_grad = norm, parameter.requires_grad  # type: ignore[assignment]
+    mine: Any = module
+    mine._plain_norm, mine._wanted_grad = norm, parameter.requires_grad
+    mine._ways = weightless_ways(module, norm) if ways is None else ways
     parameter.requires_grad_(False)
     _become(module, _weightless_class(type(module)))
 
 
 def make_weighted(module: nn.Module) -> None:
     """The way back: the module's own class, and its weight trained if it was before."""
-    norm: Any = module._plain_norm
-    if module._wanted_grad:
-        norm.parameter(module).requires_grad_(True)
-    del module._plain_norm, module._wanted_grad
+    mine: Any = module
+    if mine._wanted_grad:
+        mine._plain_norm.parameter(module).requires_grad_(True)
+    del mine._plain_norm, mine._ways, mine._wanted_grad
     _become(module, type(module).__mro__[2])
 
 
@@ -252,10 +269,13 @@ def norms_replaced(model: nn.Module, choose: Choose = on_kernel) -> Iterator[lis
         The names of the modules that were replaced.
     """
     replaced: dict[str, nn.Module] = {}
+    ways: dict[Any, _Ways] = {}
     try:
         for name, (module, norm) in plain_norms(model).items():
             if choose is on_kernel and norm.is_identity(module):
-                make_weightless(module, norm)
+                kind = type(module), norm, norm.parameter(module).shape
+                ways[kind] = ways[kind] if kind in ways else weightless_ways(module, norm)
+                make_weightless(module, norm, ways[kind])
                 replaced[name] = module
             elif "forward" not in vars(module) and (forward := choose(module, norm)) is not None:
                 module.forward = _guarded(module, norm, forward)
