@@ -402,7 +402,7 @@ def test_device_map_with_a_part_on_disk(folds, tmp_path):
 
 # Tied and untied heads, experts, latent attention, gated and per-head norms, `1 + w`, encoders and decoders, towers.
 IN_MEMORY = (
-    "llama mixtral gemma2 gemma3 gemma3n_text cohere2_moe deepseek_v3 falcon_h1 janus lfm2 minimax qwen3_next xlstm"
+    "llama mixtral mllama gemma2 gemma3 gemma3n_text cohere2_moe deepseek_v3 falcon_h1 janus minimax qwen3_next xlstm"
 ).split()
 
 
@@ -422,6 +422,13 @@ def test_folded_in_memory(family):
         fold_model_(model)
     changed = [n for n, p in model.named_parameters() if n not in dict(before.named_parameters())]
     assert changed == ([] if model.config.flashnorm["lm_head"] != "untied" else ["lm_head.weight"])
+
+
+def test_patterns_name_no_other_norm():
+    """A layer of another kind, which a text forward does not reach, has a norm of the same name."""
+    record = fold_model_(model_of("mllama")).config.flashnorm
+    names = [name for name in record["folded"] if "layers" in name]
+    assert len(names) == 6 and not any("*" in name or ".3." in name for name in names)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gemma3"])
