@@ -465,6 +465,7 @@ def test_a_tied_head(choice, tmp_path):
         model.config.tie_word_embeddings is kept and (model.lm_head.weight is model.model.embed_tokens.weight) is kept
     )
     assert torch.equal(model.get_input_embeddings().weight, embedding)
+    assert ("lm_head.weight" in model.all_tied_weights_keys) is kept
     model.tie_weights()
     assert (families.logits(model, inputs) - want).norm() / want.norm() < 1e-5
     model.save_pretrained(tmp_path)
