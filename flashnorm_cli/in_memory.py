@@ -182,7 +182,8 @@ def _factors(
     factors = {}
     for name, reader in trace.readers.items():
         factor = table[reader.ids.clamp(min=0)]
-        if name in parameters and bool((factor == 1.0).all()):
+        new = traced.plan.untie and name not in parameters  # a head, which is made in any case
+        if not new and bool((factor == 1.0).all()):
             continue
         weight = parameters[name] if name in parameters else parameters[(traced.untied or ("", ""))[1]]
         factors[name] = factor, reader.dim
