@@ -5,7 +5,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
 
-from flashnorm_cli.norms.modules import PlainNorm, is_weightless, norms_replaced, plain_norms, read_norm
+from flashnorm_cli.norms.modules import (
+    PlainNorm,
+    is_weightless,
+    norms_replaced,
+    plain_norms,
+    read_norm,
+    weightless_ways,
+)
 
 TINY = {
     "hidden_size": 64,
@@ -51,6 +58,17 @@ class Odd(nn.Module):
 def test_what_is_no_plain_norm_is_left_alone(kind):
     assert read_norm(Odd(32, "plain")) == PlainNorm(1e-6, 0.0, "weight")
     assert read_norm(Odd(32, kind)) is None
+
+
+def test_defaults_of_the_caller_do_not_matter():
+    norm = nn.RMSNorm(16, eps=1e-5)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert read_norm(norm) == PlainNorm(1e-5, 0.0, "weight")
+            assert len(weightless_ways(norm, PlainNorm(1e-5, 0.0, "weight"))) >= 3
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_other_modules():

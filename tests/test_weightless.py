@@ -585,3 +585,37 @@ def test_from_auto_classes_and_names():
     families.randomize_gains(model, 1)
     assert len(swapped(weightless(fold_model_(model)))) == 5
     assert set(flashnorm_cli.__all__) <= set(dir(flashnorm_cli)) | set(flashnorm_cli._HOME)
+
+
+def survey() -> None:
+    """Write docs/weightless_families.json: every family folded in memory, then run without the weights."""
+    found: dict[str, dict[str, object]] = {}
+    for family in families.families():
+        try:
+            model = model_of(family)
+            inputs = families.text_inputs(model, seed=3)
+            want = families.logits(model, inputs)
+            folded_logits = families.logits(fold_model_(model), inputs)
+        except (FlashNormError, AttributeError) as error:  # refused, or a family that transformers itself cannot run
+            found[family] = {"refused": str(error)[:120]}
+            continue
+        states = weightless_norms(weightless(model))
+        error = ((folded_logits - want).norm() / want.norm()).item()
+        left = sorted({why.split()[0] for why in states.values() if why})
+        same = torch.equal(families.logits(model, inputs), folded_logits)
+        found[family] = {"error": float(f"{error:.1e}"), "folded": len(states), "same_bits": same, "left": left}
+        print(family, found[family], flush=True)
+    versions = {
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    rows = ",\n".join(f"  {json.dumps(family)}: {json.dumps(row)}" for family, row in found.items())
+    text = f'{json.dumps(versions)[:-1]}, "families": {{\n{rows}\n}}}}\n'
+    (Path(__file__).parent.parent / "docs" / "weightless_families.json").write_text(text)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    survey()

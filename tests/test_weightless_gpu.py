@@ -174,7 +174,7 @@ def test_generate():
     weightless(model)
     assert torch.equal(model.generate(tokens, **more), want)
     cache = StaticCache(config=model.config, max_cache_len=32)
-    assert torch.equal(model.generate(tokens, past_key_values=cache, **more), want)
+    assert torch.equal(model.generate(tokens, past_key_values=cache, disable_compile=True, **more), want)
 
 
 def test_compiled():

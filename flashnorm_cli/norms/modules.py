@@ -56,10 +56,11 @@ def read_norm(module: nn.Module) -> PlainNorm | None:
         not candidates or len(inspect.signature(type(module).forward).parameters) != 2
     ):  # a gate, if only an optional one
         return None
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, weight.numel(), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    cpu: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    x = torch.randn(2, 3, weight.numel(), **cpu)
     x[1] *= 1e-3
-    gain = torch.rand(weight.numel(), generator=generator) + 0.3
+    gain = torch.rand(weight.numel(), **cpu) + 0.3
     try:
         with torch.no_grad(), torch.device("cpu"):
             found = type(module).forward(_copy_with(module, name, gain), x.clone())
@@ -205,9 +206,9 @@ def weightless_ways(module: nn.Module, norm: PlainNorm) -> _Ways:
     give the same bits for the classes of transformers 5.24.
     """
     halves = (torch.bfloat16, torch.float16)
-    generator = torch.Generator().manual_seed(0)
-    shape = norm.parameter(module).shape
-    values, ways = torch.randn(16, *shape, generator=generator), _Ways()
+    shape, ways = norm.parameter(module).shape, _Ways()
+    generator = torch.Generator("cpu").manual_seed(0)
+    values = torch.randn(16, *shape, generator=generator, dtype=torch.float32, device="cpu")
     for theirs in (*halves, torch.float32):
         identity = torch.full(shape, 1 - norm.offset, dtype=theirs, device="cpu")
         for mine in (*halves, torch.float32):
