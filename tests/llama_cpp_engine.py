@@ -23,16 +23,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import torch
-import transformers
-from families import build, randomize_gains, save
-from transformers import CONFIG_MAPPING
 
+import flashnorm_cli
 from flashnorm_cli.cli import main as command
-from flashnorm_cli.demo import MODEL as DEMO
 from flashnorm_cli.proof import runtimes
 from flashnorm_cli.safetensors_file import read_header
 
+# torch and transformers are imported where they are needed: most of the processes here only run llama.cpp.
+DEMO = Path(flashnorm_cli.__file__).with_name("demo_model")
 VOCABULARY, CONTEXT = 512, 96
 # Rows of 256 and 512 weights: Q4_K works on blocks of 256. llama.cpp scales Gemma-2's attention by the head's width.
 SIZES = {
@@ -55,12 +53,10 @@ MODELS = {
     "gemma2": {"tie_word_embeddings": True, "query_pre_attn_scalar": 64},
     "gemma": {"tie_word_embeddings": True},
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16")
 HEADS_DROPPED = ("gemma2", "gemma")
 QUANTISED = ("Q8_0", "Q4_0", "Q4_K")
-SEEDS = 4
-
-Rows = list[list[list[float]]]  # prompt, position, token: log-probabilities
+SEEDS = 3
 
 
 def flashnorm(*arguments: object) -> tuple[int, str]:
@@ -100,10 +96,14 @@ def tokenizer(folder: Path) -> Path:
 
 
 def make(folder: Path, model: str, dtype: str, spm: Path, seed: int = 0) -> Path:
+    import torch
+    from families import build, randomize_gains, save
+    from transformers import CONFIG_MAPPING
+
     family = model.split(",")[0]
     made = build(family, seed, CONFIG_MAPPING[family](**SIZES | MODELS[model]))
     randomize_gains(made, seed + 1)
-    save(made, folder, DTYPES[dtype])
+    save(made, folder, getattr(torch, dtype))
     shutil.copy(spm, folder / "tokenizer.model")
     return folder
 
@@ -163,10 +163,14 @@ def run(job: dict, out: Path) -> None:
     np.save(out, np.array(rows).reshape(len(job["texts"]), -1, len(rows[0])))
 
 
-@torch.no_grad()
 def in_transformers(folder: Path, texts: list[list[int]]) -> np.ndarray:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
-    return model(torch.tensor(texts)).logits[:, 1::2].double().log_softmax(-1).numpy()
+    """As `log_probabilities`, by transformers in float64."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    with torch.no_grad():
+        return model(torch.tensor(texts)).logits[:, 1::2].double().log_softmax(-1).numpy()
 
 
 def distance(mine: np.ndarray, reference: np.ndarray) -> dict[str, float]:
@@ -318,13 +322,15 @@ def quantisation(model: str, source: Path, work: Path, texts: list[list[int]], k
 
 def adapters(work: Path, spm: Path, texts: list[list[int]]) -> dict:
     """A LoRA adapter of the source, by llama.cpp's own converter, on the source's and on the folded GGUF."""
+    import torch
     from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
 
     source = make(work / "source", "llama", "float32", spm)
     code, text = flashnorm("fold", source, work / "folded")
     require(code == 0, text)
     generator = torch.Generator().manual_seed(5)
-    weights, norms = {}, transformers.AutoModelForCausalLM.from_pretrained(source).state_dict()
+    weights, norms = {}, AutoModelForCausalLM.from_pretrained(source).state_dict()
     for layer in range(SIZES["num_hidden_layers"]):
         stem = f"model.layers.{layer}.self_attn.q_proj"
         weights[f"base_model.model.{stem}.lora_A.weight"] = torch.randn(4, 256, generator=generator) / 16
@@ -377,7 +383,7 @@ def everything(work: Path) -> dict:
     found["identity"] = [
         right_and_wrong(model, dtype, fresh(f"{model} {dtype}"), spm, texts)
         for model in MODELS
-        for dtype in (DTYPES if model in ("llama", "qwen3", "gemma2") else ["float32"])
+        for dtype in (DTYPES if model in ("llama", "qwen3", "gemma2") else DTYPES[:1])
     ]
     found["dropped"] = [dropped(m, fresh(f"{m} dropped"), spm, texts) for m in ("llama", "qwen3", "gemma2")]
     found["untied_head"] = [dropped_head(m, fresh(f"{m} head"), spm, texts) for m in HEADS_DROPPED]
@@ -410,7 +416,10 @@ if __name__ == "__main__":
     else:
         if missing := runtimes._not_installed("gguf"):
             raise SystemExit(missing)
-        transformers.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+        from transformers import logging
+        from transformers.utils.logging import disable_progress_bar
+
+        logging.set_verbosity_error()
+        disable_progress_bar()
         with TemporaryDirectory() as scratch:
             Path(sys.argv[1]).write_text(json.dumps(everything(Path(scratch)), indent=1) + "\n")
