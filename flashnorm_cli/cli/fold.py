@@ -9,9 +9,14 @@ import typer
 
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output, size
-from flashnorm_cli.cli.plan import plan_summary
+from flashnorm_cli.cli.plan import plan_lines, plan_summary
 from flashnorm_cli.cli.verify import summary
 from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_OK
+
+DROPPED = (
+    "Layout dropped: transformers warns and fills the norms in. Stock vLLM does not load this. llama.cpp's converter "
+    "takes it without a word, and then the GGUF does not load."
+)
 
 
 def fold(
@@ -24,7 +29,7 @@ def fold(
         options.Layout,
         typer.Option(
             help="Folded norms are written as ones (zeros for 1 + w), so that no tensor is missing; or left out, which "
-            "stock vLLM and llama.cpp refuse."
+            "neither stock vLLM nor llama.cpp loads."
         ),
     ] = "identity",
     final_norm: options.FinalNormOpt = "auto",
@@ -98,11 +103,12 @@ def fold(
             "flushed_to_zero": result.flushed,
             "resumed_shards": list(result.resumed),
             "left_out": list(result.left_out),
+            "notes": [*plan.notes, *([DROPPED] if layout == "dropped" else [])],
             "seconds": dict(zip(("plan", "write", "flush"), (round(s, 3) for s in result.seconds), strict=True)),
             **({"verification": verification.to_json()} if verification else {}),
         }
     )
-    out.text(*plan_summary(plan))
+    out.text(*(line for line in plan_lines(plan) if line.startswith("kept")), *plan_summary(plan))
     if result.resumed:
         out.text(f"Went on after an interruption: {len(result.resumed)} shards were finished already.")
     if result.flushed:
@@ -111,9 +117,7 @@ def fold(
     if result.left_out:
         out.text(f"Left out (weights in other formats, links to folders): {', '.join(result.left_out)}")
     if layout == "dropped":
-        out.text(
-            "Layout dropped: transformers warns and fills the norms in; stock vLLM and llama.cpp will not load this."
-        )
+        out.text(DROPPED)
     planning, writing, flushing = result.seconds
     out.text(
         f"Planned in {planning:.1f} s, wrote {size(result.bytes_written)} in {writing:.1f} s, on the disk after "
