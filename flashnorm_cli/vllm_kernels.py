@@ -19,9 +19,7 @@ from flashnorm_cli.vllm_plugin import KERNEL
 SUPPORTED = current_platform.is_cuda() or current_platform.is_cpu()
 
 
-def _takes(
-    x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
-) -> bool:
+def _takes(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> bool:
     """Norms over whole rows, without a weight or with one of x's dtype, as vLLM's own kernels."""
     return variance_size is None and (weight is None or weight.dtype == x.dtype)
 
