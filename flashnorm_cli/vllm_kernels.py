@@ -30,12 +30,14 @@ def _takes_both(
     return variance_size is None and (weight is None or weight.dtype == x.dtype)
 
 
-@ir.ops.rms_norm.register_impl(KERNEL, supported=SUPPORTED, supports_args=_takes)
+@ir.ops.rms_norm.register_impl(KERNEL, supported=SUPPORTED, supports_args=_takes)  # type: ignore[untyped-decorator]
 def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
     return torch.ops.flashnorm.rms_norm(x, epsilon, weight, 0.0)
 
 
-@ir.ops.fused_add_rms_norm.register_impl(KERNEL, supported=SUPPORTED, supports_args=_takes_both, inplace=True)
+@ir.ops.fused_add_rms_norm.register_impl(  # type: ignore[untyped-decorator]
+    KERNEL, supported=SUPPORTED, supports_args=_takes_both, inplace=True
+)
 def fused_add_rms_norm(
     x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,13 @@
 """vLLM runs the norms of a folded checkpoint without their weight, and loads layout dropped.
 
-vLLM calls `register` in each of its processes (entry point `vllm.general_plugins`). Where it is a vLLM that this was not
-written for, `register` says one line and changes nothing. A checkpoint without our record goes through vLLM's own code
-and classes; of a folded one the loader does two things more:
+vLLM calls `register` in each of its processes (entry point `vllm.general_plugins`). Where it is a vLLM that this was
+not written for, `register` says one line and changes nothing. A checkpoint without our record goes through vLLM's own
+code and classes; of a folded one the loader does two things more:
 
 - What layout dropped left out is handed to the model as if it were in the files.
 - After the weights are there, each norm that the record names and whose loaded weight is the identity is told to pass
-  none: `RMSNorm.pass_weight` and `pass_weight_add` of vLLM #44109, and their like for `GemmaRMSNorm`, which has none. The
-  parameter stays where it is, for the code that reads it without calling the norm.
+  none: `RMSNorm.pass_weight` and `pass_weight_add` of vLLM #44109, and the like for `GemmaRMSNorm`, which has no such
+  switch. The parameter stays where it is, for the code that reads it without calling the norm.
 
 Importing this module imports neither torch nor vLLM.
 """
@@ -82,7 +82,8 @@ def read_record(*configs: object) -> Record | None:
     if found is None:
         return None
     values = found if isinstance(found, dict) else {}
-    folded, kept = values.get("folded"), values.get("kept", {})
+    folded: Any = values.get("folded")
+    kept: Any = values.get("kept")
     if values.get("format") != FORMAT or not _are_names(folded) or not _are_names(kept):
         _log.warning(
             "flashnorm: config.json holds a record of format %s, this version reads %s: norms keep their weights",
@@ -173,6 +174,11 @@ def norms_of(model: nn.Module) -> Iterator[tuple[str, Any, Kind]]:
             yield name, module, GEMMA
 
 
+def is_identity(weight: Tensor, value: float) -> bool:
+    """Whether all elements of a weight that is there are exactly this value. Waits for the GPU."""
+    return not weight.is_meta and weight.numel() > 0 and bool((weight.detach() == value).all())
+
+
 def norm_states(model: nn.Module) -> dict[str, bool]:
     """For each norm of a loaded vLLM model that carries a weight: whether it runs without.
 
@@ -195,8 +201,6 @@ class _Watch:
 
     def settle(self) -> None:
         """Read the loaded weights and run the norms accordingly."""
-        import torch
-
         from vllm.config import CompilationMode, CUDAGraphMode  # type: ignore[import-not-found]
 
         compilation = self.config.compilation_config
@@ -204,8 +208,7 @@ class _Watch:
         fixed = self.settled and not eager  # a compiled or captured forward does not look at a norm again
         without = []
         for name, norm, kind in norms_of(self.model):
-            weight = norm.weight.detach()
-            identity = not weight.is_meta and bool(torch.all(weight == kind.identity))
+            identity = is_identity(norm.weight, kind.identity)
             wanted = identity and not self.blocked and self.record.may_name(name)
             if fixed and kind.is_without(norm) and not identity:
                 raise RuntimeError(
@@ -237,7 +240,7 @@ class _Watch:
             _log.warning("flashnorm: this checkpoint is folded; a LoRA adapter trained on its source does not fit it")
 
     def _key_of_cached_graphs(self, without: list[str]) -> None:
-        """vLLM finds compiled graphs again by its config, which knows nothing of weights: tell it which norms have none."""
+        """vLLM finds compiled graphs again by its config, which knows nothing of weights: tell it what was found."""
         if without:
             key = hashlib.sha256("\n".join(without).encode()).hexdigest()
             self.config.additional_config.setdefault("flashnorm", {})[self.config.model_config.model] = key
@@ -245,9 +248,7 @@ class _Watch:
 
 def why_weights_are_needed(config: Any) -> str | None:
     """Why the norms of a folded model keep their weights under a VllmConfig, or None."""
-    from vllm.config import CompilationMode  # type: ignore[import-not-found]
-
-    if config.compilation_config.mode in (None, CompilationMode.NONE):
+    if not config.compilation_config.mode:  # CompilationMode.NONE
         return None
     if not isinstance(config.additional_config, dict):
         return "additional_config is no dictionary, so that compiled graphs could not be told apart"
