@@ -237,7 +237,10 @@ class _Watch:
         else:
             _log.info("flashnorm: %d norm(s) run without a weight", len(without))
         if self.config.lora_config is not None:
-            _log.warning("flashnorm: this checkpoint is folded; a LoRA adapter trained on its source does not fit it")
+            _log.warning(
+                "flashnorm: this checkpoint is folded: a LoRA adapter that was trained on its source does not fit, "
+                "unless flashnorm fold-adapter has folded it as well"
+            )
 
     def _key_of_cached_graphs(self, without: list[str]) -> None:
         """vLLM finds compiled graphs again by its config, which knows nothing of weights: tell it what was found."""

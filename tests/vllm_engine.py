@@ -92,6 +92,8 @@ def embeddings(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
 
 def generations(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
     found = generate(engine, job)
+    if "times" in job:
+        found["times"] = engine.apply_model(norm_times)[0]
     if "count" in job:
         from torch.profiler import ProfilerActivity, profile
 
@@ -122,6 +124,32 @@ def generate(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
         "tokens": [list(out.token_ids) for out in outputs],
         "logprobs": [[[top[i].logprob for i in range(VOCABULARY)] for top in out.logprobs] for out in outputs],
     }
+
+
+def norm_times(_: Any) -> dict[str, Any]:
+    """Microseconds of vLLM's rms_norm with ones, with Gemma's 1 + zeros, and without a weight; taken in turns."""
+    import statistics
+
+    import torch
+    from vllm import ir
+
+    times = {}
+    for rows in (1, 64):
+        x = torch.randn(rows, 4096, dtype=torch.bfloat16)
+        ones, zeros = torch.ones(4096, dtype=torch.bfloat16), torch.zeros(4096, dtype=torch.bfloat16)
+        ways = {
+            "ones": lambda x=x, w=ones: ir.ops.rms_norm(x, w, 1e-6),
+            "1 + zeros": lambda x=x, w=zeros: ir.ops.rms_norm(x, w.float() + 1.0, 1e-6),
+            "none": lambda x=x: ir.ops.rms_norm(x, None, 1e-6),
+        }
+        taken: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(2000):
+            for name, way in ways.items():
+                start = time.perf_counter()
+                way()
+                taken[name].append((time.perf_counter() - start) * 1e6)
+        times[f"{rows} x 4096, bfloat16"] = {name: round(statistics.median(t), 2) for name, t in taken.items()}
+    return times
 
 
 class Server:
@@ -317,6 +345,7 @@ def checks() -> Iterator[tuple[str, Check]]:
     yield "llama, other weights loaded into a running engine", lambda made: reload(made, {})
     yield "llama, other weights loaded into a compiled engine", lambda made: reload(made, COMPILED)
     yield "llama, as an embedding model", pooling
+    yield "what a weight costs", weight_costs
 
 
 def with_plugin(made: Checkpoints, family: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -456,6 +485,12 @@ def pooling(made: Checkpoints) -> dict[str, Any]:
     cosine = min(sum(x * y for x, y in zip(a, b, strict=True)) for a, b in rows)  # vLLM normalizes them
     refused = "--final-norm keep" in mine.get("error", "")
     return {"passed": refused, "lowest_cosine_in_stock_vllm": cosine, "error": mine.get("error")}
+
+
+def weight_costs(made: Checkpoints) -> dict[str, Any]:
+    """Eager norms on this processor, with a weight and without. A figure, not a test."""
+    found = run(made("llama", "identity"), times=True)
+    return {"passed": "error" not in found, "microseconds": found.get("times"), "error": found.get("error")}
 
 
 # ---- all of it -------------------------------------------------------------------------------------------------------
