@@ -14,9 +14,11 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
@@ -191,7 +193,7 @@ class Server:
 
 
 KNOWN: dict[str, dict[str, Any]] = {}
-SERVERS: dict[tuple[bool, bool], Server] = {}
+MINE = threading.local()  # each thread's servers
 
 
 def run(model: Path, *, plugin: bool = True, graphs: Path | None = None, **job: Any) -> dict[str, Any]:
@@ -209,11 +211,12 @@ def run(model: Path, *, plugin: bool = True, graphs: Path | None = None, **job: 
         return found
     if key not in KNOWN:
         settings = plugin, separate
-        if settings not in SERVERS:
-            SERVERS[settings] = Server(plugin, separate, model.parents[1] / "cache", keep_graphs=False)
-        KNOWN[key] = SERVERS[settings].ask(job)
+        servers = MINE.__dict__.setdefault("servers", {})
+        if settings not in servers:
+            servers[settings] = Server(plugin, separate, model.parents[1] / "cache", keep_graphs=False)
+        KNOWN[key] = servers[settings].ask(job)
         if "error" in KNOWN[key]:  # who knows what it left behind
-            SERVERS.pop(settings).close()
+            servers.pop(settings).close()
     return KNOWN[key]
 
 
@@ -323,31 +326,31 @@ MODES: dict[str, dict[str, Any]] = {
 Check = Callable[[Checkpoints], dict[str, Any]]
 
 
-def checks() -> Iterator[tuple[str, Check]]:
+def checks() -> Iterator[tuple[str, str, Check]]:
+    """(group, name, check). Groups run beside each other, the checks of one after the other in the same processes."""
     for family in FAMILIES:
         for mode, job in MODES.items():
-            yield f"{family}, {mode}", lambda made, f=family, j=job: with_plugin(made, f, j)
-        yield f"{family}, without the plugin", lambda made, f=family: without_plugin(made, f)
-    for family in FAMILIES:
+            yield family, f"{family}, {mode}", lambda made, f=family, j=job: with_plugin(made, f, j)
+        yield family, f"{family}, without the plugin", lambda made, f=family: without_plugin(made, f)
         for mode in ("eager", "compiled"):
-            yield f"{family}, unfolded, {mode}", lambda made, f=family, j=MODES[mode]: unfolded(made, f, j)
+            yield family, f"{family}, unfolded, {mode}", lambda made, f=family, j=MODES[mode]: unfolded(made, f, j)
+    both = {"options": COMPILED, "separate_process": True}
+    yield "more", "llama, compiled, separate engine process", lambda made: with_plugin(made, "llama", both)
     for family in ("llama", "gemma3"):
         job = {"options": {"model_impl": "transformers"}}
-        yield f"{family}, model_impl transformers", lambda made, f=family, j=job: with_plugin(made, f, j)
-    both = {"options": COMPILED, "separate_process": True}
-    yield "llama, compiled, separate engine process", lambda made: with_plugin(made, "llama", both)
-    yield "llama, bfloat16", lambda made: bfloat16(made, "llama")
+        yield family, f"{family}, model_impl transformers", lambda made, f=family, j=job: with_plugin(made, f, j)
+    yield "more", "llama, bfloat16", lambda made: bfloat16(made, "llama")
     for mode, options in (("eager", {}), ("compiled", COMPILED)):
-        yield f"llama, this project's kernels, {mode}", lambda made, o=options: kernels(made, o)
+        yield "more", f"llama, this project's kernels, {mode}", lambda made, o=options: kernels(made, o)
     for family in ("llama", "gemma3"):
-        yield f"{family}, a record that lies", lambda made, f=family: lie(made, f)
-    yield "llama, weights changed under a cached graph", changed_after_caching
-    yield "llama, other weights loaded into a running engine", lambda made: reload(made, {})
-    yield "llama, other weights loaded into a compiled engine", lambda made: reload(made, COMPILED)
-    yield "llama, as an embedding model", pooling
-    yield "llama, a compiler pass that needs weights", a_pass_needs_weights
-    yield "vLLM's fusion of norm and quantization", fusion_with_quantization
-    yield "what a weight costs", weight_costs
+        yield family, f"{family}, a record that lies", lambda made, f=family: lie(made, f)
+    yield "graphs", "llama, weights changed under a cached graph", changed_after_caching
+    yield "more", "llama, other weights loaded into a running engine", lambda made: reload(made, {})
+    yield "more", "llama, other weights loaded into a compiled engine", lambda made: reload(made, COMPILED)
+    yield "more", "llama, as an embedding model", pooling
+    yield "more", "llama, a compiler pass that needs weights", a_pass_needs_weights
+    yield "graphs", "vLLM's fusion of norm and quantization", fusion_with_quantization
+    yield "more", "what a weight costs", weight_costs
 
 
 def with_plugin(made: Checkpoints, family: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -571,6 +574,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", nargs="*", default=[""], help="the checks whose names contain one of these")
+    parser.add_argument("--jobs", type=int, default=2, help="how many groups of checks at a time (2)")
     arguments = parser.parse_args()
     names = packages_distributions()
     record: dict[str, Any] = {
@@ -585,22 +589,34 @@ def main() -> int:
         "tolerance": TOLERANCE,
         "checks": {},
     }
+    groups: dict[str, list[tuple[str, Check]]] = {}
+    for group, name, check in checks():
+        if any(part in name for part in arguments.only):
+            groups.setdefault(group, []).append((name, check))
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         made = Checkpoints(Path(folder))
-        for name, check in checks():
-            if not any(part in name for part in arguments.only):
-                continue
-            started = time.perf_counter()
-            try:
-                result = check(made)
-            except Exception:
-                result = {"passed": False, "error": traceback.format_exc()}
-            result["seconds"] = round(time.perf_counter() - started, 1)
-            record["checks"][name] = result
-            print(f"{'ok  ' if result['passed'] else 'FAIL'} {name} ({result['seconds']} s)", flush=True)
-            arguments.out.write_text(json.dumps(record, indent=1) + "\n")
-        for server in SERVERS.values():
-            server.close()
+        for family in FAMILIES:
+            for layout in ("identity", "dropped"):
+                made(family, layout)
+        lock = threading.Lock()
+
+        def work(group: list[tuple[str, Check]]) -> None:
+            for name, check in group:
+                started = time.perf_counter()
+                try:
+                    result = check(made)
+                except Exception:
+                    result = {"passed": False, "error": traceback.format_exc()}
+                result["seconds"] = round(time.perf_counter() - started, 1)
+                with lock:
+                    print(f"{'ok  ' if result['passed'] else 'FAIL'} {name} ({result['seconds']} s)", flush=True)
+                    record["checks"] = dict(sorted({**record["checks"], name: result}.items()))
+                    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+            for server in MINE.__dict__.pop("servers", {}).values():
+                server.close()
+
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            list(pool.map(work, groups.values()))
     return 0 if all(result["passed"] for result in record["checks"].values()) else 1
 
 
