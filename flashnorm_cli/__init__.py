@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flashnorm_cli.adapter import AdapterResult, fold_adapter
     from flashnorm_cli.checkpoint import Checkpoint, Source, open_checkpoint
     from flashnorm_cli.errors import FlashNormError
     from flashnorm_cli.folding import FoldResult, fold
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterResult",
     "Checkpoint",
     "FlashNormError",
     "FoldResult",
@@ -25,12 +27,15 @@ __all__ = [
     "Source",
     "Verification",
     "fold",
+    "fold_adapter",
     "make_plan",
     "open_checkpoint",
     "verify",
 ]
 
 _HOME = {
+    "AdapterResult": "adapter",
+    "fold_adapter": "adapter",
     "Checkpoint": "checkpoint",
     "Source": "checkpoint",
     "open_checkpoint": "checkpoint",
