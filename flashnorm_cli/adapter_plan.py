@@ -76,7 +76,7 @@ TASK_HEADS = {
 }
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_E|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|"
-    r"lora_velora_embed|ranknum|hada_w[12]_[ab]|hada_t[12]|ia3_l|token_adapter\.trainable_tokens_delta)"
+    r"lora_velora_embed|ranknum|hada_w[12]_[ab]|hada_t[12]|ia3_l|trainable_tokens_delta)"
     r"(\.weight|(?P<bias>\.bias))?"
 )
 
@@ -217,6 +217,9 @@ class FoldedModel:
         config = runtime.load_config(source.folder, trust_remote_code)
         cls = _class_for(task, config, source, trust_remote_code)
         has_head = task not in TASK_HEADS
+        if not has_head:  # to classify more than one text at a time
+            for each in (config, config.get_text_config(decoder=True)):
+                each.pad_token_id = 0 if each.pad_token_id is None else each.pad_token_id
         self.model, _, self.trace = traced(source, config, cls, untied=self.untied and has_head)
         self.first: dict[str, str] = {}
         first_name: dict[int, str] = {}
@@ -422,7 +425,7 @@ class _Planner:
             elif found["part"].startswith(("lora_", "hada_")):
                 part = found["part"] + (found["bias"] or "")
                 self.lora.setdefault(found["module"], {})[part] = key
-            elif found["part"].startswith("token_adapter"):
+            elif found["part"] == "trainable_tokens_delta":
                 self._tokens(key, entry, self._original(found["module"]))
         for module, parts in self.lora.items():
             self._lora(module, parts)
@@ -441,7 +444,7 @@ class _Planner:
 
     def _original(self, name: str) -> str:
         """A name without what peft puts into it, in the layers of the source."""
-        name = re.sub(r"\.(base_layer|original_module|ln_tuning_layers)(?=\.|$)", "", name)
+        name = re.sub(r"\.(base_layer|original_module|ln_tuning_layers|token_adapter)(?=\.|$)", "", name)
         if self.replicas:
             found = re.match(r"((?:model\.)*(?:layers|h|bert\.encoder\.layer))\.(\d+)(\..*)", name)
             if found and int(found[2]) < len(self.replicas):
