@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +37,9 @@ if TYPE_CHECKING:
     from flashnorm_cli.adapter_check import AdapterCheck
     from flashnorm_cli.adapter_plan import AdapterPlan
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# These read no norm, or commute with its gain: they run on source and folded base alike (adapter_plan.py).
+FITTING_TYPES = ("IA3", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "PREFIX_TUNING")
+CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,15 @@ class Adapter:
     others: tuple[str, ...]
     left_out: tuple[str, ...]
 
-    def read(self, name: str) -> torch.Tensor:
-        """A tensor in its own dtype and shape."""
+    @cached_property
+    def _tensors(self) -> Any:
         from safetensors import safe_open
 
-        with safe_open(self.folder / WEIGHTS, framework="pt") as file:
-            return file.get_tensor(name)
+        return safe_open(self.folder / WEIGHTS, framework="pt")
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor in its own dtype and shape."""
+        return self._tensors.get_tensor(name)
 
 
 @dataclass(frozen=True)
@@ -183,7 +190,11 @@ def fold_adapter(
             check = check_adapter(model, plan, mine.read, inside / WEIGHTS, errors)
             for relative in mine.others:
                 (inside / relative).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(mine.folder / relative, inside / relative)
+                if relative == CARD:
+                    card = (mine.folder / CARD).read_text(encoding="utf-8", errors="surrogateescape")
+                    write_text(inside / CARD, _card(card, mine, folded))
+                else:
+                    shutil.copyfile(mine.folder / relative, inside / relative)
             result = AdapterResult(
                 output=target,
                 adapter=str(adapter),
@@ -315,10 +326,7 @@ def _refuse_folded(adapter: Adapter, base: Checkpoint) -> None:
 
 
 def _same_model(name: str, checkpoint: Checkpoint) -> bool:
-    if name == checkpoint.source.name:
-        return True
-    here = Path(name).expanduser()
-    return here.is_dir() and here.resolve() == checkpoint.folder.resolve()
+    return _same_place(name, checkpoint.source.name) or _same_place(name, str(checkpoint.folder))
 
 
 def _check_source(source: Checkpoint, said: dict[str, Any]) -> None:
@@ -375,6 +383,23 @@ def _write_weights(adapter: Adapter, plan: AdapterPlan, path: Path, report: Prog
     return flushed, header.file_size
 
 
+def _card(text: str, adapter: Adapter, base: Checkpoint) -> str:
+    """The model card with the base that the adapter is for now, and a sentence that says so.
+
+    The Hub reads `base_model` as the model to load it on: with the old one it would be silently wrong there.
+    """
+    sentence = (
+        f"> `flashnorm fold-adapter` made this from {adapter.source.name} for the folded checkpoint "
+        f"{base.source.name} ([FlashNorm](https://arxiv.org/abs/2407.09577)). On any other base it is wrong.\n\n"
+    )
+    matter = re.match(r"---\r?\n(.*?)^---[ \t]*\r?\n", text, re.DOTALL | re.MULTILINE)
+    if matter is None:
+        return sentence + text
+    base_model = r"^base_model:[ \t]*(\S[^\r\n]*|(\r?\n[ \t]*-[^\r\n]*)*)"
+    head = re.sub(base_model, lambda _: f"base_model: {json.dumps(base.source.name)}", matter[0], flags=re.MULTILINE)
+    return f"{head}\n{sentence}{text[matter.end() :].lstrip()}"
+
+
 def _bytes_of(tensor: torch.Tensor) -> bytes:
     import torch
 
@@ -403,3 +428,37 @@ def _adapter_record(
         "flushed_to_zero": result.flushed,
         "check": result.check.to_json(),
     }
+
+
+# ---- in memory -------------------------------------------------------------------------------------------------------
+
+
+def adapter_warnings(model: Any) -> list[str]:
+    """What is wrong with the adapters of a loaded folded model: one sentence for each that was made for another base.
+
+    `model` is a PeftModel, or a transformers model with adapters. An adapter fits if its config names the folded model
+    as its base, because it was trained on it or folded for it, or if its kind reads no norm.
+    """
+    inner = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
+    mine = str(getattr(inner, "name_or_path", "") or "")
+    configs = getattr(model, "peft_config", None) or getattr(inner, "peft_config", None)
+    found = []
+    for name, config in configs.items() if isinstance(configs, dict) else ():
+        made_for = getattr(config, "base_model_name_or_path", None)
+        kind = getattr(config, "peft_type", "")
+        kind = str(getattr(kind, "value", kind))
+        if not made_for or not mine or kind in FITTING_TYPES or _same_place(str(made_for), mine):
+            continue
+        found.append(
+            f"adapter {name!r} was made for {made_for}, and this model is {mine}, a folded checkpoint: what it learned "
+            f"reads norm weights that are gone from here. Unless the two are one model under two names, run: flashnorm "
+            f"fold-adapter <the adapter> --base {mine}"
+        )
+    return found
+
+
+def _same_place(one: str, other: str) -> bool:
+    if one == other:
+        return True
+    first, second = Path(one).expanduser(), Path(other).expanduser()
+    return first.is_dir() and second.is_dir() and first.resolve() == second.resolve()

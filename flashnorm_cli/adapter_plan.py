@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flashnorm_cli import runtime
+from flashnorm_cli.adapter import FITTING_TYPES
 from flashnorm_cli.checkpoint import Checkpoint, read_bytes
 from flashnorm_cli.errors import FlashNormError, PlanError
 from flashnorm_cli.plan import traced
@@ -40,9 +41,9 @@ PREFIX = "base_model.model."
 # The update is linear in what the layer reads, and one factor of it holds the input dimension.
 LINEAR_TYPES = ("LORA", "ADALORA", "LOHA")
 # Inputs or outputs are scaled channel by channel, which a gain per channel commutes with; or norms are replaced.
-OTHER_TYPES = ("IA3", "LN_TUNING", "TRAINABLE_TOKENS")
+OTHER_TYPES = (FITTING_TYPES[0], "LN_TUNING", "TRAINABLE_TOKENS")
 # Vectors in front of the embedded text, or keys and values in front of the computed ones.
-PROMPT_TYPES = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "PREFIX_TUNING")
+PROMPT_TYPES = FITTING_TYPES[1:]
 _ROTATES = "it rotates what the layer reads, and a gain per channel does not commute with a rotation"
 _SHARES = "its matrices are shared by layers that read different norms"
 REFUSED_TYPES = {

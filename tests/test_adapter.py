@@ -1,7 +1,9 @@
-"""`flashnorm fold-adapter`: folded base with folded adapter computes what source with adapter computes, in real peft."""
+"""`flashnorm fold-adapter`: folded base with folded adapter computes what source with adapter does, in real peft."""
 
 import json
-import warnings
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,14 @@ import families
 import pytest
 import torch
 import transformers
+from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from flashnorm_cli import fold, fold_adapter
+from flashnorm_cli import FlashNormError, fold, fold_adapter
+from flashnorm_cli.adapter import WEIGHTS
 from flashnorm_cli.cli import main
+from flashnorm_cli.safetensors_file import read_header
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
@@ -207,19 +212,40 @@ CASES: dict[str, tuple[Any, bool, str]] = {
     "a head of its own": (lora(modules_to_save=["lm_head"]), False, "wrong"),
     "a head of its own, tied": (lora(modules_to_save=["lm_head"]), True, "wrong"),
     "a whole MLP": (lora(target_modules=ATTENTION, modules_to_save=["mlp"]), False, "wrong"),
-    "a whole layer": (lora(target_modules=["o_proj"], modules_to_save=["layers.1"], exclude_modules=["layers.1"], layers_to_transform=[0]), False, "right"),
+    "a whole layer": (
+        lora(
+            target_modules=["o_proj"],
+            modules_to_save=["layers.1"],
+            exclude_modules=["layers.1"],
+            layers_to_transform=[0],
+        ),
+        False,
+        "right",
+    ),
     "embedding": (lora(target_modules=["embed_tokens", "q_proj"]), False, "wrong"),
     "embedding, tied": (lora(target_modules=["embed_tokens", "q_proj"]), True, "wrong"),
-    "embedding and head, tied": (lora(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True), True, "wrong"),
+    "embedding and head, tied": (
+        lora(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True),
+        True,
+        "wrong",
+    ),
     "embedding and head, tied, regular expression": (
-        lora(target_modules=r".*(embed_tokens|q_proj)", ensure_weight_tying=True), True, "wrong"
+        lora(target_modules=r".*(embed_tokens|q_proj)", ensure_weight_tying=True),
+        True,
+        "wrong",
     ),
     "an embedding of its own, tied": (lora(modules_to_save=["embed_tokens"]), True, "wrong"),
-    "embedding and head of its own, tied": (lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True), True, "wrong"),
+    "embedding and head of its own, tied": (
+        lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+        True,
+        "wrong",
+    ),
     "tokens": (lora(trainable_token_indices=[35, 40, 77]), False, "wrong"),
     "tokens, tied": (lora(trainable_token_indices=[35, 40, 77]), True, "wrong"),
     "tokens of both, tied": (
-        lora(trainable_token_indices={"embed_tokens": [35, 40], "lm_head": [40, 50, 60]}), True, "wrong"
+        lora(trainable_token_indices={"embed_tokens": [35, 40], "lm_head": [40, 50, 60]}),
+        True,
+        "wrong",
     ),
     "layers used twice": (lora(layer_replication=[[0, 2], [0, 2]]), False, "wrong"),
     "alora": (lora(alora_invocation_tokens=[INVOKES]), False, "wrong"),
@@ -227,11 +253,21 @@ CASES: dict[str, tuple[Any, bool, str]] = {
     "mica": (lora(init_lora_weights="mica"), False, "wrong"),
     "adalora": (peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=LINEARS, total_step=10), False, "wrong"),
     "loha": (peft.LoHaConfig(task_type="CAUSAL_LM", r=4, target_modules=LINEARS), False, "wrong"),
-    "ia3": (peft.IA3Config(task_type="CAUSAL_LM", target_modules=LINEARS, feedforward_modules=["q_proj", "up_proj", "down_proj"]), False, "right"),
+    "ia3": (
+        peft.IA3Config(
+            task_type="CAUSAL_LM", target_modules=LINEARS, feedforward_modules=["q_proj", "up_proj", "down_proj"]
+        ),
+        False,
+        "right",
+    ),
     "ln tuning": (peft.LNTuningConfig(task_type="CAUSAL_LM"), False, "wrong"),
     "prompt tuning": (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), False, "right"),
     "prefix tuning": (peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), False, "right"),
-    "p tuning": (peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=16), False, "right"),
+    "p tuning": (
+        peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=16),
+        False,
+        "right",
+    ),
     "trainable tokens": (peft.TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=[35, 40, 77]), False, "right"),
 }
 
@@ -241,3 +277,244 @@ def test_kinds(base: Callable[..., Path], name: str, tmp_path: Path) -> None:
     config, tied, unfolded = CASES[name]
     folder = base("llama", tied)
     check(folder, train(folder, config, tmp_path / "adapter"), unfolded=unfolded)
+
+
+# ---- layouts and dtypes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes_are_rounded_once(base: Callable[..., Path], dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = base("llama")
+    adapter = train(folder, lora(use_dora=True, modules_to_save=["norm"]), tmp_path / "adapter")
+    before = {name: t.to(dtype) for name, t in load_file(adapter / "adapter_model.safetensors").items()}
+    save_file(before, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    fold_adapter(adapter, folder / "folded", tmp_path / "out")
+    after = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    gains = load_file(folder / "source" / "model.safetensors")
+    stem = "base_model.model.model.layers.1."
+    for norm, name in (("input_layernorm", "self_attn.k_proj"), ("post_attention_layernorm", "mlp.up_proj")):
+        gain, key = gains[f"model.layers.1.{norm}.weight"], f"{stem}{name}.lora_A.weight"
+        assert torch.equal(after[key], (before[key].float() * gain).to(dtype))
+    key = "base_model.model.model.norm.weight"
+    assert torch.equal(after[key], (before[key].double() / gains["model.norm.weight"].double()).to(dtype))
+    for key in before:
+        assert after[key].dtype == dtype
+        if "o_proj" in key or "down_proj" in key or "lora_B" in key:
+            assert torch.equal(after[key], before[key])
+
+
+def test_norms_left_out_and_kept(base: Callable[..., Path], tmp_path: Path) -> None:
+    """Layout dropped, and a base that kept its final norm."""
+    source = base("llama") / "source"
+    (tmp_path / "source").symlink_to(source)
+    fold(source, tmp_path / "folded", layout="dropped", final_norm="keep")
+    config = lora(target_modules=[*LINEARS, "lm_head"], modules_to_save=["norm"])
+    result = check(tmp_path, train(tmp_path, config, tmp_path / "adapter"))
+    changed = load_file(result.output / "adapter_model.safetensors")
+    before = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for key in ("base_model.model.lm_head.lora_A.weight", "base_model.model.model.norm.weight"):
+        assert torch.equal(changed[key], before[key])
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(a) for a in arguments])
+    return stopped.value.code
+
+
+@pytest.fixture
+def adapter(base: Callable[..., Path], tmp_path: Path) -> Path:
+    return train(base("llama"), lora(), tmp_path / "adapter")
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "pissa": ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+    "olora": ({"init_lora_weights": "olora"}, "peft would derive that afresh from the folded ones"),
+    "loftq": ({"init_lora_weights": "loftq"}, "init_lora_weights is 'loftq'"),
+    "qalora": ({"use_qalora": True}, "QALoRA averages"),
+    "kasa": ({"kasa_config": {"beta": 1}}, "KaSA changes the base's weights"),
+    "lokr": ({"peft_type": "LOKR"}, "is a Kronecker product"),
+    "oft": ({"peft_type": "OFT"}, "rotates what the layer reads"),
+    "vera": ({"peft_type": "VERA"}, "shared by layers that read different norms"),
+    "unknown": ({"peft_type": "NEWEST"}, "peft type NEWEST cannot be folded"),
+    "no type": ({"peft_type": None}, "merge_and_unload"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_exact_is_refused(
+    base: Callable[..., Path], adapter: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes, words = REFUSED[kind]
+    change_config(adapter, **changes)
+    out = adapter.with_name("out")
+    assert run("fold-adapter", adapter, out, "--base", base("llama") / "folded") == 1
+    errors = capsys.readouterr().err
+    assert words in errors and errors.count("\n") == 1
+    assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter"]
+
+
+def change(adapter: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    edit(tensors)
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
+    "other model's": (lambda t: t.update({Q_A.replace("q_proj", "query"): t.pop(Q_A)}), "other half is missing"),
+    "another width": (lambda t: t.update({Q_A: torch.zeros(4, 65)}), "the base reads 64 channels"),
+    "another layer": (
+        lambda t: t.update({k.replace("layers.0", "layers.9"): t.pop(k) for k in list(t) if "layers.0" in k}),
+        "has no model.layers.9",
+    ),
+    "no prefix": (lambda t: t.update({"lora_A.weight": t.pop(Q_A)}), "does not begin with 'base_model.model.'"),
+    "unknown part": (lambda t: t.update({Q_A.replace("lora_A.weight", "lora_diag"): torch.zeros(4)}), "lora_diag: the"),
+    "overflow": (lambda t: t.update({Q_A: torch.full((4, 64), 60000.0).half()}), "beyond the largest torch.float16"),
+    "fp8": (lambda t: t.update({Q_A: t[Q_A].to(torch.float8_e4m3fn)}), "is stored as F8_E4M3"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_tensors_that_do_not_fit_are_named(
+    base: Callable[..., Path], adapter: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit, words = BROKEN[kind]
+    change(adapter, edit)
+    assert run("fold-adapter", adapter, adapter.with_name("out"), "--base", base("llama") / "folded") == 1
+    errors = capsys.readouterr().err
+    assert words in errors and errors.count("\n") == 1
+    assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter"]
+
+
+def test_a_norm_of_its_own_where_the_source_has_zero(tmp_path: Path) -> None:
+    """What the folded base no longer lets through cannot come back."""
+    model = small_llama()
+    families.randomize_gains(model, seed=1)
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[5] = 0.0
+    families.save(model, tmp_path / "source")
+    fold(tmp_path / "source", tmp_path / "folded")
+    own = train(tmp_path, lora(modules_to_save=["input_layernorm"]), tmp_path / "adapter")
+    check(tmp_path, own)  # still zero
+    key = "base_model.model.model.layers.0.input_layernorm.weight"
+    change(own, lambda tensors: tensors[key].__setitem__(5, 0.1))
+    with pytest.raises(FlashNormError, match=r"layers.0.input_layernorm.weight: .*lost the channel"):
+        fold_adapter(own, tmp_path / "folded", tmp_path / "other")
+
+
+def test_another_source_is_noticed(base: Callable[..., Path], adapter: Path, tmp_path: Path) -> None:
+    """Same headers, other weights."""
+    source, folded = base("llama") / "source", base("llama") / "folded"
+    twin = Path(shutil.copytree(source, tmp_path / "twin"))
+    tensors = load_file(twin / "model.safetensors")
+    tensors["model.layers.1.post_attention_layernorm.weight"][3] *= 1.01
+    save_file(tensors, twin / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FlashNormError, match=r"does not hold what .* times .*layers.1.post_attention_layernorm"):
+        fold_adapter(adapter, folded, tmp_path / "out", source=twin)
+    with pytest.raises(FlashNormError, match=r"folded from another model.safetensors"):
+        fold_adapter(adapter, folded, tmp_path / "out", source=base("qwen3") / "source")
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_folder(base: Callable[..., Path], adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folded, out = base("llama") / "folded", adapter.with_name("out")
+    (adapter / "README.md").write_text("---\nbase_model: the/source\ntags:\n- lora\n---\n# Mine\n")
+    (adapter / "tokenizer").mkdir()
+    (adapter / "tokenizer" / "vocab.txt").write_text("a\n")
+    (adapter / "optimizer.pt").write_bytes(b"x")
+    shutil.copytree(adapter, adapter / "checkpoint-5")
+    assert run("fold-adapter", adapter, out, "--base", folded, "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["left_out"] == ["checkpoint-5/", "optimizer.pt"]
+    assert said["changed"] == {"gain": 10, "ratio": 0, "magnitude": 0} and said["check"]["modules"] == 10
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "flashnorm.json", "tokenizer",
+    ]  # fmt: skip
+    card = (out / "README.md").read_text()
+    assert f'base_model: "{folded}"\ntags:\n- lora\n---\n\n> `flashnorm fold-adapter`' in card
+    assert card.endswith("wrong.\n\n# Mine\n")
+    before, after = (json.loads((f / "adapter_config.json").read_text()) for f in (adapter, out))
+    assert after.pop("base_model_name_or_path") == str(folded)
+    before.pop("base_model_name_or_path")
+    assert after == before
+    assert list(read_header(out / WEIGHTS).tensors) == list(read_header(adapter / WEIGHTS).tensors)
+    assert (out / WEIGHTS).stat().st_mode & 0o777 == (out / "README.md").stat().st_mode & 0o777
+    # Once is enough.
+    assert run("fold-adapter", out, adapter.with_name("twice"), "--base", folded) == 1
+    assert "is folded already (flashnorm.json says so)" in capsys.readouterr().err
+    (out / "flashnorm.json").unlink()
+    assert run("fold-adapter", out, adapter.with_name("twice"), "--base", folded) == 1
+    assert "which is the folded base itself: it fits as it is" in capsys.readouterr().err
+    # And nothing is lost by a second run.
+    assert run("fold-adapter", adapter, out, "--base", folded) == 2
+    assert "exists already; add --overwrite" in capsys.readouterr().err
+    assert run("fold-adapter", adapter, out, "--base", folded, "--overwrite", "--quiet") == 0
+    assert capsys.readouterr().out == ""
+    assert not list(out.parent.glob(".*"))
+
+
+def test_wrong_calls(base: Callable[..., Path], adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, folded = base("llama") / "source", base("llama") / "folded"
+    (adapter.parent / "link").symlink_to(adapter.parent / "elsewhere")
+    (adapter.parent / "full").mkdir()
+    (adapter.parent / "full" / "thesis.txt").write_text("")
+    for arguments, code, words in [
+        ((adapter, "--base", source), 2, "is not a folded checkpoint (no flashnorm.json)"),
+        ((source, "--base", folded), 1, "there is no adapter_config.json: is this a PEFT adapter?"),
+        ((adapter.parent, "--base", folded), 1, "it holds adapters in adapter: name one of them"),
+        ((adapter, adapter / "inside", "--base", folded), 2, "overlaps with the source"),
+        ((adapter, folded, "--base", folded, "--overwrite"), 2, "is not an adapter"),
+        ((adapter, adapter.parent / "link", "--base", folded), 2, "is a symbolic link"),
+        ((adapter, adapter.parent / "full", "--base", folded, "--overwrite"), 2, "is not an adapter"),
+        (("./nowhere", "--base", folded), 2, "no such folder"),
+        ((adapter, "--base", folded, "--source-revision", "main"), 2, "--source-revision needs --source"),
+    ]:
+        assert run("fold-adapter", *arguments) == code, words
+        assert words in capsys.readouterr().err
+    assert run("verify", adapter) == 2
+    assert "is an adapter; name the folded checkpoint" in capsys.readouterr().err
+
+
+def test_pickles_come_with_a_command_that_works(
+    base: Callable[..., Path], adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(adapter / WEIGHTS)
+    torch.save(tensors, adapter / "adapter_model.bin")
+    (adapter / WEIGHTS).unlink()
+    arguments = ("fold-adapter", adapter, adapter.with_name("out"), "--base", base("llama") / "folded")
+    assert run(*arguments) == 1
+    command = capsys.readouterr().err.split("convert it yourself: python ")[1]
+    subprocess.run(f"{sys.executable} {command}", shell=True, check=True)
+    assert torch.equal(load_file(adapter / WEIGHTS)[Q_A], tensors[Q_A])
+    assert run(*arguments) == 0
+    assert "Left out (weights in other formats, adapters in subfolders): adapter_model.bin" in capsys.readouterr().out
+
+
+def test_the_hub_is_asked_for_headers_norms_and_rows(base: Callable[..., Path], adapter: Path, tmp_path: Path) -> None:
+    """Source, base and adapter on the Hub: no shard is downloaded."""
+    folder = base("llama")
+    with HubServer(tmp_path / "hub") as hub:
+        commit = hub.add_repo("some/source", folder / "source").resolve("main")
+        hub.add_repo("some/folded", folder / "folded")
+        hub.add_repo("some/lora", adapter)
+        command = [sys.executable, "-m", "flashnorm_cli", "fold-adapter", "some/lora", "out", "--base", "some/folded"]
+        run = subprocess.run(
+            [*command, "--source", "some/source", "--source-revision", commit, "--json"],
+            env=hub.client_env(tmp_path / "home"), cwd=tmp_path, capture_output=True, text=True,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        shards = [r for r in hub.log if "model.safetensors" in r.path and "adapter" not in r.path]
+        assert len(shards) > 20 and all(r.range is not None for r in shards if r.host == "hub" and r.sent)
+        downloaded = [r for r in hub.log if r.host == "cdn" and r.range is None]
+        assert len(downloaded) == 1, downloaded  # the adapter's own weights
+    fold_adapter(adapter, folder / "folded", tmp_path / "local")
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "local" / WEIGHTS).read_bytes()
+    assert (
+        json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/folded"
+    )

@@ -18,6 +18,7 @@ import torch
 
 from flashnorm_cli import __version__
 from flashnorm_cli import record as records
+from flashnorm_cli.adapter import CONFIG as ADAPTER
 from flashnorm_cli.checkpoint import CONFIG, RECORD, Checkpoint, Progress, Source, open_checkpoint, read_json
 from flashnorm_cli.errors import CheckpointError, UsageError
 from flashnorm_cli.folding import write_text
@@ -97,6 +98,10 @@ def verify(
     report(0, 0, "Reading headers")
     target = Source(str(folded), revision, token, where, local_files_only)
     folder = Path(str(folded)).expanduser()
+    if (folder / ADAPTER).is_file() and not (folder / CONFIG).exists():
+        raise UsageError(
+            f"{folded}: is an adapter; name the folded checkpoint (`flashnorm fold-adapter` checks what it writes)"
+        )
     origin = _source_of(target, folder, source, source_revision, token, where, local_files_only)
     try:
         mine = open_checkpoint(target, on_progress=report)
