@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from flashnorm_cli.checkpoint import Checkpoint, Source, open_checkpoint
     from flashnorm_cli.errors import FlashNormError
     from flashnorm_cli.folding import FoldResult, fold
+    from flashnorm_cli.in_memory import fold_model_
     from flashnorm_cli.plan import Plan, make_plan
     from flashnorm_cli.proof.result import Verification
     from flashnorm_cli.proof.verify import verify
+    from flashnorm_cli.weightless_model import from_pretrained, weighted, weightless, weightless_norms
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,9 +30,14 @@ __all__ = [
     "Verification",
     "fold",
     "fold_adapter",
+    "fold_model_",
+    "from_pretrained",
     "make_plan",
     "open_checkpoint",
     "verify",
+    "weighted",
+    "weightless",
+    "weightless_norms",
 ]
 
 _HOME = {
@@ -46,6 +53,11 @@ _HOME = {
     "make_plan": "plan",
     "Verification": "proof.result",
     "verify": "proof.verify",
+    "fold_model_": "in_memory",
+    "from_pretrained": "weightless_model",
+    "weighted": "weightless_model",
+    "weightless": "weightless_model",
+    "weightless_norms": "weightless_model",
 }
 
 

@@ -150,6 +150,21 @@ def refuse_folded(checkpoint: Checkpoint) -> None:
         )
 
 
+@dataclass(frozen=True)
+class TracedPlan:
+    """A plan, and what it says about the model's own parameters, by runtime names.
+
+    `kept` are the gains that stay, `untied` the head that gets a tensor of its own and the embedding whose values it
+    starts from (twice the same name where the head has its tensor already). `model` is on the meta device.
+    """
+
+    plan: Plan
+    model: PreTrainedModel
+    trace: Trace
+    kept: dict[str, str]
+    untied: tuple[str, str] | None
+
+
 def make_plan(checkpoint: Checkpoint, final_norm: str = "auto", trust_remote_code: bool = False) -> Plan:
     """Derive the plan from the model's own forward, on the meta device.
 
@@ -162,13 +177,18 @@ def make_plan(checkpoint: Checkpoint, final_norm: str = "auto", trust_remote_cod
         FlashNormError: the checkpoint is folded already.
         PlanError: the architecture cannot be built, traced, or matched with the tensors on disk.
     """
-    import transformers
-
     from flashnorm_cli import runtime
 
     refuse_folded(checkpoint)
     config = runtime.load_config(checkpoint.folder, trust_remote_code)
     cls = runtime.model_class(config, checkpoint.folder, trust_remote_code)
+    return trace_plan(checkpoint, config, cls, final_norm).plan
+
+
+def trace_plan(checkpoint: Checkpoint, config: PretrainedConfig, cls: Any, final_norm: str) -> TracedPlan:
+    """`make_plan` for a config and a class that are at hand, with what a fold in memory needs beside the plan."""
+    import transformers
+
     return _Planner(checkpoint, config, cls, final_norm, transformers.__version__).plan()
 
 
@@ -210,7 +230,7 @@ class _Planner:
         self.unread: list[str] = []
         self.untied: tuple[str, str] | None = None  # runtime names of the head and of the embedding
 
-    def plan(self) -> Plan:
+    def plan(self) -> TracedPlan:
         from flashnorm_cli import runtime
 
         self.model, missing, self.trace = self._traced()
@@ -226,7 +246,7 @@ class _Planner:
         found = self._find_readers()
         if any(g in self.kept for g in self._head_gains()):
             lm_head = "kept"
-        return self._assemble(found, lm_head)
+        return TracedPlan(self._assemble(found, lm_head), self.model, self.trace, self.kept, self.untied)
 
     def _traced(self, untied: bool = False) -> tuple[PreTrainedModel, set[str], Trace]:
         return traced(self.checkpoint, self.config, self.cls, untied)

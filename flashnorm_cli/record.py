@@ -12,7 +12,7 @@ from typing import Any
 from flashnorm_cli import __version__
 from flashnorm_cli.checkpoint import CONFIG, INDEX, RECORD, Checkpoint, Source
 from flashnorm_cli.errors import UsageError
-from flashnorm_cli.plan import FORMAT, Plan, grouped
+from flashnorm_cli.plan import FORMAT, Plan, pattern_of
 
 LAYOUTS = ("identity", "dropped")
 # Small files are hashed whole. A shard's sha256 is written where the Hub cache knows it already: hashing gigabytes
@@ -24,12 +24,16 @@ def config_record(plan: Plan, layout: str) -> dict[str, Any]:
     """The `flashnorm` object of config.json: what a runtime needs to know, by patterns of tensor names."""
     kept: dict[str, str] = {}
     for norm in plan.kept:
-        kept.setdefault(grouped([norm.tensor])[0][0], re.sub(r"\.\d+\b", ".*", norm.reason or ""))
+        kept.setdefault(pattern_of(norm.tensor), re.sub(r"\.\d+\b", ".*", norm.reason or ""))
+    folded: dict[str, None] = {}
+    for norm in plan.folded:  # a pattern that would also name a kept norm is spelt out
+        pattern = pattern_of(norm.tensor)
+        folded.setdefault(norm.tensor if pattern in kept else pattern)
     return {
         "format": FORMAT,
         "tool": f"flashnorm-cli {__version__}",
         "layout": layout,
-        "folded": [pattern for pattern, _ in grouped(n.tensor for n in plan.folded)],
+        "folded": list(folded),
         "kept": kept,
         "lm_head": plan.lm_head,
     }
@@ -38,17 +42,20 @@ def config_record(plan: Plan, layout: str) -> dict[str, Any]:
 def folded_config(config: dict[str, Any], plan: Plan, layout: str) -> dict[str, Any]:
     """config.json of the folded checkpoint: the source's keys in their order, then the flags."""
     new = json.loads(json.dumps(config))
-    record = config_record(plan, layout)
     nested = new
     for key in plan.text_config:
         nested = nested.get(key) if isinstance(nested, dict) else None
     levels = [new] if nested is new or not isinstance(nested, dict) else [new, nested]
     for level in levels:
-        if plan.untie:
-            level["tie_word_embeddings"] = False
-        level["flashnorm_folded"] = plan.folded_flag
-        level["flashnorm"] = record
+        level.update(config_keys(plan, layout))
     return new
+
+
+def config_keys(plan: Plan, layout: str, in_memory: bool = False) -> dict[str, Any]:
+    """What a fold adds to a config, at its top and in its nested text config. In memory there is no flashnorm.json."""
+    tie = {"tie_word_embeddings": False} if plan.untie else {}
+    record = {**config_record(plan, layout), **({"in_memory": True} if in_memory else {})}
+    return {**tie, "flashnorm_folded": plan.folded_flag, "flashnorm": record}
 
 
 def folded_index(

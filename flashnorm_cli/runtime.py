@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,13 +44,16 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
-    """The config as transformers reads it. Raises PlanError for an architecture that it does not know."""
+def load_config(folder: Path | str, trust_remote_code: bool, **hub: Any) -> PretrainedConfig:
+    """The config as transformers reads it, from a folder or, with what `hub` says, from the Hub.
+
+    Raises PlanError for an architecture that it does not know.
+    """
     from transformers import AutoConfig
 
     try:
         with quiet_transformers():
-            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **hub)
     except Exception as error:  # a config class may raise anything, remote code included
         if "trust_remote_code" in str(error):
             raise PlanError(
@@ -59,7 +62,7 @@ def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         raise PlanError(f"{folder}: transformers cannot read config.json: {first_line(error)}") from error
 
 
-def model_class(config: PretrainedConfig, folder: Path, trust_remote_code: bool) -> Any:
+def model_class(config: PretrainedConfig, folder: Path | str, trust_remote_code: bool, **hub: Any) -> Any:
     """The class that config.json names, from transformers or from the checkpoint's own code."""
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -69,7 +72,7 @@ def model_class(config: PretrainedConfig, folder: Path, trust_remote_code: bool)
     if trust_remote_code:
         for auto, reference in auto_map.items():
             if auto.startswith("AutoModel") and reference.rsplit(".", 1)[-1] in names:
-                return get_class_from_dynamic_module(reference, folder)
+                return get_class_from_dynamic_module(reference, folder, **hub)
     for name in names:
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
@@ -248,16 +251,52 @@ def ids_on_disk(model: PreTrainedModel, trace: Trace) -> dict[str, torch.Tensor]
 def saved_names(model: PreTrainedModel, parameters: list[str]) -> dict[str, str]:
     """The names under which `save_pretrained` would write parameters that the checkpoint does not hold yet.
 
-    The model remembers only the conversions that its loading needed; all that it has are asked here.
+    The model remembers only the conversions that its loading needed; all that it has are asked here. Parameters that
+    are merged with others, or split, are left out.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    used, model._weight_conversions = model._weight_conversions, None  # type: ignore[assignment]
+    marks = {name: torch.full((), n) for n, name in enumerate(parameters, 1)}
+    state = {
+        name: marks.get(name, torch.zeros((), dtype=torch.int64)).expand(tensor.shape)
+        for name, tensor in model.state_dict().items()
+    }
+    used = vars(model).pop("_weight_conversions", None)
     try:
-        with quiet_transformers():
-            return {p: next(iter(revert_weight_conversion(model, {p: model.get_parameter(p)}))) for p in parameters}
+        with quiet_transformers(), _KeepSmall():
+            reverted = revert_weight_conversion(model, state)
+    except Exception as error:  # a conversion is code of the model's own
+        raise PlanError(
+            f"transformers cannot say how {type(model).__name__} lies on disk: {first_line(error)}"
+        ) from error
     finally:
-        model._weight_conversions = used
+        if used is not None:
+            model._weight_conversions = used
+    found: dict[str, str] = {}
+    for name, tensor in reverted.items():
+        values = small(tensor[0] if isinstance(tensor, list) else tensor)
+        if values.numel() == 1 and values.item():
+            found.setdefault(parameters[int(values.item()) - 1], name)
+    return found
+
+
+def save_as(model: PreTrainedModel, parameter: str, name: str) -> None:
+    """Let `save_pretrained` write a new parameter of a loaded model under the name that the file fold gives it.
+
+    The model remembers only the conversions that its loading needed, and its loading knew nothing of this parameter.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import revert_weight_conversion
+
+    used = getattr(model, "_weight_conversions", None)
+    if used is None:
+        return
+    value = model.get_parameter(parameter)
+    choices = [used, *([one, *used] for one in get_model_conversion_mapping(model, add_legacy=False))]
+    for model._weight_conversions in choices:
+        if name in revert_weight_conversion(model, {parameter: value}):
+            return
+    model._weight_conversions = used
 
 
 def loader_names(model: PreTrainedModel, disk_names: list[str]) -> dict[str, tuple[str, str | None]]:
@@ -269,6 +308,57 @@ def loader_names(model: PreTrainedModel, disk_names: list[str]) -> dict[str, tup
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     state = model.state_dict()
     return {name: rename_source_key(name, renamings, converters, model.base_model_prefix, state) for name in disk_names}
+
+
+def tensors_on_disk(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What `save_pretrained` would write for a model: names with tensors of that shape and dtype, values left out.
+
+    Of parameters that are declared as tied, one is written. Raises PlanError where transformers cannot say.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state = model.state_dict(keep_vars=True)
+    tied, ignored = model.all_tied_weights_keys, model._keys_to_ignore_on_save or ()
+    written = {id(tensor) for name, tensor in state.items() if name not in tied}
+    empty: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        again = name in tied and id(tensor) in written
+        written.add(id(tensor))
+        if not again and name not in ignored and isinstance(tensor, torch.Tensor):
+            empty[name] = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+    try:
+        with quiet_transformers(), _KeepSmall():
+            return {n: t[0] if isinstance(t, list) else t for n, t in revert_weight_conversion(model, empty).items()}
+    except Exception as error:  # a conversion is code of the model's own
+        raise PlanError(
+            f"transformers cannot say how {type(model).__name__} lies on disk: {first_line(error)}"
+        ) from error
+
+
+def parameters_named(model: PreTrainedModel, patterns: Iterable[str]) -> dict[str, str]:
+    """The parameters that patterns of names on disk stand for, as runtime name -> name on disk.
+
+    Numbers are tried as the model's own parameters have them, and each name is followed through the conversions that
+    loaded the model; what is left then is asked for the name under which it would be saved.
+    """
+    from flashnorm_cli.plan import pattern_of
+
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    numbers = {(), *(tuple(re.findall(r"(?:^|(?<=\.))\d+(?=\.|$)", name)) for name in parameters)}
+    candidates: dict[str, str] = {}
+    for pattern in patterns:
+        parts = re.split(r"(?:^|(?<=\.))\*(?=\.|$)", pattern)
+        for filling in numbers:
+            if len(filling) == len(parts) - 1:
+                candidates["".join(a + b for a, b in zip(parts, (*filling, ""), strict=True))] = pattern
+    loads = loader_names(model, list(candidates))
+    found = {loads[name][0]: name for name in candidates if loads[name][0] in parameters}
+    left = set(patterns) - {candidates[name] for name in found.values()}
+    if left:
+        others = [name for name, p in parameters.items() if p.ndim < 3 and name not in found]
+        saved = saved_names(model, others).items()
+        found.update({name: disk for name, disk in saved if disk in left or pattern_of(disk) in left})
+    return found
 
 
 def first_line(error: Exception) -> str:

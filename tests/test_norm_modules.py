@@ -57,7 +57,8 @@ def test_other_modules():
     assert read_norm(nn.RMSNorm(16, eps=1e-5)) == PlainNorm(1e-5, 0.0, "weight")
     for module in (nn.LayerNorm(16), nn.LayerNorm(16, bias=False), nn.Linear(4, 1, bias=False), nn.PReLU(8)):
         assert read_norm(module) is None
-    assert read_norm(nn.RMSNorm(16, eps=1e-5, device="meta")) is None
+    on_meta = nn.RMSNorm(16, eps=1e-5, device="meta")
+    assert read_norm(on_meta) == PlainNorm(1e-5, 0.0, "weight") and not plain_norms(on_meta)
 
 
 @pytest.mark.parametrize(

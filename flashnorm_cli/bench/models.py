@@ -94,7 +94,8 @@ def swapped(model: PreTrainedModel, way: str) -> Iterator[None]:
         with _fused(model):
             yield
     else:
-        with norms_replaced(model, lambda module, norm: _forward(way, module, norm)) as names:
+        choose = on_kernel if way == "flashnorm" else lambda module, norm: _forward(way, module, norm)
+        with norms_replaced(model, choose) as names:
             if not names:
                 raise FlashNormError("the model has no plain RMSNorm")
             yield
@@ -112,7 +113,6 @@ def _forward(way: str, module: nn.Module, norm: PlainNorm) -> Callable[[Tensor],
     ways: dict[str, Callable[[Tensor], Tensor]] = {
         "notebook swap": notebook,
         "F.rms_norm": lambda x: F.rms_norm(x, shape, gain, eps),
-        "flashnorm": on_kernel(module, norm),
         "no norms": lambda x: x,
     }
     return ways[way]

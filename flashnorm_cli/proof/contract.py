@@ -330,9 +330,10 @@ def _config_by_meaning(pair: Pair) -> list[Finding]:
 
 
 def _lost_record(pair: Pair) -> list[Finding]:
-    """Without its record a fold of ours would be judged more mildly."""
+    """Without its record a fold of ours would be judged more mildly. One that was made in memory never had it."""
     ours = pair.folded.config.get("flashnorm")
-    if pair.record is None and isinstance(ours, dict) and str(ours.get("tool", "")).startswith("flashnorm-cli"):
+    ours = ours if isinstance(ours, dict) and ours.get("in_memory") is not True else {}
+    if pair.record is None and str(ours.get("tool", "")).startswith("flashnorm-cli"):
         return [Finding(RECORD, f"is missing: {CONFIG} says that flashnorm folded this checkpoint")]
     return []
 

@@ -1,0 +1,244 @@
+"""Fold a model that is loaded: the same plan as for a checkpoint, made from the model's own config and parameters."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from flashnorm_cli import record, runtime
+from flashnorm_cli.checkpoint import Checkpoint, Source
+from flashnorm_cli.errors import FlashNormError, UsageError
+from flashnorm_cli.plan import FINAL_NORM_CHOICES, TracedPlan, trace_plan
+from flashnorm_cli.rewrite import TORCH_DTYPE, GainOverflowError
+from flashnorm_cli.safetensors_file import Header, TensorEntry
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Model = TypeVar("Model", bound="PreTrainedModel")
+
+CHUNK_ELEMENTS = 1 << 24  # that are widened to float32 at a time
+
+
+def fold_model_(model: Model, final_norm: str = "auto") -> Model:
+    """Fold the norm gains of a loaded model into the linear layers that read them, in place.
+
+    What `fold` does to a checkpoint, for a model that is in memory: the same plan, the same products (float32, rounded
+    once to the parameter's dtype; float64 for float64), the same refusals. The folded norms hold their identity
+    afterwards, and `model.config` the record of docs/checkpoint.md, so `save_pretrained` writes a folded checkpoint,
+    and `weightless(model)` makes it run without the weights. The config is a copy: another model that was made from
+    the same config object is not called folded. All checks come before the first change.
+
+    Args:
+        model: a transformers model, its parameters in memory (any device), not quantized, without adapters.
+        final_norm: "auto", "keep" or "untie"; see `make_plan`. An untied head is a new parameter.
+    Returns:
+        The model.
+    Raises:
+        UsageError: it is no transformers model, or final_norm is none of the three.
+        FlashNormError: the model is folded already, has nothing to fold, or cannot be changed in place.
+        GainOverflowError: a weight times its gain is beyond what the parameter's dtype can hold.
+        PlanError: the architecture cannot be planned, or the model is not what its config says.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError(f"{type(model).__name__} is no transformers model; pass the model inside (a PreTrainedModel)")
+    if final_norm not in FINAL_NORM_CHOICES:
+        raise UsageError(f"final_norm is one of {', '.join(FINAL_NORM_CHOICES)}, not {final_norm!r}")
+    _refuse(model)
+    traced = trace_plan(_as_checkpoint(model), model.config, type(model), final_norm)
+    if not traced.plan.folded:
+        reasons = "; ".join(dict.fromkeys(n.reason or "" for n in traced.plan.kept)) or "it has no norm with a weight"
+        raise FlashNormError(f"there is nothing to fold: {reasons}")
+    parameters = _same_parameters(model, traced)
+    with torch.no_grad():
+        gains = _gains(traced, parameters)
+        factors = _factors(traced, gains, parameters)
+        head, embedding = traced.untied or ("", "")
+        untied = None
+        if traced.plan.untie and head != embedding:
+            tied = parameters[embedding]
+            untied = nn.Parameter(torch.empty_like(tied), tied.requires_grad)
+            _scale(tied, *factors.pop(head), out=untied)
+        for name, (factor, dim) in factors.items():
+            _scale(parameters[name], factor, dim, out=parameters[name])
+        for name in gains:
+            gain = traced.trace.gains[name]
+            parameters[name].fill_((1.0 - gain.offset) / gain.scale)
+        if untied is not None:
+            model.get_submodule(head.rpartition(".")[0]).register_parameter(head.rpartition(".")[2], untied)
+    _own_config(model)
+    if traced.plan.untie:
+        _untie(model, head)
+        for name in traced.plan.added:
+            runtime.save_as(model, head, name)
+    for config in _levels(model.config, traced.plan.text_config):
+        for key, value in record.config_keys(traced.plan, "identity", in_memory=True).items():
+            setattr(config, key, value)
+    return model
+
+
+# ---- before the first change -----------------------------------------------------------------------------------------
+
+
+def _refuse(model: PreTrainedModel) -> None:
+    config = model.config
+    if getattr(config, "flashnorm_folded", None) or getattr(config, "flashnorm", None):
+        raise FlashNormError("this model is folded already (its config says so); folding twice would do nothing good")
+    if getattr(model, "hf_quantizer", None) is not None or getattr(config, "quantization_config", None):
+        raise FlashNormError("this model is quantized: packed weights cannot take a gain; fold first, then quantize")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise FlashNormError("this model carries adapters, which read the same gains; merge or unload them first")
+    addresses: dict[tuple[torch.device, int], str] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise FlashNormError(
+                f"{name} is not in memory (offloaded, or never loaded); fold the checkpoint instead: flashnorm fold"
+            )
+        if type(parameter.data) is not Tensor:
+            raise FlashNormError(f"{name} is a {type(parameter.data).__name__}; fold before sharding or quantizing")
+        where = parameter.device, parameter.data_ptr()
+        if parameter.numel() and addresses.setdefault(where, name) != name:
+            raise FlashNormError(f"{addresses[where]} and {name} are two parameters in one place of memory")
+
+
+def _as_checkpoint(model: PreTrainedModel) -> Checkpoint:
+    """The checkpoint that `save_pretrained` would write, as headers say it."""
+    names = {dtype: name for name, dtype in TORCH_DTYPE.items()}
+    entries: dict[str, TensorEntry] = {}
+    end = 0
+    for name, tensor in runtime.tensors_on_disk(model).items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        entries[name] = TensorEntry(name, names.get(tensor.dtype, "U8"), tuple(tensor.shape), start, end)
+    name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+    return Checkpoint(Source(name), Path(), None, {}, {"memory": Header(b"", entries, None)}, None)
+
+
+def _same_parameters(model: PreTrainedModel, traced: TracedPlan) -> dict[str, nn.Parameter]:
+    """The model's parameters by all of their names. Raises FlashNormError if they are not those that were traced."""
+    mine = dict(model.named_parameters(remove_duplicate=False))
+    theirs = dict(traced.model.named_parameters(remove_duplicate=False))
+    head, embedding = traced.untied or ("", "")
+    for name in dict.fromkeys([*mine, *theirs]):
+        a, b = mine.get(name), theirs.get(name)
+        if a is None or b is None or a.shape != b.shape:
+            there = f"{list(a.shape)}" if a is not None else "missing"
+            wanted = f"{list(b.shape)}" if b is not None else "nothing of that name"
+            raise FlashNormError(
+                f"{name} is {there}, but the config of {type(model).__name__} makes {wanted}: this model was changed "
+                "after it was built, and cannot be planned from its config"
+            )
+    if head != embedding:
+        theirs[head] = theirs[embedding]  # as it was before the head became a parameter of its own
+    for name, other in _twins(mine) ^ _twins(theirs):
+        raise FlashNormError(
+            f"{other} and {name} are tied in the model or in its config, but not in both; set tie_word_embeddings"
+        )
+    if head != embedding:
+        del mine[head]
+    return mine
+
+
+def _twins(parameters: dict[str, nn.Parameter]) -> set[tuple[str, str]]:
+    """Names of shared parameters, each with the first name."""
+    first: dict[int, str] = {}
+    return {
+        (name, first[id(parameter)])
+        for name, parameter in parameters.items()
+        if first.setdefault(id(parameter), name) != name
+    }
+
+
+def _gains(traced: TracedPlan, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Gains of the norms to fold, by runtime name: float32 of shape (elements,), on the CPU."""
+    gains = {}
+    for name, gain in traced.trace.gains.items():
+        if name in traced.kept:
+            continue
+        weight = parameters[name].detach().float().flatten().cpu()
+        scaled = weight if gain.scale == 1.0 else weight * gain.scale
+        gains[name] = scaled if gain.offset == 0.0 else scaled + gain.offset
+        if not bool(gains[name].isfinite().all()):
+            raise FlashNormError(f"{name}: holds inf or NaN; this model is broken")
+    if all(bool((g == 1.0).all()) for g in gains.values()):
+        raise FlashNormError("there is nothing to fold: every norm that could be holds the identity already")
+    return gains
+
+
+def _factors(
+    traced: TracedPlan, gains: dict[str, Tensor], parameters: dict[str, nn.Parameter]
+) -> dict[str, tuple[Tensor, int]]:
+    """What each reader is multiplied by, float32 of shape (shape[dim],), and dim; none that would overflow."""
+    trace = traced.trace
+    by_id = [torch.ones(1)]  # id 0 and kept gains: unscaled
+    by_id += [gains.get(name, torch.ones(gain.size)) for name, gain in trace.gains.items()]
+    table = torch.cat(by_id)
+    factors = {}
+    for name, reader in trace.readers.items():
+        factor = table[reader.ids.clamp(min=0)]
+        if bool((factor == 1.0).all()):
+            continue
+        weight = parameters[name] if name in parameters else parameters[(traced.untied or ("", ""))[1]]
+        factors[name] = factor, reader.dim
+        _refuse_overflow(name, weight, factor, reader.dim)
+    return factors
+
+
+def _refuse_overflow(name: str, weight: Tensor, factor: Tensor, dim: int) -> None:
+    others = [d for d in range(weight.ndim) if d != dim]
+    peak = torch.linalg.vector_norm(weight, math.inf, others)
+    if not bool(peak.isfinite().all()):  # inf and NaN that are there already are carried over
+        finite = torch.where(weight.isfinite(), weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+        peak = torch.linalg.vector_norm(finite, math.inf, others)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if not bool((peak.to(wide) * factor.to(peak.device, wide).abs()).to(weight.dtype).isfinite().all()):
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise GainOverflowError(f"{name}: a weight times its gain is beyond the largest {kind}; fold in another dtype")
+
+
+# ---- changes ---------------------------------------------------------------------------------------------------------
+
+
+def _scale(weight: Tensor, factor: Tensor, dim: int, out: Tensor) -> None:
+    """`out` becomes weight times factor along dim, rounded once; out may be weight."""
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    factor = factor.to(weight.device, wide).view([-1 if d == dim else 1 for d in range(weight.ndim)])
+    rows = max(CHUNK_ELEMENTS * weight.shape[0] // max(weight.numel(), 1), 1)
+    for i in range(0, weight.shape[0], rows):
+        part = factor[i : i + rows] if dim == 0 else factor
+        out[i : i + rows].copy_(weight[i : i + rows].to(wide) * part)
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Give the model and its modules a copy of its config, and of the configs in it."""
+    from transformers import PretrainedConfig
+
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if isinstance(value, PretrainedConfig) and id(value) in copies:
+                vars(module)[key] = copies[id(value)]
+
+
+def _untie(model: PreTrainedModel, head: str) -> None:
+    """Make the tie undeclared, so that neither `tie_weights` nor `save_pretrained` restores it."""
+    runtime.set_tie(model.config, False)
+    for path, module in model.named_modules():
+        tied = getattr(module, "all_tied_weights_keys", None)
+        if tied is not None:
+            tied.pop(head.removeprefix(f"{path}." if path else ""), None)
+
+
+def _levels(config: PretrainedConfig, path: tuple[str, ...]) -> list[PretrainedConfig]:
+    """A config and the nested one that `path` leads to."""
+    nested = config
+    for key in path:
+        nested = getattr(nested, key)
+    return [config] if nested is config else [config, nested]
