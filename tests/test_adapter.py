@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from flashnorm_cli import FlashNormError, fold, fold_adapter
-from flashnorm_cli.adapter import WEIGHTS
+from flashnorm_cli import FlashNormError, fold, fold_adapter, weightless
+from flashnorm_cli.adapter import WEIGHTS, adapter_warnings
 from flashnorm_cli.cli import main
 from flashnorm_cli.safetensors_file import read_header
 
@@ -518,3 +519,45 @@ def test_the_hub_is_asked_for_headers_norms_and_rows(base: Callable[..., Path], 
     assert (
         json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/folded"
     )
+
+
+# ---- warnings --------------------------------------------------------------------------------------------------------
+
+
+def test_weightless_runs_with_the_folded_adapter_and_warns_of_the_original(
+    base: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = base("llama")
+    original = train(folder, lora(modules_to_save=["model.norm"]), tmp_path / "adapter")
+    out = fold_adapter(original, folder / "folded", tmp_path / "out").output
+    expected = outputs(load(folder / "source"), original)
+    for adapter, words in ((original, "flashnorm fold-adapter <the adapter> --base"), (out, None)):
+        model = peft.PeftModel.from_pretrained(load(folder / "folded"), adapter).eval()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            weightless(model)
+        said = [str(w.message) for w in caught if "was made for" in str(w.message)]
+        assert len(said) == (1 if words else 0) and all(words in text for text in said)
+        error = difference(families.logits(model, text(model.get_base_model())), expected)
+        assert error > WRONG if words else error < EXACT
+    native = load(folder / "folded")
+    native.load_adapter(str(original))
+    assert "was made for" in adapter_warnings(native)[0]
+    native = load(folder / "folded")
+    native.load_adapter(str(out))
+    assert adapter_warnings(native) == []
+    assert difference(families.logits(native.eval(), text(native)), expected) < EXACT
+
+
+def test_verify_speaks_of_an_adapter_beside_the_weights(
+    base: Callable[..., Path], adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = base("llama")
+    folded = Path(shutil.copytree(folder / "folded", tmp_path / "folded"))
+    fold_adapter(adapter, folded, folded / "adapters" / "mine")
+    arguments = ("verify", folded, "--source", folder / "source", "--level", "weights", "--no-record")
+    assert run(*arguments) == 0
+    assert "fold-adapter" not in capsys.readouterr().out
+    shutil.copytree(adapter, folded / "adapters" / "other")
+    assert run(*arguments) == 0
+    assert "adapters/other/adapter_config.json is an adapter" in capsys.readouterr().out
