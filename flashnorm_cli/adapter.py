@@ -307,8 +307,11 @@ def _record_of(base: Checkpoint) -> dict[str, Any]:
     said = read_json(base.folder / RECORD)
     if said.get("format") != FORMAT:
         raise FlashNormError(f"{name}: its {RECORD} has format {said.get('format')!r}; a newer flashnorm may read it")
-    if not isinstance(said.get("norms"), list) or not isinstance(said.get("readers"), list):
-        raise CheckpointError(f"{name}: its {RECORD} holds no plan")
+    wanted = {"norms": {"tensor", "shape", "scale", "offset", "folded"}, "readers": {"tensor", "dim", "runs"}}
+    for what, keys in wanted.items():
+        entries = said.get(what)
+        if not isinstance(entries, list) or not all(isinstance(e, dict) and keys <= e.keys() for e in entries):
+            raise CheckpointError(f"{name}: its {RECORD} holds no plan")
     return said
 
 

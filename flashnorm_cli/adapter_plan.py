@@ -292,6 +292,12 @@ class FoldedModel:
     def _path_of(self, wanted: Any) -> str | None:
         return next((path for path, module in self.modules.items() if wanted is not None and module is wanted), None)
 
+    def is_untouched(self, module: str) -> bool:
+        """Whether the fold changed no parameter in a module of the model."""
+        inside = [name for name in self.first if name.startswith(f"{module}.")]
+        targets = [self._parameter(name) for name in inside]
+        return module in self.modules and all(t.factor is None and t.norm is None for t in targets)
+
     def target(self, name: str) -> Target | None:
         """The weight that a name means: of the model, or on disk as older versions of transformers name it."""
         if name in self.first:
@@ -507,6 +513,8 @@ class _Planner:
             raise AdapterError(f"{next(iter(parts.values()))}: its other half is missing")
         parameter = self._wrapped_parameter(name, depth, reads)
         target = self.folded.target(parameter or f"{name}.weight")
+        if target is None and self.folded.is_untouched(name):
+            return  # attention of an image tower, say, whose weights peft knows by other names
         if target is None:
             raise AdapterError(f"{reads}: the model {type(self.folded.model).__name__} has no {name}{self._hint()}")
         if target.factor is None:
