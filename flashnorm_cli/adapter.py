@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from flashnorm_cli.adapter_plan import AdapterPlan
 
 # These read no norm, or commute with its gain: they run on source and folded base alike (adapter_plan.py).
-FITTING_TYPES = ("IA3", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "PREFIX_TUNING")
+FITTING_TYPES = ("IA3", "PROMPT_TUNING", "P_TUNING", "CPT", "PREFIX_TUNING")
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
 

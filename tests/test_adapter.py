@@ -122,21 +122,25 @@ def lora(**more: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("family", "tied", "targets"),
+    ("family", "tied", "targets", "saved"),
     [
-        ("llama", False, "all-linear"),
-        ("llama", True, "all-linear"),
-        ("qwen3", False, LINEARS),
-        ("gemma3_text", True, [*LINEARS, "lm_head"]),  # 1 + w, a tied head that becomes untied
-        ("gemma2", True, [*LINEARS, "lm_head"]),  # the final norm is kept
-        ("phi3", False, ["qkv_proj", "o_proj", "gate_up_proj"]),  # fused readers
-        ("deepseek_v2", False, "all-linear"),  # latent attention: norms inside of it, read in part
-        ("qwen3_next", False, ["in_proj_qkvz", "out_proj", "q_proj", "o_proj", "shared_expert_gate"]),  # tiled gain
+        ("llama", False, "all-linear", None),
+        ("llama", True, "all-linear", None),
+        ("qwen3", False, LINEARS, ["q_norm", "post_attention_layernorm"]),  # one kept, one folded
+        # 1 + w, and a tied head that becomes untied
+        ("gemma3_text", True, [*LINEARS, "lm_head"], ["input_layernorm", "model.norm"]),
+        ("gemma2", True, [*LINEARS, "lm_head"], ["model.norm"]),  # the final norm is kept
+        ("phi3", False, ["qkv_proj", "o_proj", "gate_up_proj"], None),  # fused readers
+        ("deepseek_v2", False, "all-linear", ["kv_a_layernorm"]),  # latent attention: norms inside of it
+        # A gain per head, tiled over the output projection.
+        ("qwen3_next", False, ["in_proj_qkvz", "out_proj", "q_proj", "o_proj", "shared_expert_gate"], None),
     ],
 )
-def test_lora(base: Callable[..., Path], family: str, tied: bool, targets: Any, tmp_path: Path) -> None:
+def test_lora(
+    base: Callable[..., Path], family: str, tied: bool, targets: Any, saved: list[str] | None, tmp_path: Path
+) -> None:
     folder = base(family, tied)
-    check(folder, train(folder, lora(target_modules=targets), tmp_path / "adapter"))
+    check(folder, train(folder, lora(target_modules=targets, modules_to_save=saved), tmp_path / "adapter"))
 
 
 @pytest.mark.parametrize(
@@ -269,6 +273,16 @@ CASES: dict[str, tuple[Any, bool, str]] = {
         False,
         "right",
     ),
+    "cpt": (
+        peft.CPTConfig(
+            task_type="CAUSAL_LM",
+            cpt_token_ids=[31, 32, 33, 34],
+            cpt_mask=[1, 1, 1, 1],
+            cpt_tokens_type_mask=[1, 2, 3, 4],
+        ),
+        False,
+        "right",
+    ),
     "trainable tokens": (peft.TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=[35, 40, 77]), False, "right"),
 }
 
@@ -278,6 +292,45 @@ def test_kinds(base: Callable[..., Path], name: str, tmp_path: Path) -> None:
     config, tied, unfolded = CASES[name]
     folder = base("llama", tied)
     check(folder, train(folder, config, tmp_path / "adapter"), unfolded=unfolded)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("targets", [["q_proj", "up_proj"], ["embed_tokens", "up_proj"]])
+def test_new_tokens(base: Callable[..., Path], tied: bool, targets: list[str], tmp_path: Path) -> None:
+    """The vocabulary has grown before the training, and peft saves embedding and head with the adapter."""
+    folder = base("llama", tied)
+
+    def grown(which: str) -> Any:
+        model = load(folder / which)
+        model.resize_token_embeddings(131, mean_resizing=False)
+        return model
+
+    model = peft.get_peft_model(grown("source"), lora(target_modules=targets))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    out = fold_adapter(tmp_path / "adapter", folder / "folded", tmp_path / "out").output
+    # Where peft saves the embedding alone, the new rows of a head of its own are random after each load.
+    known = 128 if "embed_tokens" in targets and not tied else 131
+    expected = outputs(grown("source"), tmp_path / "adapter")[..., :known]
+    assert difference(outputs(grown("folded"), out)[..., :known], expected) < EXACT
+    assert difference(outputs(grown("folded"), tmp_path / "adapter")[..., :known], expected) > WRONG
+
+
+def test_pissa_converted_to_plain_lora(base: Callable[..., Path], tmp_path: Path) -> None:
+    folder = base("llama")
+    model = peft.get_peft_model(load(folder / "source"), lora(init_lora_weights="pissa"))
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "initial")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    check(folder, tmp_path / "adapter")
 
 
 # ---- layouts and dtypes ----------------------------------------------------------------------------------------------
@@ -356,6 +409,16 @@ def test_what_cannot_be_exact_is_refused(
     errors = capsys.readouterr().err
     assert words in errors and errors.count("\n") == 1
     assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter"]
+
+
+def test_what_cannot_be_exact_on_this_base(base: Callable[..., Path], adapter: Path) -> None:
+    tokens = peft.TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=[35])
+    tokens_of_both = train(base("llama", tied=True), tokens, adapter.with_name("tokens"))
+    with pytest.raises(FlashNormError, match="the source ties its output head to the embedding"):
+        fold_adapter(tokens_of_both, base("llama", tied=True) / "folded", adapter.with_name("out"))
+    change_config(adapter, peft_type="PREFIX_TUNING")
+    with pytest.raises(FlashNormError, match=r"kv_a_layernorm\.weight, which is folded, may stand between"):
+        fold_adapter(adapter, base("deepseek_v2") / "folded", adapter.with_name("out"))
 
 
 def change(adapter: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
