@@ -695,11 +695,13 @@ def apply(name: str, values: torch.Tensor, edit: Edit) -> tuple[torch.Tensor, in
 
     Raises GainOverflowError if a finite value would become inf, AdapterError if it cannot be folded.
     """
+    if not bool(values.isfinite().all()):
+        raise AdapterError(f"{name}: holds inf or NaN; this adapter is broken")
     try:
         result = edit.apply(values)
     except AdapterError as error:
         raise AdapterError(f"{name}: {error}; {INSTEAD}") from None
-    if bool((values.isfinite() & ~result.isfinite()).any()):
+    if not bool(result.isfinite().all()):
         raise GainOverflowError(
             f"{name}: a weight times its gain is beyond the largest {values.dtype} value, "
             f"{torch.finfo(values.dtype).max:g}"

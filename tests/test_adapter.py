@@ -1,5 +1,6 @@
 """`flashnorm fold-adapter`: folded base with folded adapter computes what source with adapter does, in real peft."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -92,9 +93,11 @@ def text(model: Any) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def outputs(model: Any, adapter: Path) -> torch.Tensor:
+def outputs(model: Any, adapter: Path, switched_off: bool = False) -> torch.Tensor:
     inputs = text(model)
-    return families.logits(peft.PeftModel.from_pretrained(model, adapter).eval(), inputs)
+    model = peft.PeftModel.from_pretrained(model, adapter).eval()
+    with model.disable_adapter() if switched_off else contextlib.nullcontext():
+        return families.logits(model, inputs)
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -291,7 +294,11 @@ CASES: dict[str, tuple[Any, bool, str]] = {
 def test_kinds(base: Callable[..., Path], name: str, tmp_path: Path) -> None:
     config, tied, unfolded = CASES[name]
     folder = base("llama", tied)
-    check(folder, train(folder, config, tmp_path / "adapter"), unfolded=unfolded)
+    adapter = train(folder, config, tmp_path / "adapter")
+    result = check(folder, adapter, unfolded=unfolded)
+    if tied:  # what was untied has to be the adapter's, not a change of the base
+        expected = outputs(load(folder / "source"), adapter, switched_off=True)
+        assert difference(outputs(load(folder / "folded"), result.output, switched_off=True), expected) < EXACT
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -438,6 +445,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "no prefix": (lambda t: t.update({"lora_A.weight": t.pop(Q_A)}), "does not begin with 'base_model.model.'"),
     "unknown part": (lambda t: t.update({Q_A.replace("lora_A.weight", "lora_diag"): torch.zeros(4)}), "lora_diag: the"),
     "overflow": (lambda t: t.update({Q_A: torch.full((4, 64), 60000.0).half()}), "beyond the largest torch.float16"),
+    "nan": (lambda t: t.update({Q_A: torch.full((4, 64), torch.nan)}), "holds inf or NaN"),
     "fp8": (lambda t: t.update({Q_A: t[Q_A].to(torch.float8_e4m3fn)}), "is stored as F8_E4M3"),
 }
 
@@ -508,6 +516,12 @@ def test_the_folder(base: Callable[..., Path], adapter: Path, capsys: pytest.Cap
     before.pop("base_model_name_or_path")
     assert after == before
     assert list(read_header(out / WEIGHTS).tensors) == list(read_header(adapter / WEIGHTS).tensors)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        auto = peft.AutoPeftModelForCausalLM.from_pretrained(out).eval()
+    assert not [w for w in caught if "nexpected" in str(w.message)]
+    expected = outputs(load(base("llama") / "source"), adapter)
+    assert difference(families.logits(auto, text(auto.get_base_model())), expected) < EXACT
     assert (out / WEIGHTS).stat().st_mode & 0o777 == (out / "README.md").stat().st_mode & 0o777
     # Once is enough.
     assert run("fold-adapter", out, adapter.with_name("twice"), "--base", folded) == 1
