@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flashnorm_cli.adapter import AdapterResult, fold_adapter
     from flashnorm_cli.checkpoint import Checkpoint, Source, open_checkpoint
     from flashnorm_cli.errors import FlashNormError
     from flashnorm_cli.folding import FoldResult, fold
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterResult",
     "Checkpoint",
     "FlashNormError",
     "FoldResult",
@@ -27,6 +29,7 @@ __all__ = [
     "Source",
     "Verification",
     "fold",
+    "fold_adapter",
     "fold_model_",
     "from_pretrained",
     "make_plan",
@@ -38,6 +41,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "AdapterResult": "adapter",
+    "fold_adapter": "adapter",
     "Checkpoint": "checkpoint",
     "Source": "checkpoint",
     "open_checkpoint": "checkpoint",

@@ -326,8 +326,8 @@ def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Ch
     return Checkpoint(source, folder, commit, read_json(folder / CONFIG), shards, index, tuple(others), left_out)
 
 
-def _hub_headers(source: Source, commit: str, sizes: dict[str, int]) -> dict[str, Header]:
-    """The shards' headers, by ranged requests: one for each shard, or two where its header is long."""
+def _hub_reader(source: Source, commit: str) -> Callable[[str, int, int], bytes]:
+    """A function of (file, start, end) that reads bytes of a Hub file by a ranged request."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -345,6 +345,39 @@ def _hub_headers(source: Source, commit: str, sizes: dict[str, int]) -> dict[str
         answer = http_backoff("GET", url, headers=wanted, timeout=HF_HUB_DOWNLOAD_TIMEOUT, max_retries=3)
         hf_raise_for_status(answer)
         return answer.content[: end - start]
+
+    return read
+
+
+def read_bytes(checkpoint: Checkpoint, tensor: str, start: int, end: int) -> bytearray:
+    """Bytes `start` to `end` of a tensor: from the disk where its shard is there, else by a ranged request.
+
+    Raises CheckpointError where fewer arrive, FlashNormError where the Hub says no.
+    """
+    shard = checkpoint.shard_of[tensor]
+    entry, offset = checkpoint.tensors[tensor], checkpoint.shards[shard].data_start
+    first, last = offset + entry.start + start, offset + entry.start + end
+    path = checkpoint.folder / shard
+    if last <= first:
+        return bytearray()
+    if path.exists() or checkpoint.commit is None:
+        try:
+            with path.open("rb") as file:
+                file.seek(first)
+                raw = bytearray(file.read(last - first))
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}") from error
+    else:
+        with hub_errors(checkpoint.source.name):
+            raw = bytearray(_hub_reader(checkpoint.source, checkpoint.commit)(shard, first, last))
+    if len(raw) != last - first:
+        raise CheckpointError(f"{path}: {tensor} ends early")
+    return raw
+
+
+def _hub_headers(source: Source, commit: str, sizes: dict[str, int]) -> dict[str, Header]:
+    """The shards' headers, by ranged requests: one for each shard, or two where its header is long."""
+    read = _hub_reader(source, commit)
 
     def header(name: str) -> Header:
         where, size = f"{source.name}/{name}", sizes[name]

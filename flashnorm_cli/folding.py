@@ -140,20 +140,27 @@ def _give_back_memory() -> None:
 
 
 def _check_output(checkpoint: Checkpoint, output: Path, overwrite: bool) -> Path:
-    """The output's absolute path, which may be written. Raises UsageError where that could lose something."""
+    return check_output(output, overwrite, checkpoint.folder)
+
+
+def check_output(output: Path, overwrite: bool, source: Path, config: str = CONFIG, what: str = "a checkpoint") -> Path:
+    """The output's absolute path, which may be written. Raises UsageError where that could lose something.
+
+    `source` is a folder that it must not overlap with; `config` the file that shows `what` an older output is.
+    """
     target = output.expanduser().absolute()
     if target.is_symlink():
         raise UsageError(f"{output}: is a symbolic link; name the folder itself")
     if target.exists() and not target.is_dir():
         raise UsageError(f"{output}: exists and is not a folder")
-    real, source = target.resolve(), checkpoint.folder.resolve()
-    if real == source or source in real.parents or real in source.parents:
-        raise UsageError(f"{output}: overlaps with the source {checkpoint.folder}; choose another output folder")
+    real, theirs = target.resolve(), source.resolve()
+    if real == theirs or theirs in real.parents or real in theirs.parents:
+        raise UsageError(f"{output}: overlaps with the source {source}; choose another output folder")
     if target.exists() and any(target.iterdir()):
         if not overwrite:
             raise UsageError(f"{output}: exists already; add --overwrite to replace it")
-        if not (target / CONFIG).exists():
-            raise UsageError(f"{output}: is not a checkpoint (no {CONFIG}), so it will not be overwritten")
+        if not (target / config).exists():
+            raise UsageError(f"{output}: is not {what} (no {config}), so it will not be overwritten")
     parent = target.parent
     while not parent.exists():
         parent = parent.parent

@@ -192,6 +192,26 @@ def trace_plan(checkpoint: Checkpoint, config: PretrainedConfig, cls: Any, final
     return _Planner(checkpoint, config, cls, final_norm, transformers.__version__).plan()
 
 
+def traced(
+    checkpoint: Checkpoint, config: PretrainedConfig, cls: Any, untied: bool = False
+) -> tuple[PreTrainedModel, set[str], Trace]:
+    """The model on the meta device, its parameters that the files lack, and the trace of its forward.
+
+    Attention and experts have several implementations; the plainest that runs is the one to follow.
+    """
+    from flashnorm_cli import runtime
+    from flashnorm_cli.trace import trace_forward
+
+    first_error = None
+    for attention, experts in (("eager", "batched_mm"), ("eager", "eager"), ("sdpa", "eager")):
+        try:
+            model, missing = runtime.build(checkpoint, config, cls, attention, experts, untied)
+            return model, missing, trace_forward(model)
+        except PlanError as error:
+            first_error = first_error or error
+    raise first_error or PlanError("no implementation of attention to trace")
+
+
 class _Planner:
     """The steps of `make_plan`; `kept` collects the reasons, by runtime parameter, as they are found."""
 
@@ -229,21 +249,7 @@ class _Planner:
         return TracedPlan(self._assemble(found, lm_head), self.model, self.trace, self.kept, self.untied)
 
     def _traced(self, untied: bool = False) -> tuple[PreTrainedModel, set[str], Trace]:
-        """The model on the meta device, its parameters that the files lack, and the trace of its forward.
-
-        Attention and experts have several implementations; the plainest that runs is the one to follow.
-        """
-        from flashnorm_cli import runtime
-        from flashnorm_cli.trace import trace_forward
-
-        first_error = None
-        for attention, experts in (("eager", "batched_mm"), ("eager", "eager"), ("sdpa", "eager")):
-            try:
-                model, missing = runtime.build(self.checkpoint, self.config, self.cls, attention, experts, untied)
-                return model, missing, trace_forward(model)
-            except PlanError as error:
-                first_error = first_error or error
-        raise first_error or PlanError("no implementation of attention to trace")
+        return traced(self.checkpoint, self.config, self.cls, untied)
 
     # ---- the output head ----------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from flashnorm_cli.cli.bench import bench
 from flashnorm_cli.cli.demo import demo
 from flashnorm_cli.cli.doctor import doctor
 from flashnorm_cli.cli.fold import fold
+from flashnorm_cli.cli.fold_adapter import fold_adapter
 from flashnorm_cli.cli.plan import plan
 from flashnorm_cli.cli.verify import verify
 from flashnorm_cli.errors import EXIT_ERROR, EXIT_USAGE, FlashNormError
@@ -50,6 +51,14 @@ app.command(
         "flashnorm verify someone/gemma-3-1b-FlashNorm --source google/gemma-3-1b-it --json",
     )
 )(verify)
+app.command(
+    "fold-adapter",
+    epilog=options.examples(
+        "flashnorm fold-adapter ./my-lora --base ./Llama-3.2-1B-FlashNorm",
+        "flashnorm fold-adapter someone/qwen3-lora --base ./qwen3-8b-folded --source Qwen/Qwen3-8B ./qwen3-lora-folded",
+        "flashnorm fold-adapter ./my-lora --base ./Llama-3.2-1B-FlashNorm --overwrite --json",
+    ),
+)(fold_adapter)
 app.command(
     epilog=options.examples(
         "flashnorm bench",
