@@ -142,8 +142,8 @@ def push_to_hub(
     doubt = _why_unverified(record, hashes, str(folded))
     if doubt and not unverified:
         raise FlashNormError(
-            f"{folded}: {doubt}. Verify it first: flashnorm verify {shlex.quote(str(folded))} (or publish it with --unverified, which "
-            "its card will say)"
+            f"{folded}: {doubt}. Verify it first: flashnorm verify {shlex.quote(str(folded))} (or publish it with "
+            "--unverified, which its card will say)"
         )
     with quiet_hub(), push_errors(repo_id):
         from huggingface_hub import HfApi, get_token
@@ -421,7 +421,7 @@ class _Push:
                 sum(header.file_size for header in self.checkpoint.shards.values()),
             ),
             source_card=text,
-            source_data=ours,
+            source_data=theirs,
         )
         self.card = build_card(facts)
         new["card_sha256"] = hashlib.sha256(self.card.encode()).hexdigest()
