@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from flashnorm_cli.checkpoint import Checkpoint, Source, open_checkpoint
     from flashnorm_cli.errors import FlashNormError
     from flashnorm_cli.folding import FoldResult, fold
+    from flashnorm_cli.hub.push import PushResult, push_to_hub
     from flashnorm_cli.in_memory import fold_model_
     from flashnorm_cli.plan import Plan, make_plan
     from flashnorm_cli.proof.result import Verification
@@ -26,6 +27,7 @@ __all__ = [
     "FlashNormError",
     "FoldResult",
     "Plan",
+    "PushResult",
     "Source",
     "Verification",
     "fold",
@@ -34,6 +36,7 @@ __all__ = [
     "from_pretrained",
     "make_plan",
     "open_checkpoint",
+    "push_to_hub",
     "verify",
     "weighted",
     "weightless",
@@ -51,6 +54,8 @@ _HOME = {
     "fold": "folding",
     "Plan": "plan",
     "make_plan": "plan",
+    "PushResult": "hub.push",
+    "push_to_hub": "hub.push",
     "Verification": "proof.result",
     "verify": "proof.verify",
     "fold_model_": "in_memory",

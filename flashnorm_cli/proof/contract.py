@@ -11,12 +11,10 @@ from flashnorm_cli.adapter import CONFIG as ADAPTER
 from flashnorm_cli.checkpoint import CONFIG, INDEX, RECORD, Checkpoint, read_json
 from flashnorm_cli.errors import CheckpointError, PlanError
 from flashnorm_cli.plan import pattern_of
+from flashnorm_cli.proof.files import CLAIMS, is_paper
 from flashnorm_cli.proof.pairing import DROPPED, SOURCE, Pair
 from flashnorm_cli.proof.result import Finding
 
-# Written for readers and for git, not for the model.
-PAPERS = (".gitattributes", ".gitignore", "LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY")
-PAPER_SUFFIXES = (".md", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".svg", ".gif", ".webp")
 # What other tools write into a config without changing the model.
 BOOKKEEPING = {
     "flashnorm", "flashnorm_folded", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache",
@@ -80,17 +78,6 @@ def adapters_beside(pair: Pair) -> list[str]:
         if made_for != pair.folded.source.name:
             found.append(name)
     return found
-
-
-def is_paper(name: str) -> bool:
-    """Whether a file is written for readers: it may change without voiding a verification."""
-    return Path(name).name in PAPERS or name.lower().endswith(PAPER_SUFFIXES)
-
-
-def hashed_files(folded: Checkpoint) -> list[str]:
-    """The files that a verification speaks of; papers may change without voiding it."""
-    small = [name for name in folded.others if name != RECORD and not is_paper(name)]
-    return [CONFIG, *([INDEX] if folded.index else []), *folded.shards, *small]
 
 
 def _flag(pair: Pair) -> list[Finding]:
@@ -285,7 +272,8 @@ def _differing(pair: Pair) -> list[str]:
 def _other_files(pair: Pair) -> list[Finding]:
     if pair.foreign:
         return []
-    missing = [name for name in pair.source.others if not (pair.folded.folder / name).is_file()]
+    wanted = [name for name in pair.source.others if not name.startswith(CLAIMS)]
+    missing = [name for name in wanted if not (pair.folded.folder / name).is_file()]
     findings = [Finding(name, "is missing; the source has it") for name in missing]
     for name in _differing(pair):
         if not is_paper(name):
