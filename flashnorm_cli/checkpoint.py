@@ -10,8 +10,8 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,8 @@ class Checkpoint:
 
     `folder` holds the small files (and the shards too, unless only the headers of a Hub repository were read).
     `shards` maps the shards' file names, in the index's order, to their headers. `others` are the relative paths
-    of the files to carry over, `left_out` those of weights in other formats and of links to folders.
+    of the files to carry over, `left_out` those of weights in other formats and of links to folders. `sha256` are the
+    shards' hashes where the Hub tells them.
     """
 
     source: Source
@@ -68,6 +69,7 @@ class Checkpoint:
     index: dict[str, Any] | None
     others: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    sha256: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def tensors(self) -> dict[str, TensorEntry]:
@@ -284,6 +286,7 @@ def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Ch
     """Small files always come to the cache; shards only for `weights`, and only those that the index names."""
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
+    from huggingface_hub.hf_api import RepoFile
 
     def download(revision: str | None, **more: Any) -> Path:
         return Path(
@@ -302,10 +305,13 @@ def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Ch
         commit = folder.name
         try:
             tree = get_cached_repo_tree(source.name, revision=commit, cache_dir=source.cache_dir)
-            sizes = {file.path: file.size for file in tree}
+            files = [file for file in tree if isinstance(file, RepoFile)]
+            sizes = {file.path: file.size for file in files}
+            hashes = {file.path: file.lfs.sha256 for file in files if file.lfs}
         except CachedRepoTreeNotFoundError:  # a cache that an older huggingface_hub has filled
             paths = (path for path in folder.rglob("*") if path.is_file())
             sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+            hashes = {}
     if CONFIG not in sizes:
         raise CheckpointError(f"{source.name}: there is no {CONFIG}: is this a transformers checkpoint?")
     index, names = _shard_names(folder, source.name, sizes)
@@ -323,11 +329,38 @@ def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Ch
     _check_index(index, shards, source.name)
     others = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     others = [name for name in others if name not in (CONFIG, INDEX) and name not in left_out]
-    return Checkpoint(source, folder, commit, read_json(folder / CONFIG), shards, index, tuple(others), left_out)
+    hashes = {name: hashes[name] for name in names if name in hashes}
+    config = read_json(folder / CONFIG)
+    return Checkpoint(source, folder, commit, config, shards, index, tuple(others), left_out, hashes)
 
 
-def _hub_headers(source: Source, commit: str, sizes: dict[str, int]) -> dict[str, Header]:
-    """The shards' headers, by ranged requests: one for each shard, or two where its header is long."""
+def read_tensors(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, bytearray]:
+    """The bytes of some tensors: from the shards, or by a ranged request each where only their headers are here."""
+    read_range = None
+    if any(not (checkpoint.folder / name).exists() for name in checkpoint.shards):
+        read_range = hub_reader(checkpoint.source.name, checkpoint.commit or "", checkpoint.source.token)
+
+    def read(name: str) -> bytearray:
+        shard, entry = checkpoint.shard_of[name], checkpoint.tensors[name]
+        start = checkpoint.shards[shard].data_start + entry.start
+        if read_range is not None:
+            raw = bytearray(read_range(shard, start, start + entry.nbytes)) if entry.nbytes else bytearray()
+        else:
+            with (checkpoint.folder / shard).open("rb") as file:
+                file.seek(start)
+                raw = bytearray(file.read(entry.nbytes))
+        if len(raw) != entry.nbytes:
+            raise CheckpointError(f"{checkpoint.source.name}: {len(raw)} of {entry.nbytes} bytes of {name} arrived")
+        return raw
+
+    with hub_errors(checkpoint.source.name) if read_range else nullcontext(), ThreadPoolExecutor(8) as pool:
+        return dict(zip(names, pool.map(read, names), strict=True))
+
+
+def hub_reader(
+    repo_id: str, commit: str, token: str | bool | None, endpoint: str | None = None
+) -> Callable[[str, int, int], bytes]:
+    """A function that reads the bytes [start, end) of a file in a Hub repository."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -337,14 +370,21 @@ def _hub_headers(source: Source, commit: str, sizes: dict[str, int]) -> dict[str
     )
 
     # Not HfFileSystem: it lists the repository again in each thread, and knows no ids without a user ("gpt2").
-    headers = build_hf_headers(token=source.token)
+    headers = build_hf_headers(token=token)
 
     def read(name: str, start: int, end: int) -> bytes:
-        url = hf_hub_url(source.name, name, revision=commit)
+        url = hf_hub_url(repo_id, name, revision=commit, endpoint=endpoint)
         wanted = {**headers, "Range": f"bytes={start}-{end - 1}"}
         answer = http_backoff("GET", url, headers=wanted, timeout=HF_HUB_DOWNLOAD_TIMEOUT, max_retries=3)
         hf_raise_for_status(answer)
         return answer.content[: end - start]
+
+    return read
+
+
+def _hub_headers(source: Source, commit: str, sizes: dict[str, int]) -> dict[str, Header]:
+    """The shards' headers, by ranged requests: one for each shard, or two where its header is long."""
+    read = hub_reader(source.name, commit, source.token)
 
     def header(name: str) -> Header:
         where, size = f"{source.name}/{name}", sizes[name]
