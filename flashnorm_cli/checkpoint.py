@@ -58,7 +58,7 @@ class Checkpoint:
     `folder` holds the small files (and the shards too, unless only the headers of a Hub repository were read).
     `shards` maps the shards' file names, in the index's order, to their headers. `others` are the relative paths
     of the files to carry over, `left_out` those of weights in other formats and of links to folders. `sha256` are the
-    shards' hashes where the Hub tells them.
+    shards' hashes where the Hub was asked for them.
     """
 
     source: Source
@@ -265,7 +265,7 @@ def _why(error: BaseException) -> str:
     return f"no such folder here, and the Hub could not be reached: {lines[0] if lines else type(error).__name__}"
 
 
-def _bar(what: str, report: Progress | None) -> type[Any]:
+def progress_bar(what: str, report: Progress | None) -> type[Any]:
     """A progress bar class for huggingface_hub that hands bytes on to `report` and draws nothing."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
@@ -286,7 +286,6 @@ def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Ch
     """Small files always come to the cache; shards only for `weights`, and only those that the index names."""
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
-    from huggingface_hub.hf_api import RepoFile
 
     def download(revision: str | None, **more: Any) -> Path:
         return Path(
@@ -296,7 +295,7 @@ def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Ch
                 token=source.token,
                 cache_dir=source.cache_dir,
                 local_files_only=source.local_files_only,
-                **{"tqdm_class": _bar("", None), **more},
+                **{"tqdm_class": progress_bar("", None), **more},
             )
         )
 
@@ -305,13 +304,10 @@ def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Ch
         commit = folder.name
         try:
             tree = get_cached_repo_tree(source.name, revision=commit, cache_dir=source.cache_dir)
-            files = [file for file in tree if isinstance(file, RepoFile)]
-            sizes = {file.path: file.size for file in files}
-            hashes = {file.path: file.lfs.sha256 for file in files if file.lfs}
+            sizes = {file.path: file.size for file in tree}
         except CachedRepoTreeNotFoundError:  # a cache that an older huggingface_hub has filled
             paths = (path for path in folder.rglob("*") if path.is_file())
             sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
-            hashes = {}
     if CONFIG not in sizes:
         raise CheckpointError(f"{source.name}: there is no {CONFIG}: is this a transformers checkpoint?")
     index, names = _shard_names(folder, source.name, sizes)
@@ -321,7 +317,7 @@ def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Ch
         raise FlashNormError(f"{source.name}: its weights are not in the Hub cache, and the network is off")
     if not cached and weights:
         with hub_errors(source.name):
-            download(commit, allow_patterns=names, tqdm_class=_bar(f"Downloading {source.name}", on_progress))
+            download(commit, allow_patterns=names, tqdm_class=progress_bar(f"Downloading {source.name}", on_progress))
     if cached or weights:
         return replace(_open_folder(source, folder, commit), left_out=left_out)
     with hub_errors(source.name):
@@ -329,9 +325,7 @@ def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Ch
     _check_index(index, shards, source.name)
     others = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     others = [name for name in others if name not in (CONFIG, INDEX) and name not in left_out]
-    hashes = {name: hashes[name] for name in names if name in hashes}
-    config = read_json(folder / CONFIG)
-    return Checkpoint(source, folder, commit, config, shards, index, tuple(others), left_out, hashes)
+    return Checkpoint(source, folder, commit, read_json(folder / CONFIG), shards, index, tuple(others), left_out)
 
 
 def read_tensors(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, bytearray]:

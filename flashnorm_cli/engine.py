@@ -94,12 +94,17 @@ def any_executor(executor: Executor) -> Engine:
 
 
 def results(
-    engine: Engine, do: Callable[..., Result], jobs: Iterable[Job], arguments: Callable[[Job], tuple[Any, ...]]
+    engine: Engine,
+    do: Callable[..., Result],
+    jobs: Iterable[Job],
+    arguments: Callable[[Job], tuple[Any, ...]],
+    on_error: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[Job, Result]]:
     """Run `do(job, *arguments(job))` for all jobs; yields each job with its result as it finishes.
 
-    After an error no further job is begun. Those that run already are still waited for and yielded, so that their
-    work is not lost; then the first error is raised, in words that a user can act on where that is possible.
+    After an error, `on_error` is called and no further job is begun. Those that run already are still waited for and
+    yielded, so that their work is not lost; then the first error is raised, in words that a user can act on where
+    that is possible.
     """
     waiting, running = deque(jobs), dict[Future[Any], Job]()
     error: BaseException | None = None
@@ -118,6 +123,7 @@ def results(
                     yield job, future.result()
                 elif error is None and not isinstance(failure, Stopped):
                     error = _explained(failure)
+                    on_error()
                     for other in running if engine.at_once is None else ():
                         other.cancel()
     finally:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +100,25 @@ def fold(
     report = on_progress or (lambda done, total, what: None)
     source = Source(str(model), revision, token, Path(cache_dir) if cache_dir else None, local_files_only)
 
+    with contextlib.ExitStack() as stack:
+        if dask is not None:
+            engine = stack.enter_context(dask_engine(dask, report))
+        else:
+            engine = any_executor(executor) if executor else in_turn()
+        return _fold(source, output, engine, final_norm, layout, trust_remote_code, workers, overwrite, report)
+
+
+def _fold(
+    source: Source,
+    output: str | Path | None,
+    engine: Engine,
+    final_norm: str,
+    layout: str,
+    trust_remote_code: bool,
+    workers: int | None,
+    overwrite: bool,
+    report: Progress,
+) -> FoldResult:
     started = time.monotonic()
     report(0, 0, "Reading headers")
     checkpoint = open_checkpoint(source, weights=False)
@@ -117,19 +136,14 @@ def fold(
             open_checkpoint(dataclasses.replace(source, revision=checkpoint.commit), on_progress=report),
         )
         if {n: h.raw for n, h in headers.shards.items()} != {n: h.raw for n, h in checkpoint.shards.items()}:
-            raise CheckpointError(f"{model}: its headers changed between plan and download; run it again")
+            raise CheckpointError(f"{source.name}: its headers changed between plan and download; run it again")
 
     give_back_memory()
     planned_at = time.monotonic()
     gains = read_gains(checkpoint, plan)
     edits = shard_edits(checkpoint, plan, gains, layout)
-    with contextlib.ExitStack() as stack:
-        if dask is not None:
-            engine = stack.enter_context(dask_engine(dask, report))
-        else:
-            engine = any_executor(executor) if executor else in_turn()
-        fingerprint = _fingerprint(checkpoint, plan, gains, layout)
-        inside = stack.enter_context(work_folder(target, fingerprint, checkpoint.shards))
+    fingerprint = _fingerprint(checkpoint, plan, gains, layout)
+    with work_folder(target, fingerprint, checkpoint.shards) as inside:
         result = _write(checkpoint, plan, layout, edits, inside, fingerprint, engine, workers, report)
         written_at = time.monotonic()
         report(0, 0, "Waiting for the disk")
@@ -210,23 +224,36 @@ def read_gains(checkpoint: Checkpoint, plan: Plan) -> dict[str, np.ndarray]:
     return gains
 
 
-def _fingerprint(checkpoint: Checkpoint, plan: Plan, gains: dict[str, np.ndarray], layout: str) -> str:
+def plan_fingerprint(checkpoint: Checkpoint, plan: Plan, gains: Mapping[str, np.ndarray], layout: str) -> str:
+    """Equal for two folds that write the same bytes from shards with the same bytes."""
+    digest = hashlib.sha256(json.dumps([__version__, layout, plan.to_json()], sort_keys=True).encode())
+    for name, header in checkpoint.shards.items():
+        digest.update(name.encode() + header.raw)
+    for gain in gains.values():
+        digest.update(gain.tobytes())
+    return digest.hexdigest()
+
+
+def _fingerprint(checkpoint: Checkpoint, plan: Plan, gains: Mapping[str, np.ndarray], layout: str) -> str:
     """Equal for two runs that would write the same bytes: a later run may go on only with such shards.
 
     Finished shards may still be in memory only, so a run before the machine's last start does not count.
     """
     boot = Path("/proc/sys/kernel/random/boot_id")
     start = boot.read_text() if boot.exists() else ""
-    digest = hashlib.sha256(json.dumps([__version__, start, layout, plan.to_json()], sort_keys=True).encode())
-    for name, header in checkpoint.shards.items():
+    digest = hashlib.sha256((start + plan_fingerprint(checkpoint, plan, gains, layout)).encode())
+    for name in checkpoint.shards:
         stat = (checkpoint.folder / name).stat()
-        digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}".encode() + header.raw)
-    for gain in gains.values():
-        digest.update(gain.tobytes())
+        digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def partial_folder(target: Path) -> Path:
+    """The work folder of an output."""
+    return target.with_name(f".{target.name}.partial")
 
 
 @contextlib.contextmanager
@@ -237,7 +264,7 @@ def work_folder(target: Path, fingerprint: str, finished: Collection[str], keep:
     beside it; everything else is removed. After an error the whole is removed, unless running the same command again
     could go on from something that is finished.
     """
-    work = target.with_name(f".{target.name}.partial")
+    work = partial_folder(target)
     inside = work / "checkpoint"
     with disk_errors(target):
         work.mkdir(parents=True, exist_ok=True)
