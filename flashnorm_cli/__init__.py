@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from flashnorm_cli.checkpoint import Checkpoint, Source, open_checkpoint
     from flashnorm_cli.errors import FlashNormError
     from flashnorm_cli.folding import FoldResult, fold
+    from flashnorm_cli.hub.push import PushResult, push_to_hub
     from flashnorm_cli.plan import Plan, make_plan
     from flashnorm_cli.proof.result import Verification
     from flashnorm_cli.proof.verify import verify
@@ -22,11 +23,13 @@ __all__ = [
     "FlashNormError",
     "FoldResult",
     "Plan",
+    "PushResult",
     "Source",
     "Verification",
     "fold",
     "make_plan",
     "open_checkpoint",
+    "push_to_hub",
     "verify",
 ]
 
@@ -39,6 +42,8 @@ _HOME = {
     "fold": "folding",
     "Plan": "plan",
     "make_plan": "plan",
+    "PushResult": "hub.push",
+    "push_to_hub": "hub.push",
     "Verification": "proof.result",
     "verify": "proof.verify",
 }

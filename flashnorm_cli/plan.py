@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashnorm_cli import __version__
 from flashnorm_cli.checkpoint import RECORD, Checkpoint
-from flashnorm_cli.errors import FlashNormError, PlanError
+from flashnorm_cli.errors import CheckpointError, FlashNormError, PlanError
 from flashnorm_cli.safetensors_file import tensor_nbytes
 
 if TYPE_CHECKING:
@@ -127,6 +127,25 @@ class Plan:
         for norm, mine in zip(plain["norms"], self.norms, strict=True):
             norm["folded"] = mine.folded
         return {"format": FORMAT, "tool": f"flashnorm-cli {__version__}", **plain}
+
+    @classmethod
+    def from_json(cls, said: dict[str, Any]) -> Plan:
+        """The plan that `to_json` wrote, from flashnorm.json say. Raises CheckpointError where it is none."""
+        try:
+            fields = {field.name: said[field.name] for field in dataclasses.fields(cls)}
+            norms = [{key: value for key, value in norm.items() if key != "folded"} for norm in said["norms"]]
+            fields["norms"] = tuple(
+                Norm(**{**norm, "shape": tuple(norm["shape"]), "readers": tuple(norm["readers"])}) for norm in norms
+            )
+            fields["readers"] = tuple(
+                Reader(**{**reader, "runs": tuple(Run(*run) for run in reader["runs"])}) for reader in said["readers"]
+            )
+            fields["added"] = {name: (dtype, tuple(shape)) for name, (dtype, shape) in said["added"].items()}
+            for name in ("text_config", "not_traced", "unread", "notes"):
+                fields[name] = tuple(said[name])
+            return cls(**fields)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{RECORD}: holds no plan ({type(error).__name__}: {error})") from error
 
 
 def pattern_of(name: str) -> str:

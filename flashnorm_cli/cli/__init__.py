@@ -15,6 +15,7 @@ from flashnorm_cli.cli.demo import demo
 from flashnorm_cli.cli.doctor import doctor
 from flashnorm_cli.cli.fold import fold
 from flashnorm_cli.cli.plan import plan
+from flashnorm_cli.cli.push_to_hub import push_to_hub
 from flashnorm_cli.cli.verify import verify
 from flashnorm_cli.errors import EXIT_ERROR, EXIT_USAGE, FlashNormError
 
@@ -52,6 +53,15 @@ app.command(
         "flashnorm verify someone/gemma-3-1b-FlashNorm --source google/gemma-3-1b-it --json",
     )
 )(verify)
+app.command(
+    name="push-to-hub",
+    epilog=options.examples(
+        "flashnorm push-to-hub ./Llama-3.2-1B-FlashNorm me/Llama-3.2-1B-FlashNorm --dry-run",
+        "flashnorm push-to-hub ./out me/my-model-FlashNorm --private",
+        "flashnorm push-to-hub ./out me/my-model-FlashNorm --base-model me/my-model",
+        "flashnorm push-to-hub ./out team/model-FlashNorm --create-pr --json",
+    ),
+)(push_to_hub)
 app.command(
     epilog=options.examples(
         "flashnorm bench",
@@ -99,7 +109,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         code = _fail(f"{' '.join(message.split()).rstrip('.')}. See: {where} --help", EXIT_USAGE)
     except (KeyboardInterrupt, typer.Abort):
-        goes_on = "; the same command goes on where it stopped" if "fold" in arguments else ""
+        goes_on = "; the same command goes on where it stopped" if {"fold", "push-to-hub"} & {*arguments} else ""
         code = _fail(f"interrupted{goes_on}", INTERRUPTED)
     except BrokenPipeError:  # `flashnorm plan ... | head`
         sys.stderr.close()

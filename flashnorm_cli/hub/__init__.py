@@ -1,1 +1,1 @@
-"""Publishing on the Hugging Face Hub."""
+"""Folded checkpoints on the Hugging Face Hub: what is published, the model card, and the way there."""

@@ -16,6 +16,8 @@ from flashnorm_cli.proof.result import Finding
 # Written for readers and for git, not for the model.
 PAPERS = (".gitattributes", ".gitignore", "LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY")
 PAPER_SUFFIXES = (".md", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".svg", ".gif", ".webp")
+# Scores of the source that the Hub shows as the repository's own: whoever publishes a fold leaves them out.
+CLAIMS = ".eval_results/"
 # What other tools write into a config without changing the model.
 BOOKKEEPING = {
     "flashnorm", "flashnorm_folded", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache",
@@ -62,7 +64,7 @@ def notes(pair: Pair) -> list[str]:
 
 def is_paper(name: str) -> bool:
     """Whether a file is written for readers: it may change without voiding a verification."""
-    return Path(name).name in PAPERS or name.lower().endswith(PAPER_SUFFIXES)
+    return Path(name).name in PAPERS or name.lower().endswith(PAPER_SUFFIXES) or name.startswith(CLAIMS)
 
 
 def hashed_files(folded: Checkpoint) -> list[str]:
@@ -263,7 +265,8 @@ def _differing(pair: Pair) -> list[str]:
 def _other_files(pair: Pair) -> list[Finding]:
     if pair.foreign:
         return []
-    missing = [name for name in pair.source.others if not (pair.folded.folder / name).is_file()]
+    wanted = [name for name in pair.source.others if not name.startswith(CLAIMS)]
+    missing = [name for name in wanted if not (pair.folded.folder / name).is_file()]
     findings = [Finding(name, "is missing; the source has it") for name in missing]
     for name in _differing(pair):
         if not is_paper(name):
