@@ -10,6 +10,7 @@ import typer
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output, size
 from flashnorm_cli.cli.plan import plan_summary
+from flashnorm_cli.cli.push_to_hub import done
 from flashnorm_cli.cli.verify import summary
 from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_OK, UsageError
 
@@ -166,9 +167,9 @@ def show_streamed(out: Output, result: StreamResult) -> None:
     """What a fold from Hub to Hub did."""
     out.data(
         {
-            "url": result.url,
-            "commit": result.commit,
-            "pull_request": result.pull_request,
+            **{
+                key: value for key, value in result.pushed.to_json().items() if key not in ("card", "sent", "unchanged")
+            },
             **_facts(result),
             "bytes_downloaded": result.downloaded,
             "bytes_uploaded": result.uploaded,
@@ -181,8 +182,8 @@ def show_streamed(out: Output, result: StreamResult) -> None:
         *_remarks(result),
         f"Planned in {planning:.1f} s; {size(result.downloaded)} came in and {size(result.uploaded)} went out in "
         f"{moving:.1f} s; published in {committing:.1f} s:",
-        result.pull_request or result.url,
-        f"Nobody has verified it yet: flashnorm verify {result.repo_id} --source {result.plan.source}",
+        *done(result.pushed),
+        f"To verify it: flashnorm verify {result.pushed.repo_id}",
     )
 
 

@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 
 README, ATTRIBUTES = "README.md", ".gitattributes"
 MESSAGE = "Upload folded checkpoint"
+NO_TOKEN = (
+    "there is no Hub token: log in with `hf auth login`, or pass --token (make one that may write at "
+    "https://huggingface.co/settings/tokens)"
+)
 SHOWN_FILES = 3
 
 
@@ -129,11 +133,11 @@ def push_to_hub(
         FlashNormError: the checkpoint is not fit to be published, or the Hub said no; the message says what to do.
     """
     report = on_progress or (lambda done, total, what: None)
-    _check_call(folded, repo_id, revision, create_pr, workers)
+    check_call(folded, repo_id, revision, create_pr, workers)
     report(0, 0, "Reading headers")
     checkpoint = _open_folded(Path(str(folded)).expanduser(), str(folded))
     record = read_json(checkpoint.folder / RECORD)
-    hashes = _hashes(checkpoint, workers or 4, report)
+    hashes = file_hashes(checkpoint, workers or 4, report)
     doubt = _why_unverified(record, hashes, str(folded))
     if doubt and not unverified:
         raise FlashNormError(
@@ -144,13 +148,10 @@ def push_to_hub(
         from huggingface_hub import HfApi, get_token
 
         if not (token or get_token()) and not dry_run:
-            raise FlashNormError(
-                "there is no Hub token: log in with `hf auth login`, or pass --token (make one that may write at "
-                "https://huggingface.co/settings/tokens)"
-            )
+            raise FlashNormError(NO_TOKEN)
         api = HfApi(token=token)
         report(0, 0, "Asking the Hub")
-        push = _Push(api, checkpoint, record, str(folded), repo_id, report, notes=[])
+        push = Push(api, checkpoint, record, str(folded), repo_id, report, notes=[])
         push.private, push.revision, push.create_pr = private, revision or "main", create_pr
         push.message, push.overwrite, push.doubt = commit_message or MESSAGE, overwrite, doubt
         push.prepare(base_model, hashes, online=bool(token or get_token()))
@@ -160,7 +161,7 @@ def push_to_hub(
 # ---- before the Hub is asked -----------------------------------------------------------------------------------------
 
 
-def _check_call(folded: str | Path, repo_id: str, revision: str | None, create_pr: bool, workers: int | None) -> None:
+def check_call(folded: str | Path, repo_id: str, revision: str | None, create_pr: bool, workers: int | None) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -199,7 +200,7 @@ def _open_folded(folder: Path, name: str) -> Checkpoint:
     return checkpoint
 
 
-def _hashes(checkpoint: Checkpoint, workers: int, report: Progress) -> dict[str, tuple[str, str]]:
+def file_hashes(checkpoint: Checkpoint, workers: int, report: Progress) -> dict[str, tuple[str, str]]:
     """(sha256, id in git) of every file of the checkpoint."""
     names = [CONFIG, *([INDEX] if checkpoint.index else []), *checkpoint.shards, *checkpoint.others]
     names = [name for name in names if name != RECORD]
@@ -260,7 +261,7 @@ class _Remote:
 
 
 @dataclass
-class _Push:
+class Push:
     """One run of `push_to_hub`, after the folder was found fit."""
 
     api: HfApi
@@ -285,6 +286,8 @@ class _Push:
     gate: str | bool = False
     created: bool = False
     pull_request: str | None = None
+    # Contents that the Hub has already, though no commit names them: operations by path.
+    stored: dict[str, Any] = field(default_factory=dict)
 
     # ---- checks and contents, nothing is written yet ----
 
@@ -299,7 +302,7 @@ class _Push:
         else:
             self.base = self._base(None)
             self.notes.append("not logged in, so the Hub was not asked: neither the repository nor the source is known")
-        self._contents(hashes)
+        self.contents(hashes)
         if self.remote.exists:
             self._refuse_something_else()
 
@@ -388,7 +391,7 @@ class _Push:
 
         return patiently(listed)
 
-    def _contents(self, hashes: dict[str, tuple[str, str]]) -> None:
+    def contents(self, hashes: dict[str, tuple[str, str]]) -> None:
         """What will be uploaded: the checkpoint's own files, and card, record and report as they are published."""
         from flashnorm_cli.proof.contract import CLAIMS
         from flashnorm_cli.proof.report import render
@@ -425,8 +428,9 @@ class _Push:
             made[REPORT] = render(result).encode()
         for name, (sha256, oid) in hashes.items():
             if name not in (*made, REPORT, ATTRIBUTES) and not name.startswith(CLAIMS):
-                path = folder / name
-                self.uploads.append(Upload(name, path, path.stat().st_size, sha256, oid))
+                shard = self.checkpoint.shards.get(name)
+                size = shard.file_size if shard else (folder / name).stat().st_size
+                self.uploads.append(Upload(name, folder / name, size, sha256, oid))
         for name, data in made.items():
             oid = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
             self.uploads.append(Upload(name, data, len(data), hashlib.sha256(data).hexdigest(), oid))
@@ -494,9 +498,9 @@ class _Push:
         if self.create_pr and self.remote.exists and (found := self._open_pull_request()):
             return found
         self.report(0, 0, "Checking the card")
-        self._validate_card()
+        self.validate_card()
         if not self.remote.exists:
-            self._create()
+            self.create()
         elif self.gate and not self.remote.gated:
             self.notes.append("the source is gated, and this repository is not: see its settings on the Hub")
         if not self.remote.branch and self.remote.exists:
@@ -504,7 +508,7 @@ class _Push:
         additions = self._send(missing)
         return self.result(self._commit(missing, additions))
 
-    def _validate_card(self) -> None:
+    def validate_card(self) -> None:
         """Before gigabytes are uploaded: the Hub takes the card."""
         try:
             patiently(lambda: read_card(self.card).validate(repo_type="model"))
@@ -517,7 +521,7 @@ class _Push:
                 f"the Hub does not take the card's metadata: {said}; mend them in {self.folded}/README.md"
             ) from None
 
-    def _create(self) -> None:
+    def create(self) -> None:
         created = patiently(lambda: self.api.create_repo(self.repo_id, private=self.private, exist_ok=True))
         self.repo_id, self.created = created.repo_id, True
         self.remote = self._remote()
@@ -532,11 +536,14 @@ class _Push:
         """Upload the contents of large files, one after the other; small ones travel in the commit."""
         from huggingface_hub import CommitOperationAdd
 
-        additions = [CommitOperationAdd(upload.path, _given(upload.content)) for upload in missing]
-        pairs = list(zip(missing, additions, strict=True))
+        additions = [
+            self.stored.get(upload.path) or CommitOperationAdd(upload.path, _given(upload.content))
+            for upload in missing
+        ]
+        pairs = [pair for pair in zip(missing, additions, strict=True) if pair[0].path not in self.stored]
         large = [[pair] for pair in pairs if pair[0].path in self.checkpoint.shards]
         small = [pair for pair in pairs if pair[0].path not in self.checkpoint.shards]
-        total, done = sum(upload.size for upload in missing), 0
+        total, done = sum(upload.size for upload, _ in pairs), 0
         for group in (*large, small) if small else large:
             upload = group[0][0]
             shown = f"Uploading {upload.path}" if group is not small else "Uploading other files"

@@ -25,31 +25,36 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from flashnorm_cli import __version__, record
 from flashnorm_cli.checkpoint import (
+    CONFIG,
+    RECORD,
     Checkpoint,
     Progress,
     Source,
     hub_reader,
     open_checkpoint,
     progress_bar,
+    read_json,
 )
 from flashnorm_cli.engine import Engine, Stopped, any_executor, dask_engine, overlapping, results
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.folding import (
     check_options,
     give_back_memory,
-    partial_folder,
     plan_fingerprint,
     plan_fold,
     read_gains,
     work_folder,
     write_text,
 )
+from flashnorm_cli.hub.errors import push_errors, status_of
+from flashnorm_cli.hub.patience import RETRY_STATUS, quiet_hub, wait_after, watched
+from flashnorm_cli.hub.push import NO_TOKEN, Push, PushResult, check_call, file_hashes
 from flashnorm_cli.plan import Plan, refuse_folded
 from flashnorm_cli.safetensors_file import build_header
 from flashnorm_cli.shards import ShardEdits, check_version, fold_shard, shard_edits
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
 T = TypeVar("T")
 
@@ -69,14 +74,11 @@ PIECE = 16 << 20
 class StreamResult:
     """What a fold from Hub to Hub did.
 
-    `resumed` are shards that an earlier run had uploaded; `downloaded` and `uploaded` count the bytes of shards in
-    this run; `seconds` are those of planning, of the shards, and of the commit.
+    `pushed` says what the repository holds now; `resumed` are shards that an earlier run had uploaded; `downloaded` and
+    `uploaded` count the bytes of shards in this run; `seconds` are those of planning, of the shards, of the commit.
     """
 
-    repo_id: str
-    url: str
-    commit: str
-    pull_request: str | None
+    pushed: PushResult
     plan: Plan
     layout: str
     downloaded: int
@@ -139,11 +141,13 @@ def do_hub_job(job: HubJob, on_bytes: Callable[[int], None] = lambda n: None) ->
 
     `on_bytes` is told how many bytes came in or went out since it was last called; what it raises ends the job.
     """
-    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
-
     check_version(job.version)
-    disable_progress_bars()
-    with _slots, _local_trouble(job), tempfile.TemporaryDirectory(prefix="flashnorm-", dir=_scratch(job)) as name:
+    with (
+        _slots,
+        quiet_hub(),
+        _local_trouble(job),
+        tempfile.TemporaryDirectory(prefix="flashnorm-", dir=_scratch(job)) as name,
+    ):
         folder = Path(name)
         free = shutil.disk_usage(folder).free
         if free < sum(job.sizes):
@@ -165,10 +169,8 @@ def do_hub_job(job: HubJob, on_bytes: Callable[[int], None] = lambda n: None) ->
             for path in {source, *origins.values()} if not cached else {*origins.values()} - {source}:
                 path.unlink()
         on_bytes(0)
-        upload = _upload(job, target)
-        on_bytes(job.sizes[1])
-        size = target.stat().st_size
-    return Uploaded(upload, size, downloaded, {tensor: n for tensor, n in flushed.items() if n})
+        sha256 = _upload(job, target, on_bytes)
+    return Uploaded(sha256, job.sizes[1], downloaded, {tensor: n for tensor, n in flushed.items() if n})
 
 
 def _scratch(job: HubJob) -> Path:
@@ -208,7 +210,7 @@ def _download(job: HubJob, folder: Path, on_bytes: Callable[[int], None]) -> tup
             tqdm_class=progress_bar("", progress),
         )
 
-    path = Path(_persistently(f"{job.source}/{name}: could not be downloaded", download))
+    path = Path(_persistently(f"{job.source}/{name}", download))
     progress(job.sizes[0], job.sizes[0], "")  # what the bar did not tell
     return path, False
 
@@ -216,7 +218,7 @@ def _download(job: HubJob, folder: Path, on_bytes: Callable[[int], None]) -> tup
 def _download_tensor(job: HubJob, remote: RemoteTensor, path: Path) -> Path:
     """A safetensors file that holds a single tensor of another shard."""
     read = hub_reader(job.source, job.commit, job.token, job.endpoint)
-    what = f"{job.source}/{remote.shard}: could not be read"
+    what = f"{job.source}/{remote.shard}"
     with path.open("wb") as file:
         file.write(build_header([(remote.tensor, remote.dtype, remote.shape)], None).raw)
         for start in range(remote.start, remote.end, PIECE):
@@ -232,72 +234,67 @@ def _download_tensor(job: HubJob, remote: RemoteTensor, path: Path) -> Path:
     return path
 
 
-def _upload(job: HubJob, path: Path) -> str:
+def _upload(job: HubJob, path: Path, on_bytes: Callable[[int], None]) -> str:
     """Store a file's content on the Hub, without a name as yet. Returns its sha256."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    api, name = HfApi(endpoint=job.endpoint, token=job.token), job.edits.name
+    api, name, went = HfApi(endpoint=job.endpoint, token=job.token), job.edits.name, 0
+
+    def progress(done: int) -> None:
+        nonlocal went
+        step, went = done - went, done
+        with contextlib.suppress(Stopped):  # an upload that has begun is worth finishing
+            on_bytes(step)
 
     def upload() -> str:
         addition = CommitOperationAdd(name, path)
-        api.preupload_lfs_files(job.target, [addition], create_pr=job.create_pr)
+        with watched(path, job.sizes[1], progress):
+            api.preupload_lfs_files(job.target, [addition], create_pr=job.create_pr)
         if not addition._is_uploaded:
             raise FlashNormError(f"{job.target}: its .gitattributes or .gitignore does not let {name} be a large file")
         return addition.upload_info.sha256.hex()
 
-    return _persistently(f"{job.target}: {name} could not be uploaded", upload)
+    sha256 = _persistently(f"{job.target}/{name}", upload)
+    progress(job.sizes[1])
+    return sha256
 
 
 # ---- trouble ---------------------------------------------------------------------------------------------------------
 
 
 def _persistently(what: str, transfer: Callable[[], T]) -> T:
-    """Do it, and again if the trouble may pass. Raises FlashNormError that begins with `what`."""
+    """Do it, and again if the trouble may pass. Raises FlashNormError; errors of the disk as they are."""
     for wait in (*WAITS, None):
         try:
             return transfer()
         except (FlashNormError, Stopped):
             raise
         except Exception as error:
-            reason, passing = _reason(error)
-            if reason is None:
-                raise
-            if wait is None or not passing:
-                raise FlashNormError(f"{what}: {reason}") from error
-            time.sleep(wait)
-    raise RuntimeError("unreachable")
+            if wait is None or not _may_pass(error):
+                if _of_the_disk(error):
+                    raise
+                with push_errors(what):
+                    raise
+            time.sleep(wait_after(error, wait))
+    raise AssertionError  # the last turn returns or raises
 
 
-def _reason(error: BaseException) -> tuple[str | None, bool]:
-    """What happened between here and the Hub (None: it is none of that), and whether it may pass by itself."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    again = "; run the same command again to go on"
-    links = list(_chain(error))
-    for link in links:
-        if isinstance(link, HfHubHTTPError):
-            status = link.response.status_code
-            passing = status in (408, 429) or status >= 500
-            if status == 401:
-                return "the Hub does not accept the token", False
-            said = (link.server_message or link.response.reason_phrase).splitlines()[0]
-            return f"the Hub answered {status}: {said}{again if passing else ''}", passing
-    for link in links:
-        if isinstance(link, OSError) and link.errno is not None and not isinstance(link, ConnectionError):
-            return None, False  # of the disk
-    for link in links:
-        module = type(link).__module__.partition(".")[0]
-        closed = isinstance(link, RuntimeError) and "client has been closed" in str(link)  # by another thread's error
-        if isinstance(link, OSError) or module in ("httpx", "httpx2", "httpcore", "httpcore2", "hf_xet") or closed:
-            words = (str(link).splitlines() or [""])[0] or type(link).__name__
-            return f"{words}{again}", True
-    return None, False
+def _may_pass(error: Exception) -> bool:
+    """Whether the Hub was busy, or the connection broke; whatever hf_xet raises is one of them."""
+    status = status_of(error)
+    if status is not None:
+        return status in RETRY_STATUS
+    if _of_the_disk(error):
+        return False
+    chain: list[BaseException] = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    # RuntimeError: of hf_xet, and of a client that was closed because another thread could not connect.
+    return any(isinstance(e, (OSError, RuntimeError)) or type(e).__module__.startswith("http") for e in chain)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+def _of_the_disk(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError)
 
 
 @contextlib.contextmanager
@@ -352,29 +349,27 @@ def fold_to_hub(
     from huggingface_hub import HfApi, constants, get_token
 
     check_options(final_norm, layout, workers)
+    check_call(model, repo_id, None, create_pr, workers)
     if dask is not None and executor is not None:
         raise UsageError("dask and executor exclude each other")
     if Path(model).expanduser().exists():
-        raise UsageError(f"{model}: only a Hub id can be folded from Hub to Hub; fold a folder, then push the result")
+        raise UsageError(
+            f"{model}: is no Hub id; a local checkpoint is published in steps: flashnorm fold, verify, push-to-hub"
+        )
     report = on_progress or (lambda done, total, what: None)
-    token = token or get_token()
-    if not token:
-        raise FlashNormError(f"{repo_id}: publishing needs a token: pass --token, or log in with: hf auth login")
-    api = HfApi(token=token)
-    # A work folder beside nothing: what would be the output's name tells whose it is.
-    place = Path.cwd() / repo_id.replace("/", "--")
-    source = Source(model, revision, token, Path(cache_dir) if cache_dir else None)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet_hub())
+        token = token or get_token()
+        if not token:
+            raise FlashNormError(NO_TOKEN)
         started = time.monotonic()
         if dask is not None:
             engine = stack.enter_context(dask_engine(dask, report))
         else:
             engine = any_executor(executor) if executor else overlapping(AT_ONCE)
-        report(0, 0, "Looking at the repository")
-        target = look_at(api, repo_id)
-        if target.files and not overwrite:
-            _refuse_other_content(target, partial_folder(place) / UPLOADED)
+        api = HfApi(token=token)
         report(0, 0, "Reading headers")
+        source = Source(model, revision, token, Path(cache_dir) if cache_dir else None)
         checkpoint = open_checkpoint(source, weights=False)
         refuse_folded(checkpoint)
         checkpoint = dataclasses.replace(checkpoint, sha256=_hashes(api, checkpoint))
@@ -383,26 +378,38 @@ def fold_to_hub(
         report(0, 0, "Reading norms")
         gains = read_gains(checkpoint, plan)
         edits = shard_edits(checkpoint, plan, gains, layout)
-        fingerprint = hashlib.sha256(
-            f"{plan_fingerprint(checkpoint, plan, gains, layout)} {constants.ENDPOINT} {repo_id} {create_pr}".encode()
-        ).hexdigest()
         planned_at = time.monotonic()
+
+        # A work folder beside nothing: what would be the output's name tells whose it is.
+        place = Path.cwd() / repo_id.replace("/", "--")
+        fingerprint = f"{plan_fingerprint(checkpoint, plan, gains, layout)} {constants.ENDPOINT} {repo_id} {create_pr}"
+        fingerprint = hashlib.sha256(fingerprint.encode()).hexdigest()
         inside = stack.enter_context(work_folder(place, fingerprint, (), keep=UPLOADED))
-        if target.head is None:
-            report(0, 0, "Creating the repository")
-            _persistently(
-                f"{repo_id}: could not be created",
-                lambda: api.create_repo(repo_id, private=private, exist_ok=True),
-            )
-            target = look_at(api, repo_id)
+        stack.enter_context(push_errors(repo_id))
+        journal = inside.parent / UPLOADED
+        uploads: dict[str, dict[str, Any]] = json.loads(journal.read_text()) if journal.exists() else {}
+        uploads = {name: upload for name, upload in uploads.items() if time.time() - upload["at"] < TRUSTED}
+
+        report(0, 0, "Asking the Hub")
+        push = _push_of(api, checkpoint, plan, edits, inside, repo_id, report)
+        push.private, push.create_pr, push.overwrite = private, create_pr, overwrite
+        push.message = commit_message or push.message
+        _write_small_files(checkpoint, plan, layout, {}, push)
+        push.prepare(None, _file_hashes(push, uploads), online=True)
+        if not push.remote.exists:
+            push.validate_card()
+            push.create()
+        uploads = _still_there(api, push.repo_id, uploads)
+        resumed = tuple(edit.name for edit in edits if edit.name in uploads)
+
         jobs = {
             edit.name: HubJob(
                 edits=edit,
                 source=model,
                 commit=checkpoint.commit or "",
-                sizes=_sizes(checkpoint, edit),
+                sizes=(checkpoint.shards[edit.name].file_size, push.checkpoint.shards[edit.name].file_size),
                 origins=_origins(checkpoint, edit),
-                target=repo_id,
+                target=push.repo_id,
                 create_pr=create_pr,
                 endpoint=constants.ENDPOINT,
                 token=token,
@@ -412,27 +419,26 @@ def fold_to_hub(
             )
             for edit in edits
         }
-        journal = inside.parent / UPLOADED
-        uploads = _still_there(api, repo_id, json.loads(journal.read_text()) if journal.exists() else {})
-        resumed = tuple(name for name in jobs if name in uploads)
         downloaded, uploaded = _transfer(engine, jobs, uploads, journal, report)
-        flushed: dict[str, int] = {}
-        for name in jobs:
-            flushed.update(uploads[name]["flushed"])
         transferred_at = time.monotonic()
-        report(0, 0, "Publishing")
-        files = {name: checkpoint.folder / name for name in checkpoint.others}
-        for name, text in record.texts(checkpoint, plan, layout, flushed).items():
-            write_text(inside / name, text)
-            files[name] = inside / name
-        message = commit_message or f"{checkpoint.name}, folded by flashnorm"
-        info = _publish(api, target, uploads, files, journal, message, create_pr)
+
+        flushed = {tensor: n for name in jobs for tensor, n in uploads[name]["flushed"].items()}
+        push.stored = {name: _uploaded_operation(name, upload) for name, upload in uploads.items()}
+        _write_small_files(checkpoint, plan, layout, flushed, push)
+        push.uploads = []
+        push.contents(_file_hashes(push, uploads))
+        try:
+            result = push.run()
+        except FlashNormError as error:
+            if "LFS pointer" not in str(error):
+                raise
+            journal.unlink(missing_ok=True)
+            raise FlashNormError(
+                f"{repo_id}: the Hub has removed uploads of an earlier run; run the same command again to start over"
+            ) from None
         seconds = (planned_at - started, transferred_at - planned_at, time.monotonic() - transferred_at)
     return StreamResult(
-        repo_id=repo_id,
-        url=f"{constants.ENDPOINT}/{repo_id}",
-        commit=info.oid,
-        pull_request=info.pr_url,
+        pushed=result,
         plan=plan,
         layout=layout,
         downloaded=downloaded,
@@ -442,6 +448,49 @@ def fold_to_hub(
         left_out=checkpoint.left_out,
         seconds=seconds,
     )
+
+
+def _push_of(
+    api: HfApi,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    edits: list[ShardEdits],
+    inside: Path,
+    repo_id: str,
+    report: Progress,
+) -> Push:
+    """What `push_to_hub` would do with the folder that is never there as a whole."""
+    folded = Checkpoint(
+        source=Source(repo_id),
+        folder=inside,
+        commit=None,
+        config={},
+        shards={edit.name: edit.target_header(checkpoint.shards[edit.name]) for edit in edits},
+        index=checkpoint.index,
+        others=checkpoint.others,
+        left_out=checkpoint.left_out,
+    )
+    push = Push(api, folded, {}, checkpoint.source.name, repo_id, report, notes=[])
+    push.doubt = f"it was folded from Hub to Hub; to verify it: `flashnorm verify {repo_id}`"
+    return push
+
+
+def _write_small_files(checkpoint: Checkpoint, plan: Plan, layout: str, flushed: dict[str, int], push: Push) -> None:
+    """All files but the shards, into the work folder."""
+    folder = push.checkpoint.folder
+    for relative in checkpoint.others:
+        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint.folder / relative, folder / relative)
+    for name, text in record.texts(checkpoint, plan, layout, flushed).items():
+        write_text(folder / name, text)
+    push.record = read_json(folder / RECORD)
+    push.checkpoint = dataclasses.replace(push.checkpoint, config=read_json(folder / CONFIG))
+
+
+def _file_hashes(push: Push, uploads: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """sha256 and git id of every file; empty for shards that are still to come."""
+    shards = {name: (uploads[name]["sha256"] if name in uploads else "", "") for name in push.checkpoint.shards}
+    return {**file_hashes(dataclasses.replace(push.checkpoint, shards={}), 1, lambda *_: None), **shards}
 
 
 def _hashes(api: HfApi, checkpoint: Checkpoint) -> dict[str, str]:
@@ -454,15 +503,10 @@ def _hashes(api: HfApi, checkpoint: Checkpoint) -> dict[str, str]:
         def ask(batch: list[str] = names[start : start + 500]) -> list[Any]:
             return api.get_paths_info(checkpoint.source.name, batch, revision=checkpoint.commit)
 
-        for file in _persistently(f"{checkpoint.source.name}: could not be asked for its shards", ask):
+        for file in _persistently(checkpoint.source.name, ask):
             if isinstance(file, RepoFile) and file.lfs:
                 found[file.path] = file.lfs.sha256
     return found
-
-
-def _sizes(checkpoint: Checkpoint, edits: ShardEdits) -> tuple[int, int]:
-    header = checkpoint.shards[edits.name]
-    return header.file_size, edits.target_header(header).file_size
 
 
 def _origins(checkpoint: Checkpoint, edits: ShardEdits) -> dict[str, RemoteTensor]:
@@ -529,98 +573,16 @@ def _still_there(api: HfApi, repo_id: str, uploads: dict[str, dict[str, Any]]) -
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
     from huggingface_hub.utils._runtime import is_xet_available
 
-    uploads = {name: upload for name, upload in uploads.items() if time.time() - upload["at"] < TRUSTED}
     if not uploads or is_xet_available():
         return uploads
     infos = [UploadInfo(u["size"], b"", bytes.fromhex(u["sha256"])) for u in uploads.values()]
     headers = build_hf_headers(token=api.token)
     actions, _, _ = _persistently(
-        f"{repo_id}: could not be asked for uploads",
+        repo_id,
         lambda: post_lfs_batch_info(infos, None, "model", repo_id, endpoint=api.endpoint, headers=headers),
     )
     there = {action["oid"] for action in actions if not action.get("actions")}
     return {name: upload for name, upload in uploads.items() if upload["sha256"] in there}
-
-
-# ---- the repository --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Target:
-    """A repository as it is: its last commit (None: there is no such repository) and its files, but .gitattributes.
-
-    Files are known by the sha256 of their content if they are large, by their id in git if not.
-    """
-
-    repo_id: str
-    head: str | None
-    files: Mapping[str, str]
-
-
-def look_at(api: HfApi, repo_id: str) -> Target:
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-    from huggingface_hub.hf_api import RepoFile
-
-    def look() -> Target:
-        try:
-            head = api.model_info(repo_id).sha
-        except RepositoryNotFoundError:
-            return Target(repo_id, None, {})
-        tree = api.list_repo_tree(repo_id, recursive=True, revision=head)
-        files = [file for file in tree if isinstance(file, RepoFile) and file.path != ".gitattributes"]
-        return Target(repo_id, head, {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files})
-
-    try:
-        return _persistently(f"{repo_id}: could not be looked at", look)
-    except HFValidationError as error:
-        raise UsageError(f"{repo_id}: is no name for a repository: {error}") from None
-
-
-def _refuse_other_content(target: Target, journal: Path) -> None:
-    """Raises UsageError unless all of the repository's shards are what an earlier run of ours has put there."""
-    shards = {name: content for name, content in target.files.items() if name.endswith(".safetensors")}
-    try:
-        ours = {name: upload["sha256"] for name, upload in json.loads(journal.read_text()).items()}
-    except (OSError, ValueError):
-        ours = {}
-    if not ours or shards != ours:
-        raise UsageError(f"{target.repo_id}: holds files already; add --overwrite to replace them")
-
-
-def _publish(
-    api: HfApi,
-    target: Target,
-    uploads: Mapping[str, Mapping[str, Any]],
-    files: Mapping[str, Path],
-    journal: Path,
-    message: str,
-    create_pr: bool,
-) -> CommitInfo:
-    """One commit of the shards and of all other files; what else the repository held goes away."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-    repo_id = target.repo_id
-    operations: list[Any] = [
-        _uploaded_operation(name, upload)
-        for name, upload in uploads.items()
-        if target.files.get(name) != upload["sha256"]
-    ]
-    operations += [CommitOperationAdd(name, path) for name, path in files.items()]
-    operations += [CommitOperationDelete(name) for name in target.files if name not in uploads and name not in files]
-    try:
-        return api.create_commit(
-            repo_id, operations, commit_message=message, create_pr=create_pr, parent_commit=target.head
-        )
-    except Exception as error:
-        reason, _ = _reason(error)
-        if reason is None:
-            raise
-        if "412" in reason:
-            reason = "somebody else has changed it meanwhile; run the same command again to go on"
-        if "LFS pointer" in reason:
-            journal.unlink(missing_ok=True)
-            reason = "the Hub has removed uploads of an earlier run; run the same command again to start over"
-        raise FlashNormError(f"{repo_id}: could not be published: {reason}") from error
 
 
 def _uploaded_operation(name: str, upload: Mapping[str, Any]) -> CommitOperationAdd:
