@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any, TypeVar
 
+from flashnorm_cli import __version__
 from flashnorm_cli.checkpoint import Progress
 from flashnorm_cli.errors import FlashNormError
 
+DISTRIBUTION = "flashnorm-cli"
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -202,10 +205,19 @@ def dask_engine(address: str, report: Progress) -> Iterator[Engine]:
             raise FlashNormError(
                 f"{address}: no worker has joined this scheduler; start some: dask worker {address}"
             ) from None
+        _check_workers(client.run(metadata.version, DISTRIBUTION, on_error="return"))
         yield Engine(client.get_executor(pure=False), 1, at_once, check=check)
     finally:
         with suppress(OSError, TimeoutError):
             client.close(timeout=LOOK)
+
+
+def _check_workers(versions: dict[str, Any]) -> None:
+    """Raises FlashNormError unless all workers have this very version: one without would die of its first job."""
+    for worker, version in versions.items():
+        if version != __version__:
+            has = f"has {DISTRIBUTION} {version}" if isinstance(version, str) else f"does not have {DISTRIBUTION}"
+            raise FlashNormError(f"the worker {worker} {has}: install version {__version__} on every worker")
 
 
 def _first_line(error: BaseException) -> str:

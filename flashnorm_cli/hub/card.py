@@ -28,6 +28,8 @@ TAGS = ("weightless-rmsnorm", "flashnorm")  # the first one is that of the colle
 REPORT = "flashnorm-verification.html"
 # Between our words and the source's card, so that a card of ours can be made again from itself.
 SOURCE_CARD = "<!-- The source's own card begins here. -->"
+# Classes that transformers' AutoModelForCausalLM does not know, whatever they are called.
+NOT_AUTO = ("Mistral4ForCausalLM",)
 PAPER = "https://arxiv.org/abs/2407.09577"
 
 
@@ -77,9 +79,9 @@ def build_card(facts: CardFacts) -> str:
     if facts.source_card is None:
         card.data = ModelCardData(**facts.source_data, ignore_metadata_errors=True)
     data, text = card.data, card.text.split(SOURCE_CARD)[-1].strip()
-    results = data.pop("eval_results") or []
-    for claim in ("model_name", "model-index", "new_version"):
-        data.pop(claim)
+    results = data.get("eval_results", [])
+    for claim in ("eval_results", "model_name", "model-index", "new_version"):
+        data[claim] = None
     parents = data.get("base_model")
     if facts.base is not None:
         data["base_model"] = facts.base.repo_id
@@ -250,10 +252,8 @@ def _transformers(facts: CardFacts, plan: Plan) -> list[str]:
             f'model = {auto}.from_pretrained("{facts.repo_id}", dtype="auto"{trust}',
             f"{tokenizer}{trust}",
         ]
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal
-
-    names = [name for value in causal.values() for name in ([value] if isinstance(value, str) else value)]
-    cls = "AutoModelForCausalLM" if plan.architecture in names else plan.architecture
+    causal = plan.architecture.endswith("ForCausalLM") and plan.architecture not in NOT_AUTO
+    cls = "AutoModelForCausalLM" if causal else plan.architecture
     return [
         f"from transformers import {', '.join(sorted((cls, 'AutoTokenizer')))}",
         "",

@@ -152,7 +152,8 @@ def do_hub_job(job: HubJob, on_bytes: Callable[[int], None] = lambda n: None) ->
         free = shutil.disk_usage(folder).free
         if free < sum(job.sizes):
             raise FlashNormError(
-                f"{folder.parent}: a shard needs {sum(job.sizes):,} bytes there for a while, but only {free:,} are free"
+                f"{folder.parent}: a shard needs {sum(job.sizes):,} bytes there for a while, but only {free:,} are "
+                "free; free some space and run the same command again"
             )
         source, cached = _download(job, folder, on_bytes)
         downloaded = 0 if cached else job.sizes[0]
@@ -358,7 +359,6 @@ def fold_to_hub(
         )
     report = on_progress or (lambda done, total, what: None)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(quiet_hub())
         token = token or get_token()
         if not token:
             raise FlashNormError(NO_TOKEN)
@@ -375,6 +375,7 @@ def fold_to_hub(
         checkpoint = dataclasses.replace(checkpoint, sha256=_hashes(api, checkpoint))
         plan = plan_fold(checkpoint, final_norm, trust_remote_code, report)
         give_back_memory()
+        stack.enter_context(quiet_hub())  # after the plan: transformers switches the bars on again
         report(0, 0, "Reading norms")
         gains = read_gains(checkpoint, plan)
         edits = shard_edits(checkpoint, plan, gains, layout)
