@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
@@ -119,11 +120,18 @@ def results(
             done, _ = wait(running, LOOK, FIRST_COMPLETED)
             if not done:
                 engine.check()
-            for future in done:
+            while done:
+                future = done.pop()
                 job = running.pop(future)
                 failure = CancelledError() if future.cancelled() else future.exception()
                 if failure is None:
-                    yield job, future.result()
+                    result = future.result()
+                    del future
+                    if not engine.in_process:
+                        # dask's futures are in reference cycles; while they live, the scheduler would compute the
+                        # results of a worker that dies once more, though they have been fetched.
+                        gc.collect()
+                    yield job, result
                 elif error is None and not isinstance(failure, Stopped):
                     error = _explained(failure)
                     on_error()
