@@ -82,11 +82,12 @@ def hub(server: HubServer) -> Iterator[HubServer]:
     server.faults.clear()
     for repo_id in set(server.repos) - {SOURCE}:
         del server.repos[repo_id]
-    for blob in (server.root / "blobs").iterdir():
-        if blob.name not in {
-            b.sha256 for b in server.repos[SOURCE].commits[server.repos[SOURCE].refs["main"]].values()
-        }:
-            blob.unlink()
+    source = server.repos[SOURCE]
+    kept = {blob.sha256 for blob in source.commits[source.refs["main"]].values()}
+    for path in (server.root / "blobs").iterdir():
+        if path.name not in kept:
+            path.unlink()
+    shutil.rmtree(server.root / "xet", ignore_errors=True)
 
 
 class Client:
