@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import select
 import socket
 import struct
 import threading
@@ -87,11 +88,15 @@ class Fault:
     reached: threading.Event = field(default_factory=threading.Event)
     release: threading.Event = field(default_factory=threading.Event)
 
-    def stop(self) -> None:
-        """Wait here, where the test wants the client to be."""
+    def stop(self, connection: socket.socket) -> None:
+        """Wait here, where the test wants the client to be; a client that is gone meanwhile has asked for nothing."""
         self.reached.set()
         if self.hold:
             self.release.wait(60)
+            gone = select.poll()
+            gone.register(connection, select.POLLRDHUP)
+            if gone.poll(0):
+                raise ConnectionResetError("the client went away")
 
 
 @dataclass
@@ -304,7 +309,7 @@ class _Handler(WriteRoutes, BaseHTTPRequestHandler):
         self.unread = int(self.headers.get("Content-Length") or 0)
         try:
             if self.fault and self.fault.hold and self.fault.after is None and self.fault.received is None:
-                self.fault.stop()
+                self.fault.stop(self.connection)
             if self.command != "PUT" or not self.on_cdn or (self.fault and self.fault.status):
                 self.form = b"".join(self._receive()) or b"{}"
             if self.fault and self.fault.status:
@@ -335,7 +340,7 @@ class _Handler(WriteRoutes, BaseHTTPRequestHandler):
             time.sleep(self.fault.delay if self.fault else 0)
             yield data
         if cut is not None and self.received >= cut:
-            self.fault.stop()
+            self.fault.stop(self.connection)
             # With no time to linger, closing sends a reset instead of a polite end.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             raise ConnectionResetError("as the fault wants it")
@@ -510,7 +515,7 @@ class _Handler(WriteRoutes, BaseHTTPRequestHandler):
             self.sent += self.wfile.write(body[:cut][at : at + CHUNK])
             time.sleep(self.fault.delay if self.fault else 0)
         if cut is not None:
-            self.fault.stop()
+            self.fault.stop(self.connection)
             self.close_connection = True
 
 

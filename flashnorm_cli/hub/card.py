@@ -39,7 +39,8 @@ class CardFacts:
 
     `record` and `config` are the published flashnorm.json and config.json. `verification` is None where there is no
     valid one; then `unverified` says why. `sizes` are the bytes of all shards, of source and fold. `source_card` is
-    the text of the source's README.md; `source_data` are its metadata as the Hub knows them, used without a text.
+    the text of the source's README.md, or an earlier card of ours; `source_data` are the source's own metadata as the
+    Hub or its folder gives them, as far as they are known.
     """
 
     repo_id: str
@@ -76,13 +77,15 @@ def build_card(facts: CardFacts) -> str:
     from huggingface_hub import ModelCardData
 
     card = read_card(facts.source_card or "")
+    known: CardData = ModelCardData(**facts.source_data, ignore_metadata_errors=True)
     if facts.source_card is None:
-        card.data = ModelCardData(**facts.source_data, ignore_metadata_errors=True)
+        card.data = known
+    elif SOURCE_CARD not in card.text:  # the source's own card, not one of ours
+        known = card.data
     data, text = card.data, card.text.split(SOURCE_CARD)[-1].strip()
-    results = data.get("eval_results", [])
+    parents, results = known.get("base_model"), known.get("eval_results", [])
     for claim in ("eval_results", "model_name", "model-index", "new_version"):
         data[claim] = None
-    parents = data.get("base_model")
     if facts.base is not None:
         data["base_model"] = facts.base.repo_id
         data["base_model_relation"] = RELATION
@@ -96,8 +99,7 @@ def build_card(facts: CardFacts) -> str:
         *_loading(facts, plan),
         *_origin(facts, data, parents, results),
     ]
-    if text:
-        sections += ["## The source's card", "", SOURCE_CARD, "", text, ""]
+    sections += ["## The source's card", "", SOURCE_CARD, "", text] if text else [SOURCE_CARD]
     card.text = "\n" + "\n".join(sections)
     return str(card).replace("\r\n", "\n").rstrip() + "\n"
 
@@ -107,11 +109,12 @@ def build_card(facts: CardFacts) -> str:
 
 def _head(facts: CardFacts, plan: Plan) -> list[str]:
     name = facts.repo_id.rsplit("/", 1)[-1]
+    computes = "computes" if facts.verification else "is meant to compute"
     lines = [
         f"# {name}",
         "",
         f"{_source(facts)} with the weights of its RMSNorms folded into the linear layers that read them, by "
-        f"`{facts.record.get('tool', 'flashnorm')}`. It computes the same function; what it no longer needs are "
+        f"`{facts.record.get('tool', 'flashnorm')}`. It {computes} the same function; what it no longer needs are "
         f"{_count(len(plan.folded), 'norm weight')}. Nothing was trained or quantized.",
         "",
     ]
@@ -217,7 +220,7 @@ def _loading(facts: CardFacts, plan: Plan) -> list[str]:
         ]
     else:
         lines += [
-            "**vLLM** loads it as it loads the source, and multiplies by ones:",
+            "**vLLM** loads it as it loads the source, and multiplies by one:",
             "",
             *("```bash", vllm, "```", ""),
             "**llama.cpp**, if it knows the architecture, by its own converter:",

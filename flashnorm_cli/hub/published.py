@@ -97,7 +97,7 @@ def without_paths(value: Any, names: Sequence[str] = ()) -> Any:
 
 
 def same_fold(ours: dict[str, Any], theirs: Any) -> bool:
-    """Whether two published records are of the same fold: the same source files, in the same layout."""
+    """Whether two records are of the same fold: the same source files, in the same layout."""
     return isinstance(theirs, dict) and all(
         isinstance(ours.get(key), (dict, str)) and ours.get(key) == theirs.get(key)
         for key in ("source_files", "layout", "lm_head")

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shlex
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +36,9 @@ from flashnorm_cli.hub.errors import push_errors, status_of
 from flashnorm_cli.hub.licence import check_licence, gate_of, terms
 from flashnorm_cli.hub.patience import RETRY_STATUS, WAITS, patiently, quiet_hub, wait_after, watched
 from flashnorm_cli.hub.published import Base, dump, published_record, same_fold
+from flashnorm_cli.proof.files import CLAIMS, changed_files, is_paper
+from flashnorm_cli.proof.report import render
+from flashnorm_cli.proof.result import Verification
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo
@@ -141,8 +146,8 @@ def push_to_hub(
     doubt = _why_unverified(record, hashes, str(folded))
     if doubt and not unverified:
         raise FlashNormError(
-            f"{folded}: {doubt}. Verify it first: flashnorm verify {folded} (or publish it with --unverified, which "
-            "its card will say)"
+            f"{folded}: {doubt}. Verify it first: flashnorm verify {shlex.quote(str(folded))} (or publish it with "
+            "--unverified, which its card will say)"
         )
     with quiet_hub(), push_errors(repo_id):
         from huggingface_hub import HfApi, get_token
@@ -181,7 +186,7 @@ def check_call(folded: str | Path, repo_id: str, revision: str | None, create_pr
 def _open_folded(folder: Path, name: str) -> Checkpoint:
     """A finished fold, as its files say it is."""
     absolute = folder.absolute()
-    inside = next((path for path in (absolute, *absolute.parents) if path.name.endswith(".partial")), None)
+    inside = next((path for path in (absolute, *absolute.parents) if re.fullmatch(r"\..+\.partial", path.name)), None)
     partial = absolute.with_name(f".{absolute.name}.partial")
     if inside is not None or partial.exists():
         wanted = name if inside is None else inside.name.removeprefix(".").removesuffix(".partial")
@@ -226,9 +231,6 @@ def file_hashes(checkpoint: Checkpoint, workers: int, report: Progress) -> dict[
 
 def _why_unverified(record: dict[str, Any], hashes: dict[str, tuple[str, str]], name: str) -> str | None:
     """Why the record does not prove that this very folder is right; None if it does."""
-    from flashnorm_cli.proof.contract import is_paper
-    from flashnorm_cli.proof.verify import changed_files
-
     entry = record.get("verify")
     if not isinstance(entry, dict) or not isinstance(entry.get("levels"), dict):
         return "has not been verified"
@@ -280,6 +282,7 @@ class Push:
     base: Base | None = None
     base_info: ModelInfo | None = None
     remote: _Remote = field(default_factory=_Remote)
+    held: Any = None  # flashnorm.json of the repository
     uploads: list[Upload] = field(default_factory=list)
     deleted: tuple[str, ...] = ()
     card: str = ""
@@ -296,9 +299,10 @@ class Push:
             user = patiently(self.api.whoami)
             if "/" not in self.repo_id:
                 self.repo_id = f"{user['name']}/{self.repo_id}"
-            self.base = self._base(base_model)
-            self.base_info = self._base_info()
             self.remote = self._remote()
+            self.held = self._remote_json(RECORD) if RECORD in self.remote.files else None
+            self.base = self._base(base_model or self._base_held())
+            self.base_info = self._base_info()
         else:
             self.base = self._base(None)
             self.notes.append("not logged in, so the Hub was not asked: neither the repository nor the source is known")
@@ -324,6 +328,11 @@ class Push:
             "the Hub, too"
         )
         return None
+
+    def _base_held(self) -> str | None:
+        """The source that the repository names, if it holds this fold already."""
+        held = self.held if same_fold(self.record, self.held) else {}
+        return held["source"] if held.get("commit") else None
 
     def _same_on_hub(self, name: str) -> Base:
         """The Hub repository of a local source, if it holds the very files that were folded."""
@@ -393,10 +402,6 @@ class Push:
 
     def contents(self, hashes: dict[str, tuple[str, str]]) -> None:
         """What will be uploaded: the checkpoint's own files, and card, record and report as they are published."""
-        from flashnorm_cli.proof.contract import CLAIMS
-        from flashnorm_cli.proof.report import render
-        from flashnorm_cli.proof.result import Verification
-
         folder = self.checkpoint.folder
         new = published_record(self.record, self.repo_id, self.base, self.doubt is None)
         result = Verification.from_record(new, self.repo_id) if self.doubt is None else None
@@ -419,7 +424,7 @@ class Push:
                 sum(header.file_size for header in self.checkpoint.shards.values()),
             ),
             source_card=text,
-            source_data=ours,
+            source_data=theirs,
         )
         self.card = build_card(facts)
         new["card_sha256"] = hashlib.sha256(self.card.encode()).hexdigest()
@@ -454,13 +459,11 @@ class Push:
         theirs = set(self.remote.files) - {ATTRIBUTES}
         if not theirs or not self._missing(self.remote.files):
             return
-        held = self._remote_json(RECORD) if RECORD in theirs else None
-        ours = json.loads(_bytes(next(upload for upload in self.uploads if upload.path == RECORD)))
         where = self.repo_id if self.remote.branch else f"{self.repo_id} at main, where the new branch would start,"
-        if not same_fold(ours, held):
+        if not same_fold(self.record, self.held):
             if not self.overwrite:
                 shown = ", ".join(sorted(theirs)[:SHOWN_FILES]) + (", ..." if len(theirs) > SHOWN_FILES else "")
-                what = "another fold" if held is not None else "something else"
+                what = "another fold" if self.held is not None else "something else"
                 raise FlashNormError(f"{where} holds {what} ({shown}); --overwrite replaces it")
             self.deleted = tuple(sorted(theirs - {upload.path for upload in self.uploads}))
             return
@@ -468,7 +471,7 @@ class Push:
         card = next(upload for upload in self.uploads if upload.path == README)
         if readme in (None, card.sha256, card.oid) or self.overwrite:
             return
-        if hashlib.sha256(self._remote_bytes(README)).hexdigest() != (held or {}).get("card_sha256"):
+        if hashlib.sha256(self._remote_bytes(README)).hexdigest() != (self.held or {}).get("card_sha256"):
             raise FlashNormError(
                 f"{where}: README.md was edited on the Hub since it was pushed; --overwrite replaces it with a new card"
             )
@@ -659,7 +662,3 @@ class Push:
 def _given(content: Path | bytes) -> str | bytes:
     """As huggingface_hub takes it."""
     return content if isinstance(content, bytes) else str(content)
-
-
-def _bytes(upload: Upload) -> bytes:
-    return upload.content if isinstance(upload.content, bytes) else upload.content.read_bytes()

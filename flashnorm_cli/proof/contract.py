@@ -10,14 +10,10 @@ from flashnorm_cli import record
 from flashnorm_cli.checkpoint import CONFIG, INDEX, RECORD, Checkpoint
 from flashnorm_cli.errors import PlanError
 from flashnorm_cli.plan import pattern_of
+from flashnorm_cli.proof.files import CLAIMS, is_paper
 from flashnorm_cli.proof.pairing import DROPPED, SOURCE, Pair
 from flashnorm_cli.proof.result import Finding
 
-# Written for readers and for git, not for the model.
-PAPERS = (".gitattributes", ".gitignore", "LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY")
-PAPER_SUFFIXES = (".md", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".svg", ".gif", ".webp")
-# Scores of the source that the Hub shows as the repository's own: whoever publishes a fold leaves them out.
-CLAIMS = ".eval_results/"
 # What other tools write into a config without changing the model.
 BOOKKEEPING = {
     "flashnorm", "flashnorm_folded", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache",
@@ -60,17 +56,6 @@ def notes(pair: Pair) -> list[str]:
         if pair.gains and pair.record is None:
             found.append("it has no record of flashnorm; `--adopt` writes one")
     return found
-
-
-def is_paper(name: str) -> bool:
-    """Whether a file is written for readers: it may change without voiding a verification."""
-    return Path(name).name in PAPERS or name.lower().endswith(PAPER_SUFFIXES) or name.startswith(CLAIMS)
-
-
-def hashed_files(folded: Checkpoint) -> list[str]:
-    """The files that a verification speaks of; papers may change without voiding it."""
-    small = [name for name in folded.others if name != RECORD and not is_paper(name)]
-    return [CONFIG, *([INDEX] if folded.index else []), *folded.shards, *small]
 
 
 def _flag(pair: Pair) -> list[Finding]:

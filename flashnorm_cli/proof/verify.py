@@ -22,7 +22,8 @@ from flashnorm_cli.checkpoint import CONFIG, RECORD, Checkpoint, Progress, Sourc
 from flashnorm_cli.errors import CheckpointError, UsageError
 from flashnorm_cli.folding import write_text
 from flashnorm_cli.plan import Plan
-from flashnorm_cli.proof.contract import hashed_files, json_equal
+from flashnorm_cli.proof.contract import json_equal
+from flashnorm_cli.proof.files import changed_files, hashed_files
 from flashnorm_cli.proof.pairing import DROPPED, Pair, pair
 from flashnorm_cli.proof.result import (
     LEVELS,
@@ -428,13 +429,6 @@ def _entry(both: Pair, result: Verification, hashes: dict[str, str], before: Any
         },
         "files": hashes,
     }
-
-
-def changed_files(entry: dict[str, Any], hashes: dict[str, str]) -> list[str]:
-    """Files that are not those which a recorded verification speaks of: changed, lost or new."""
-    said = entry.get("files")
-    said = said if isinstance(said, dict) else {}
-    return [name for name in dict.fromkeys([*said, *hashes]) if said.get(name) != hashes.get(name)]
 
 
 def _hashes(folded: Checkpoint, run: _Levels) -> dict[str, str]:
