@@ -154,7 +154,7 @@ def fold_adapter(
 
     from flashnorm_cli.adapter_check import check_adapter, check_base
     from flashnorm_cli.adapter_plan import FoldedModel, plan_adapter, refuse_unfoldable
-    from flashnorm_cli.folding import _disk_errors, _flush, _publish, check_output, write_text
+    from flashnorm_cli.folding import disk_errors, _flush, _publish, check_output, write_text
 
     refuse_unfoldable(mine.config)
     name = mine.source.name.rsplit("/", 1)[-1] if mine.commit else mine.folder.resolve().name
@@ -179,10 +179,10 @@ def fold_adapter(
     plan = plan_adapter(mine.config, mine.header, model, mine.read, report)
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _disk_errors(target):
+    with disk_errors(target):
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
-        with _disk_errors(target):
+        with disk_errors(target):
             inside = work / "adapter"
             inside.mkdir()
             flushed, written = _write_weights(mine, plan, inside / WEIGHTS, report)

@@ -42,6 +42,8 @@ app.command(
         "flashnorm fold ./Llama-3.2-1B",
         "flashnorm fold Qwen/Qwen3-8B ./qwen3-8b-folded --workers 8",
         "flashnorm fold google/gemma-3-1b-it --final-norm keep --json",
+        "flashnorm fold deepseek-ai/DeepSeek-V3.1 --push-to me/DeepSeek-V3.1-FlashNorm --private",
+        "flashnorm fold /nfs/Kimi-K2 /nfs/Kimi-K2-FlashNorm --dask tcp://10.0.0.1:8786",
     )
 )(fold)
 app.command(

@@ -74,7 +74,7 @@ def push_to_hub(
             on_progress=report,
         )
     out.data(result.to_json())
-    out.text(*(_plan_of(result) if result.dry_run else _done(result)))
+    out.text(*(_plan_of(result) if result.dry_run else done(result)))
 
 
 def _plan_of(result: PushResult) -> list[str]:
@@ -88,7 +88,7 @@ def _plan_of(result: PushResult) -> list[str]:
     return [*lines, "", *_page(result), "", "The card:", "", result.card.rstrip()]
 
 
-def _done(result: PushResult) -> list[str]:
+def done(result: PushResult) -> list[str]:
     if result.sent or result.deleted:
         total = sum(upload.size for upload in result.sent)
         lines = [f"Published {len(result.sent)} files, {size(total)}, in one commit{_branch(result)}."]
