@@ -154,7 +154,7 @@ def fold_adapter(
 
     from flashnorm_cli.adapter_check import check_adapter, check_base
     from flashnorm_cli.adapter_plan import FoldedModel, plan_adapter, refuse_unfoldable
-    from flashnorm_cli.folding import disk_errors, _flush, _publish, check_output, write_text
+    from flashnorm_cli.folding import _flush, _publish, check_output, disk_errors, write_text
 
     refuse_unfoldable(mine.config)
     name = mine.source.name.rsplit("/", 1)[-1] if mine.commit else mine.folder.resolve().name
