@@ -9,9 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flashnorm_cli.adapter import AdapterResult, fold_adapter
     from flashnorm_cli.checkpoint import Checkpoint, Source, open_checkpoint
     from flashnorm_cli.errors import FlashNormError
     from flashnorm_cli.folding import FoldResult, fold
+    from flashnorm_cli.hub.push import PushResult, push_to_hub
     from flashnorm_cli.in_memory import fold_model_
     from flashnorm_cli.plan import Plan, make_plan
     from flashnorm_cli.proof.result import Verification
@@ -20,17 +22,21 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterResult",
     "Checkpoint",
     "FlashNormError",
     "FoldResult",
     "Plan",
+    "PushResult",
     "Source",
     "Verification",
     "fold",
+    "fold_adapter",
     "fold_model_",
     "from_pretrained",
     "make_plan",
     "open_checkpoint",
+    "push_to_hub",
     "verify",
     "weighted",
     "weightless",
@@ -38,6 +44,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "AdapterResult": "adapter",
+    "fold_adapter": "adapter",
     "Checkpoint": "checkpoint",
     "Source": "checkpoint",
     "open_checkpoint": "checkpoint",
@@ -46,6 +54,8 @@ _HOME = {
     "fold": "folding",
     "Plan": "plan",
     "make_plan": "plan",
+    "PushResult": "hub.push",
+    "push_to_hub": "hub.push",
     "Verification": "proof.result",
     "verify": "proof.verify",
     "fold_model_": "in_memory",

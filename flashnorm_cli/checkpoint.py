@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,8 @@ class Checkpoint:
 
     `folder` holds the small files (and the shards too, unless only the headers of a Hub repository were read).
     `shards` maps the shards' file names, in the index's order, to their headers. `others` are the relative paths
-    of the files to carry over, `left_out` those of weights in other formats and of links to folders.
+    of the files to carry over, `left_out` those of weights in other formats and of links to folders. `sha256` are the
+    shards' hashes where the Hub was asked for them.
     """
 
     source: Source
@@ -68,6 +69,7 @@ class Checkpoint:
     index: dict[str, Any] | None
     others: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    sha256: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def tensors(self) -> dict[str, TensorEntry]:
@@ -263,7 +265,7 @@ def _why(error: BaseException) -> str:
     return f"no such folder here, and the Hub could not be reached: {lines[0] if lines else type(error).__name__}"
 
 
-def _bar(what: str, report: Progress | None) -> type[Any]:
+def progress_bar(what: str, report: Progress | None) -> type[Any]:
     """A progress bar class for huggingface_hub that hands bytes on to `report` and draws nothing."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
@@ -293,7 +295,7 @@ def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Ch
                 token=source.token,
                 cache_dir=source.cache_dir,
                 local_files_only=source.local_files_only,
-                **{"tqdm_class": _bar("", None), **more},
+                **{"tqdm_class": progress_bar("", None), **more},
             )
         )
 
@@ -315,7 +317,7 @@ def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Ch
         raise FlashNormError(f"{source.name}: its weights are not in the Hub cache, and the network is off")
     if not cached and weights:
         with hub_errors(source.name):
-            download(commit, allow_patterns=names, tqdm_class=_bar(f"Downloading {source.name}", on_progress))
+            download(commit, allow_patterns=names, tqdm_class=progress_bar(f"Downloading {source.name}", on_progress))
     if cached or weights:
         return replace(_open_folder(source, folder, commit), left_out=left_out)
     with hub_errors(source.name):
@@ -326,8 +328,10 @@ def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Ch
     return Checkpoint(source, folder, commit, read_json(folder / CONFIG), shards, index, tuple(others), left_out)
 
 
-def _hub_headers(source: Source, commit: str, sizes: dict[str, int]) -> dict[str, Header]:
-    """The shards' headers, by ranged requests: one for each shard, or two where its header is long."""
+def hub_reader(
+    repo_id: str, commit: str, token: str | bool | None, endpoint: str | None = None
+) -> Callable[[str, int, int], bytes]:
+    """A function that reads the bytes [start, end) of a file in a Hub repository."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -337,14 +341,59 @@ def _hub_headers(source: Source, commit: str, sizes: dict[str, int]) -> dict[str
     )
 
     # Not HfFileSystem: it lists the repository again in each thread, and knows no ids without a user ("gpt2").
-    headers = build_hf_headers(token=source.token)
+    headers = build_hf_headers(token=token)
 
     def read(name: str, start: int, end: int) -> bytes:
-        url = hf_hub_url(source.name, name, revision=commit)
+        url = hf_hub_url(repo_id, name, revision=commit, endpoint=endpoint)
         wanted = {**headers, "Range": f"bytes={start}-{end - 1}"}
         answer = http_backoff("GET", url, headers=wanted, timeout=HF_HUB_DOWNLOAD_TIMEOUT, max_retries=3)
         hf_raise_for_status(answer)
         return answer.content[: end - start]
+
+    return read
+
+
+def read_bytes(checkpoint: Checkpoint, tensor: str, start: int, end: int) -> bytearray:
+    """Bytes `start` to `end` of a tensor: from the disk where its shard is there, else by a ranged request.
+
+    Raises CheckpointError where fewer arrive, FlashNormError where the Hub says no.
+    """
+    shard = checkpoint.shard_of[tensor]
+    entry, offset = checkpoint.tensors[tensor], checkpoint.shards[shard].data_start
+    first, last = offset + entry.start + start, offset + entry.start + end
+    path = checkpoint.folder / shard
+    if last <= first:
+        return bytearray()
+    if path.exists() or checkpoint.commit is None:
+        try:
+            with path.open("rb") as file:
+                file.seek(first)
+                raw = bytearray(file.read(last - first))
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}") from error
+    else:
+        with hub_errors(checkpoint.source.name):
+            raw = bytearray(
+                hub_reader(checkpoint.source.name, checkpoint.commit, checkpoint.source.token)(shard, first, last)
+            )
+    if len(raw) != last - first:
+        raise CheckpointError(f"{path}: {tensor} ends early")
+    return raw
+
+
+def read_tensors(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, bytearray]:
+    """The bytes of some tensors, read as by `read_bytes`, several at a time."""
+
+    def read(name: str) -> bytearray:
+        return read_bytes(checkpoint, name, 0, checkpoint.tensors[name].nbytes)
+
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip(names, pool.map(read, names), strict=True))
+
+
+def _hub_headers(source: Source, commit: str, sizes: dict[str, int]) -> dict[str, Header]:
+    """The shards' headers, by ranged requests: one for each shard, or two where its header is long."""
+    read = hub_reader(source.name, commit, source.token)
 
     def header(name: str) -> Header:
         where, size = f"{source.name}/{name}", sizes[name]

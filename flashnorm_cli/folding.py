@@ -1,4 +1,4 @@
-"""Fold a checkpoint: plan it, rewrite its shards one after the other, publish the folder when all is done."""
+"""Fold a checkpoint: plan it, have its shards rewritten, publish the folder when all is done."""
 
 from __future__ import annotations
 
@@ -12,22 +12,28 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from flashnorm_cli import __version__, record
-from flashnorm_cli.checkpoint import CONFIG, INDEX, RECORD, Checkpoint, Progress, Source, open_checkpoint
+from flashnorm_cli.checkpoint import CONFIG, Checkpoint, Progress, Source, open_checkpoint, read_tensors
+from flashnorm_cli.engine import Engine, any_executor, dask_engine, in_turn, processors, results
 from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
 from flashnorm_cli.plan import FINAL_NORM_CHOICES, Plan, make_plan, refuse_folded
-from flashnorm_cli.rewrite import TORCH_DTYPE, Edit, Fill, GainOverflowError, Scale, ShardJob, rewrite_shard
+from flashnorm_cli.rewrite import TORCH_DTYPE, GainOverflowError
+from flashnorm_cli.shards import JOURNAL, FolderJob, ShardEdits, do_folder_job, shard_edits
 
-# Beside the folder that is being filled: what it is for (locked while it is), and counts of finished shards.
-JOURNAL, FLUSHED = "journal", "flushed.json"
+if TYPE_CHECKING:
+    import numpy as np
+
+# Beside the folder that is being filled, with the journal that says what for: the counts of finished shards.
+FLUSHED = "flushed.json"
+SEEN_AFTER = 30.0  # seconds that a finished shard may take to be seen by this machine
 
 
 @dataclass(frozen=True)
@@ -61,12 +67,15 @@ def fold(
     layout: str = "identity",
     workers: int | None = None,
     overwrite: bool = False,
+    dask: str | None = None,
+    executor: Executor | None = None,
     on_progress: Progress | None = None,
 ) -> FoldResult:
     """Fold the norm gains of a checkpoint into the linear layers that read them, and write the result beside it.
 
     Shards are rewritten as streams, so that memory stays flat whatever the model's size. The output appears under
-    its name only when it is complete; a fold that was interrupted goes on from its last finished shard.
+    its name only when it is complete; a fold that was interrupted goes on from its last finished shard. Where the
+    work is done elsewhere, this process plans, names finished shards, and writes index, record and config last.
 
     Args:
         model: a local folder or a Hub id.
@@ -75,23 +84,41 @@ def fold(
         trust_remote_code: let the checkpoint's own Python code define the architecture.
         final_norm: "auto", "keep" or "untie"; see `make_plan`.
         layout: "identity" writes folded norms as the identity of their convention, "dropped" leaves them out.
-        workers: threads; by default the number of processors, 8 at most.
+        workers: threads per shard; by default the number of processors, 8 at most, and one where several shards are
+            folded at a time elsewhere.
         overwrite: replace an output folder that holds a checkpoint.
+        dask: address of a dask scheduler whose workers share source and output folder with this machine.
+        executor: any other concurrent.futures executor; its workers share both folders, too.
         on_progress: called with (bytes done, bytes in all, what is going on).
     Raises:
         UsageError: the call contradicts itself or the file system.
         FlashNormError: the checkpoint is broken, folded already, has nothing to fold, or cannot be planned.
     """
-    if final_norm not in FINAL_NORM_CHOICES:
-        raise UsageError(f"final_norm is one of {', '.join(FINAL_NORM_CHOICES)}, not {final_norm!r}")
-    if layout not in record.LAYOUTS:
-        raise UsageError(f"layout is one of {', '.join(record.LAYOUTS)}, not {layout!r}")
-    if workers is not None and workers < 1:
-        raise UsageError(f"workers has to be at least 1, not {workers}")
-    workers = workers or min(os.cpu_count() or 1, 8)
+    check_options(final_norm, layout, workers)
+    if dask is not None and executor is not None:
+        raise UsageError("dask and executor exclude each other")
     report = on_progress or (lambda done, total, what: None)
     source = Source(str(model), revision, token, Path(cache_dir) if cache_dir else None, local_files_only)
 
+    with contextlib.ExitStack() as stack:
+        if dask is not None:
+            engine = stack.enter_context(dask_engine(dask, report))
+        else:
+            engine = any_executor(executor) if executor else in_turn()
+        return _fold(source, output, engine, final_norm, layout, trust_remote_code, workers, overwrite, report)
+
+
+def _fold(
+    source: Source,
+    output: str | Path | None,
+    engine: Engine,
+    final_norm: str,
+    layout: str,
+    trust_remote_code: bool,
+    workers: int | None,
+    overwrite: bool,
+    report: Progress,
+) -> FoldResult:
     started = time.monotonic()
     report(0, 0, "Reading headers")
     checkpoint = open_checkpoint(source, weights=False)
@@ -101,11 +128,7 @@ def fold(
         target = _check_output(checkpoint, wanted, overwrite)
     except OSError as error:
         raise UsageError(f"{wanted}: {error.strerror}") from error
-    report(0, 0, f"Tracing {', '.join(checkpoint.config.get('architectures') or ['the model'])}")
-    plan = make_plan(checkpoint, final_norm, trust_remote_code)
-    if not plan.folded:
-        reasons = "; ".join(dict.fromkeys(n.reason or "" for n in plan.kept)) or "it has no norm with a weight"
-        raise FlashNormError(f"{model}: there is nothing to fold: {reasons}")
+    plan = plan_fold(checkpoint, final_norm, trust_remote_code, report)
     if checkpoint.commit is not None:
         report(0, 0, f"Downloading {source.name}")
         headers, checkpoint = (
@@ -113,23 +136,44 @@ def fold(
             open_checkpoint(dataclasses.replace(source, revision=checkpoint.commit), on_progress=report),
         )
         if {n: h.raw for n, h in headers.shards.items()} != {n: h.raw for n, h in checkpoint.shards.items()}:
-            raise CheckpointError(f"{model}: its headers changed between plan and download; run it again")
+            raise CheckpointError(f"{source.name}: its headers changed between plan and download; run it again")
 
-    _give_back_memory()
+    give_back_memory()
     planned_at = time.monotonic()
-    gains = _read_gains(checkpoint, plan)
-    jobs = _jobs(checkpoint, plan, gains, layout)
-    with _work_folder(target, _fingerprint(checkpoint, plan, gains, layout), checkpoint.shards) as work:
-        result = _write(checkpoint, plan, layout, jobs, work, workers, report)
+    gains = read_gains(checkpoint, plan)
+    edits = shard_edits(checkpoint, plan, gains, layout)
+    fingerprint = _fingerprint(checkpoint, plan, gains, layout)
+    with work_folder(target, fingerprint, checkpoint.shards) as inside:
+        result = _write(checkpoint, plan, layout, edits, inside, fingerprint, engine, workers, report)
         written_at = time.monotonic()
         report(0, 0, "Waiting for the disk")
-        _flush(work, workers)
-        _publish(work, target)
+        _flush(inside, workers or processors())
+        _publish(inside, target)
     seconds = (planned_at - started, written_at - planned_at, time.monotonic() - written_at)
     return dataclasses.replace(result, output=target, seconds=seconds)
 
 
-def _give_back_memory() -> None:
+def check_options(final_norm: str, layout: str, workers: int | None) -> None:
+    """Raises UsageError."""
+    if final_norm not in FINAL_NORM_CHOICES:
+        raise UsageError(f"final_norm is one of {', '.join(FINAL_NORM_CHOICES)}, not {final_norm!r}")
+    if layout not in record.LAYOUTS:
+        raise UsageError(f"layout is one of {', '.join(record.LAYOUTS)}, not {layout!r}")
+    if workers is not None and workers < 1:
+        raise UsageError(f"workers has to be at least 1, not {workers}")
+
+
+def plan_fold(checkpoint: Checkpoint, final_norm: str, trust_remote_code: bool, report: Progress) -> Plan:
+    """The plan. Raises FlashNormError where there is nothing to fold."""
+    report(0, 0, f"Tracing {', '.join(checkpoint.config.get('architectures') or ['the model'])}")
+    plan = make_plan(checkpoint, final_norm, trust_remote_code)
+    if not plan.folded:
+        reasons = "; ".join(dict.fromkeys(n.reason or "" for n in plan.kept)) or "it has no norm with a weight"
+        raise FlashNormError(f"{checkpoint.source.name}: there is nothing to fold: {reasons}")
+    return plan
+
+
+def give_back_memory() -> None:
     """Return what the trace has used to the system, where the C library can: it would stay beside the buffers."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -140,20 +184,27 @@ def _give_back_memory() -> None:
 
 
 def _check_output(checkpoint: Checkpoint, output: Path, overwrite: bool) -> Path:
-    """The output's absolute path, which may be written. Raises UsageError where that could lose something."""
+    return check_output(output, overwrite, checkpoint.folder)
+
+
+def check_output(output: Path, overwrite: bool, source: Path, config: str = CONFIG, what: str = "a checkpoint") -> Path:
+    """The output's absolute path, which may be written. Raises UsageError where that could lose something.
+
+    `source` is a folder that it must not overlap with; `config` the file that shows `what` an older output is.
+    """
     target = output.expanduser().absolute()
     if target.is_symlink():
         raise UsageError(f"{output}: is a symbolic link; name the folder itself")
     if target.exists() and not target.is_dir():
         raise UsageError(f"{output}: exists and is not a folder")
-    real, source = target.resolve(), checkpoint.folder.resolve()
-    if real == source or source in real.parents or real in source.parents:
-        raise UsageError(f"{output}: overlaps with the source {checkpoint.folder}; choose another output folder")
+    real, theirs = target.resolve(), source.resolve()
+    if real == theirs or theirs in real.parents or real in theirs.parents:
+        raise UsageError(f"{output}: overlaps with the source {source}; choose another output folder")
     if target.exists() and any(target.iterdir()):
         if not overwrite:
             raise UsageError(f"{output}: exists already; add --overwrite to replace it")
-        if not (target / CONFIG).exists():
-            raise UsageError(f"{output}: is not a checkpoint (no {CONFIG}), so it will not be overwritten")
+        if not (target / config).exists():
+            raise UsageError(f"{output}: is not {what} (no {config}), so it will not be overwritten")
     parent = target.parent
     while not parent.exists():
         parent = parent.parent
@@ -162,20 +213,17 @@ def _check_output(checkpoint: Checkpoint, output: Path, overwrite: bool) -> Path
     return target
 
 
-def _read_gains(checkpoint: Checkpoint, plan: Plan) -> dict[str, torch.Tensor]:
+def read_gains(checkpoint: Checkpoint, plan: Plan) -> dict[str, np.ndarray]:
     """Gains of the folded norms, by tensor: float32 of shape (elements,)."""
     gains = {}
+    raw = read_tensors(checkpoint, [norm.tensor for norm in plan.folded])
     for norm in plan.folded:
-        shard = checkpoint.shard_of[norm.tensor]
-        entry = checkpoint.tensors[norm.tensor]
-        with (checkpoint.folder / shard).open("rb") as file:
-            file.seek(checkpoint.shards[shard].data_start + entry.start)
-            raw = bytearray(file.read(entry.nbytes))
-        weight = torch.frombuffer(raw, dtype=TORCH_DTYPE[entry.dtype]).float()
+        weight = torch.frombuffer(raw[norm.tensor], dtype=TORCH_DTYPE[checkpoint.tensors[norm.tensor].dtype]).float()
         gain = weight if norm.scale == 1.0 else weight * norm.scale
-        gains[norm.tensor] = gain if norm.offset == 0.0 else gain + norm.offset
-        if not bool(gains[norm.tensor].isfinite().all()):
+        gain = gain if norm.offset == 0.0 else gain + norm.offset
+        if not bool(gain.isfinite().all()):
             raise FlashNormError(f"{norm.tensor}: holds inf or NaN; this checkpoint is broken")
+        gains[norm.tensor] = gain.numpy()
     if all(bool((g == 1.0).all()) for g in gains.values()):
         raise FlashNormError(
             f"{checkpoint.source.name}: there is nothing to fold: every norm that could be holds the identity already"
@@ -183,78 +231,58 @@ def _read_gains(checkpoint: Checkpoint, plan: Plan) -> dict[str, torch.Tensor]:
     return gains
 
 
-def _jobs(checkpoint: Checkpoint, plan: Plan, gains: dict[str, torch.Tensor], layout: str) -> list[ShardJob]:
-    """One job per shard; tensors that the source does not have go to the end of the last one."""
-
-    def scale(reader: Any) -> Scale:
-        parts = []
-        for run in reader.runs:
-            part = gains[run.norm][run.start : run.start + run.length] if run.norm else torch.ones(run.length)
-            parts.append(part.repeat(run.repeat))
-        if reader.values_from is None:
-            return Scale(reader.dim, torch.cat(parts))
-        shard = checkpoint.shard_of[reader.values_from]
-        return Scale(
-            reader.dim,
-            torch.cat(parts),
-            (checkpoint.folder / shard, checkpoint.shards[shard], reader.values_from),
-        )
-
-    edits: dict[str, Edit] = {r.tensor: scale(r) for r in plan.readers}
-    dropped = frozenset(n.tensor for n in plan.folded) if layout == "dropped" else frozenset()
-    edits.update({n.tensor: Fill(n.identity) for n in plan.folded if n.tensor not in dropped})
-    last = list(checkpoint.shards)[-1]
-    jobs = []
+def plan_fingerprint(checkpoint: Checkpoint, plan: Plan, gains: Mapping[str, np.ndarray], layout: str) -> str:
+    """Equal for two folds that write the same bytes from shards with the same bytes."""
+    digest = hashlib.sha256(json.dumps([__version__, layout, plan.to_json()], sort_keys=True).encode())
     for name, header in checkpoint.shards.items():
-        mine = {tensor: edit for tensor, edit in edits.items() if tensor in header.tensors}
-        add = {}
-        if name == last:
-            for tensor, (dtype, shape) in plan.added.items():
-                edit = edits[tensor]
-                if isinstance(edit, Scale):
-                    add[tensor] = (dtype, shape, edit)
-        jobs.append(ShardJob(checkpoint.folder / name, Path(name), header, mine, dropped & set(header.tensors), add))
-    return jobs
+        digest.update(name.encode() + header.raw)
+    for gain in gains.values():
+        digest.update(gain.tobytes())
+    return digest.hexdigest()
 
 
-def _fingerprint(checkpoint: Checkpoint, plan: Plan, gains: dict[str, torch.Tensor], layout: str) -> str:
+def _fingerprint(checkpoint: Checkpoint, plan: Plan, gains: Mapping[str, np.ndarray], layout: str) -> str:
     """Equal for two runs that would write the same bytes: a later run may go on only with such shards.
 
     Finished shards may still be in memory only, so a run before the machine's last start does not count.
     """
     boot = Path("/proc/sys/kernel/random/boot_id")
     start = boot.read_text() if boot.exists() else ""
-    digest = hashlib.sha256(json.dumps([__version__, start, layout, plan.to_json()], sort_keys=True).encode())
-    for name, header in checkpoint.shards.items():
+    digest = hashlib.sha256((start + plan_fingerprint(checkpoint, plan, gains, layout)).encode())
+    for name in checkpoint.shards:
         stat = (checkpoint.folder / name).stat()
-        digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}".encode() + header.raw)
-    for gain in gains.values():
-        digest.update(gain.numpy().tobytes())
+        digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
+def partial_folder(target: Path) -> Path:
+    """The work folder of an output."""
+    return target.with_name(f".{target.name}.partial")
+
+
 @contextlib.contextmanager
-def _work_folder(target: Path, fingerprint: str, shards: Iterable[str]) -> Iterator[Path]:
+def work_folder(target: Path, fingerprint: str, finished: Collection[str], keep: str = FLUSHED) -> Iterator[Path]:
     """A folder beside the output, `.<name>.partial`, held by this process alone; yields the folder to fill in it.
 
-    Shards that an earlier run of the same fold finished stay, everything else in it is removed. After an error the
-    whole is removed, unless running the same command again could go on from a finished shard.
+    What an earlier run of the same fold left there under the names in `finished` stays, and so does the file `keep`
+    beside it; everything else is removed. After an error the whole is removed, unless running the same command again
+    could go on from something that is finished.
     """
-    work = target.with_name(f".{target.name}.partial")
+    work = partial_folder(target)
     inside = work / "checkpoint"
-    with _disk_errors(target):
+    with disk_errors(target):
         work.mkdir(parents=True, exist_ok=True)
         lock = os.open(work / JOURNAL, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _lock(lock, work / JOURNAL, target)
-        with _disk_errors(target):
+        with disk_errors(target):
             same = os.pread(lock, 1 << 10, 0).decode(errors="replace") == fingerprint
             for path in [*work.iterdir(), *(inside.iterdir() if inside.exists() else ())]:
-                is_shard = same and path.parent == inside and path.name in shards
-                if not is_shard and path not in (inside, work / JOURNAL) and not (same and path.name == FLUSHED):
+                stays = same and (path.name in finished if path.parent == inside else path.name == keep)
+                if not stays and path not in (inside, work / JOURNAL):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             inside.mkdir(exist_ok=True)
             os.ftruncate(lock, 0)
@@ -263,10 +291,10 @@ def _work_folder(target: Path, fingerprint: str, shards: Iterable[str]) -> Itera
                 yield inside
             except BaseException as error:
                 hopeless = isinstance(error, (GainOverflowError, CheckpointError))
-                if hopeless or not any((inside / name).exists() for name in shards):
-                    shutil.rmtree(work)
+                if hopeless or not ((work / keep).exists() or any((inside / name).exists() for name in finished)):
+                    shutil.rmtree(work, ignore_errors=True)
                 raise
-            shutil.rmtree(work)  # still locked: nobody else may begin in it
+            shutil.rmtree(work, ignore_errors=True)  # still locked: nobody else may begin in it
     finally:
         os.close(lock)
 
@@ -283,7 +311,7 @@ def _lock(lock: int, journal: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
+def disk_errors(target: Path) -> Iterator[None]:
     """Errors of the disk in the words of the output; what the rewriting has worded already keeps its file's name."""
     try:
         yield
@@ -304,54 +332,74 @@ def _write(
     checkpoint: Checkpoint,
     plan: Plan,
     layout: str,
-    jobs: list[ShardJob],
-    work: Path,
-    workers: int,
+    edits: list[ShardEdits],
+    inside: Path,
+    fingerprint: str,
+    engine: Engine,
+    workers: int | None,
     report: Progress,
 ) -> FoldResult:
-    flushed_file = work.parent / FLUSHED
-    flushed: dict[str, int] = json.loads(flushed_file.read_text()) if flushed_file.exists() else {}
-    resumed = tuple(job.target.name for job in jobs if (work / job.target).exists())
-    sizes = {job.target.name: job.target_header().file_size for job in jobs}
+    work = inside.parent
+    flushed: dict[str, int] = json.loads((work / FLUSHED).read_text()) if (work / FLUSHED).exists() else {}
+    resumed = tuple(edit.name for edit in edits if (inside / edit.name).exists())
+    sizes = {edit.name: edit.target_header(checkpoint.shards[edit.name]).file_size for edit in edits}
     total, done = sum(sizes.values()), sum(sizes[name] for name in resumed)
     free = shutil.disk_usage(work).free
     if total - done > free:
         raise FlashNormError(
-            f"{work.parent.parent}: {total - done:,} bytes are to be written, but only {free:,} are free there"
+            f"{work.parent}: {total - done:,} bytes are to be written, but only {free:,} are free there"
         )
-    for job in jobs:
-        name = job.target.name
-        if name in resumed:
-            continue
-        part = work / f"{name}.part"
-        part.unlink(missing_ok=True)
 
-        def on_bytes(n: int, name: str = name) -> None:
+    def arguments(job: FolderJob) -> tuple[Callable[[int], None], ...]:
+        def on_bytes(n: int) -> None:
             nonlocal done
             done += n
-            report(done, total, name)
+            report(done, total, job.edits.name)
 
-        counts = rewrite_shard(dataclasses.replace(job, target=part), workers, on_bytes, fsync=False)
-        flushed.update({tensor: n for tensor, n in counts.items() if n})
-        write_text(flushed_file, json.dumps(flushed))
-        part.rename(work / name)  # from now on the shard counts as finished
+        return (on_bytes,) if engine.in_process else ()
+
+    def job(edit: ShardEdits) -> FolderJob:
+        names = {edit.name, *(origin.shard for origin in edit.origins.values())}
+        status = {name: (checkpoint.folder / name).stat() for name in names}
+        files = {name: (s.st_size, s.st_mtime_ns) for name, s in status.items()}
+        # Another machine's memory cannot be flushed from here.
+        folder, fsync = checkpoint.folder.absolute(), not engine.in_process
+        return FolderJob(edit, folder, files, work, fingerprint, workers or engine.threads, fsync)
+
+    report(done, total, "Waiting for shards")
+    jobs = [job(edit) for edit in edits if edit.name not in resumed]
+    for finished, written in results(engine, do_folder_job, jobs, arguments):
+        name = finished.edits.name
+        part = _arrived(work / written.part, written.size)
+        flushed.update(written.flushed)
+        write_text(work / FLUSHED, json.dumps(flushed))
+        part.rename(inside / name)  # from now on the shard counts as finished
+        for left in work.glob(f"{name}.*.part"):  # of a worker that died
+            left.unlink(missing_ok=True)
+        if not engine.in_process:
+            done += sizes[name]
+            report(done, total, name)
 
     report(total, total, "Writing config and record")
     for relative in checkpoint.others:
-        (work / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.folder / relative, work / relative)
-    if checkpoint.index is not None:
-        dropped = frozenset().union(*(job.drop for job in jobs))
-        original = (checkpoint.folder / INDEX).read_text(encoding="utf-8")
-        if dropped or plan.added:
-            index = record.folded_index(checkpoint.index, plan, dropped, jobs[-1].target.name, checkpoint)
-            original = record.dump_like(index, original)
-        write_text(work / INDEX, original)
-    write_text(work / RECORD, json.dumps(record.full_record(checkpoint, plan, layout, flushed), indent=2) + "\n")
-    original = (checkpoint.folder / CONFIG).read_text(encoding="utf-8")
-    config = record.folded_config(checkpoint.config, plan, layout)
-    write_text(work / CONFIG, record.dump_like(config, original))
-    return FoldResult(work, plan, layout, total, flushed, resumed, checkpoint.left_out, (0.0, 0.0, 0.0))
+        (inside / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint.folder / relative, inside / relative)
+    for name, text in record.texts(checkpoint, plan, layout, flushed).items():
+        write_text(inside / name, text)
+    return FoldResult(inside, plan, layout, total, flushed, resumed, checkpoint.left_out, (0.0, 0.0, 0.0))
+
+
+def _arrived(part: Path, size: int) -> Path:
+    """A file that a worker has written, once it can be seen here as a whole: network file systems take a moment."""
+    deadline = time.monotonic() + SEEN_AFTER
+    while True:
+        with contextlib.suppress(OSError):
+            list(part.parent.iterdir())  # asks the server anew, where a look at the name would not
+            if part.stat().st_size == size:
+                return part
+        if time.monotonic() > deadline:
+            raise FlashNormError(f"{part}: a worker says that it is written, but it cannot be seen here")
+        time.sleep(0.2)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -93,7 +93,7 @@ def _refuse(model: PreTrainedModel) -> None:
         raise FlashNormError("this model is folded already (its config says so); folding twice would do nothing good")
     if getattr(model, "hf_quantizer", None) is not None or getattr(config, "quantization_config", None):
         raise FlashNormError("this model is quantized: packed weights cannot take a gain; fold first, then quantize")
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if getattr(model, "_hf_peft_config_loaded", False) or getattr(model, "peft_config", None):
         raise FlashNormError("this model carries adapters, which read the same gains; merge or unload them first")
     addresses: dict[tuple[torch.device, int], str] = {}
     for name, parameter in model.named_parameters():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashnorm_cli import __version__
 from flashnorm_cli.checkpoint import RECORD, Checkpoint
-from flashnorm_cli.errors import FlashNormError, PlanError
+from flashnorm_cli.errors import CheckpointError, FlashNormError, PlanError
 from flashnorm_cli.safetensors_file import tensor_nbytes
 
 if TYPE_CHECKING:
@@ -128,6 +128,25 @@ class Plan:
             norm["folded"] = mine.folded
         return {"format": FORMAT, "tool": f"flashnorm-cli {__version__}", **plain}
 
+    @classmethod
+    def from_json(cls, said: dict[str, Any]) -> Plan:
+        """The plan that `to_json` wrote, from flashnorm.json say. Raises CheckpointError where it is none."""
+        try:
+            fields = {field.name: said[field.name] for field in dataclasses.fields(cls)}
+            norms = [{key: value for key, value in norm.items() if key != "folded"} for norm in said["norms"]]
+            fields["norms"] = tuple(
+                Norm(**{**norm, "shape": tuple(norm["shape"]), "readers": tuple(norm["readers"])}) for norm in norms
+            )
+            fields["readers"] = tuple(
+                Reader(**{**reader, "runs": tuple(Run(*run) for run in reader["runs"])}) for reader in said["readers"]
+            )
+            fields["added"] = {name: (dtype, tuple(shape)) for name, (dtype, shape) in said["added"].items()}
+            for name in ("text_config", "not_traced", "unread", "notes"):
+                fields[name] = tuple(said[name])
+            return cls(**fields)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{RECORD}: holds no plan ({type(error).__name__}: {error})") from error
+
 
 def pattern_of(name: str) -> str:
     """A name with its layer and expert numbers replaced by `*`."""
@@ -192,6 +211,26 @@ def trace_plan(checkpoint: Checkpoint, config: PretrainedConfig, cls: Any, final
     return _Planner(checkpoint, config, cls, final_norm, transformers.__version__).plan()
 
 
+def traced(
+    checkpoint: Checkpoint, config: PretrainedConfig, cls: Any, untied: bool = False
+) -> tuple[PreTrainedModel, set[str], Trace]:
+    """The model on the meta device, its parameters that the files lack, and the trace of its forward.
+
+    Attention and experts have several implementations; the plainest that runs is the one to follow.
+    """
+    from flashnorm_cli import runtime
+    from flashnorm_cli.trace import trace_forward
+
+    first_error = None
+    for attention, experts in (("eager", "batched_mm"), ("eager", "eager"), ("sdpa", "eager")):
+        try:
+            model, missing = runtime.build(checkpoint, config, cls, attention, experts, untied)
+            return model, missing, trace_forward(model)
+        except PlanError as error:
+            first_error = first_error or error
+    raise first_error or PlanError("no implementation of attention to trace")
+
+
 class _Planner:
     """The steps of `make_plan`; `kept` collects the reasons, by runtime parameter, as they are found."""
 
@@ -229,21 +268,7 @@ class _Planner:
         return TracedPlan(self._assemble(found, lm_head), self.model, self.trace, self.kept, self.untied)
 
     def _traced(self, untied: bool = False) -> tuple[PreTrainedModel, set[str], Trace]:
-        """The model on the meta device, its parameters that the files lack, and the trace of its forward.
-
-        Attention and experts have several implementations; the plainest that runs is the one to follow.
-        """
-        from flashnorm_cli import runtime
-        from flashnorm_cli.trace import trace_forward
-
-        first_error = None
-        for attention, experts in (("eager", "batched_mm"), ("eager", "eager"), ("sdpa", "eager")):
-            try:
-                model, missing = runtime.build(self.checkpoint, self.config, self.cls, attention, experts, untied)
-                return model, missing, trace_forward(model)
-            except PlanError as error:
-                first_error = first_error or error
-        raise first_error or PlanError("no implementation of attention to trace")
+        return traced(self.checkpoint, self.config, self.cls, untied)
 
     # ---- the output head ----------------------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from flashnorm_cli import __version__
-from flashnorm_cli.checkpoint import CONFIG, INDEX, Checkpoint
+from flashnorm_cli.checkpoint import CONFIG, INDEX, RECORD, Checkpoint, Source
+from flashnorm_cli.errors import UsageError
 from flashnorm_cli.plan import FORMAT, Plan, pattern_of
 
 LAYOUTS = ("identity", "dropped")
@@ -100,15 +101,66 @@ def file_facts(path: Path, header: bytes | None = None) -> dict[str, Any]:
     return facts
 
 
+def source_facts(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Size and hashes of config, index and shards; where only a shard's header is here, what the Hub says of it."""
+    facts = {name: file_facts(checkpoint.folder / name) for name in (CONFIG, *([INDEX] if checkpoint.index else []))}
+    for name, header in checkpoint.shards.items():
+        if (checkpoint.folder / name).exists():
+            facts[name] = file_facts(checkpoint.folder / name, header.raw)
+        else:
+            sha256 = {"sha256": checkpoint.sha256[name]} if name in checkpoint.sha256 else {}
+            header_sha256 = hashlib.sha256(header.raw).hexdigest()
+            facts[name] = {"size": header.file_size, **sha256, "header_sha256": header_sha256}
+    return facts
+
+
 def full_record(checkpoint: Checkpoint, plan: Plan, layout: str, flushed: dict[str, int]) -> dict[str, Any]:
     """The content of flashnorm.json. No date in it: the same fold gives the same bytes."""
-    names = [CONFIG, *([INDEX] if checkpoint.index else []), *checkpoint.shards]
-    headers = {name: header.raw for name, header in checkpoint.shards.items()}
     return {
         **plan.to_json(),
         "layout": layout,
-        "source_files": {name: file_facts(checkpoint.folder / name, headers.get(name)) for name in names},
+        "source_files": source_facts(checkpoint),
         "left_out": list(checkpoint.left_out),
-        "flushed_to_zero": {name: n for name, n in flushed.items() if n},
+        "flushed_to_zero": {name: flushed[name] for name in (*checkpoint.tensors, *plan.added) if flushed.get(name)},
         "verify": None,
     }
+
+
+def recorded_source(
+    said: dict[str, Any],
+    name: str,
+    folder: Path,
+    token: str | bool | None,
+    cache_dir: Path | None,
+    local_files_only: bool,
+) -> Source:
+    """The source that the record `said` of the checkpoint `name` in `folder` names.
+
+    Raises UsageError where it names none, or a folder that is not here.
+    """
+    source, commit = said.get("source"), said.get("commit")
+    if not isinstance(source, str) or not source or not isinstance(commit, (str, type(None))):
+        raise UsageError(f"{name}: its {RECORD} names no source; add --source <the model it was made from>")
+    if commit is None:
+        here = Path(source).expanduser()
+        beside = folder.resolve().parent / source
+        if not here.is_dir() and not beside.is_dir():
+            raise UsageError(f"{name}: was made from {source}, which is not here; say where it is with --source")
+        return Source(str(here if here.is_dir() else beside))
+    return Source(source, commit, token, cache_dir, local_files_only)
+
+
+def texts(checkpoint: Checkpoint, plan: Plan, layout: str, flushed: dict[str, int]) -> dict[str, str]:
+    """The index, flashnorm.json and config.json of the folded checkpoint, in the order in which they are written."""
+    found = {}
+    if checkpoint.index is not None:
+        dropped = frozenset(norm.tensor for norm in plan.folded) if layout == "dropped" else frozenset[str]()
+        original = (checkpoint.folder / INDEX).read_text(encoding="utf-8")
+        if dropped or plan.added:
+            index = folded_index(checkpoint.index, plan, dropped, list(checkpoint.shards)[-1], checkpoint)
+            original = dump_like(index, original)
+        found[INDEX] = original
+    found[RECORD] = json.dumps(full_record(checkpoint, plan, layout, flushed), indent=2) + "\n"
+    original = (checkpoint.folder / CONFIG).read_text(encoding="utf-8")
+    found[CONFIG] = dump_like(folded_config(checkpoint.config, plan, layout), original)
+    return found

@@ -28,7 +28,7 @@ import mmap
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -95,11 +95,17 @@ class ShardJob:
 
     def target_header(self) -> Header:
         """The target's header: the source's own bytes unless tensors are added or dropped."""
-        if not self.drop and not self.add:
-            return self.header
-        kept = [(e.name, e.dtype, e.shape) for e in self.header.tensors.values() if e.name not in self.drop]
-        added = [(name, dtype, shape) for name, (dtype, shape, _) in self.add.items()]
-        return build_header(kept + added, self.header.metadata)
+        return changed_header(
+            self.header, self.drop, {name: (dtype, shape) for name, (dtype, shape, _) in self.add.items()}
+        )
+
+
+def changed_header(header: Header, drop: Collection[str], add: Mapping[str, tuple[str, tuple[int, ...]]]) -> Header:
+    """A header without the tensors of `drop` and with those of `add` (dtype, shape) at the end; itself for neither."""
+    if not drop and not add:
+        return header
+    kept = [(e.name, e.dtype, e.shape) for e in header.tensors.values() if e.name not in drop]
+    return build_header([*kept, *((name, dtype, shape) for name, (dtype, shape) in add.items())], header.metadata)
 
 
 def rewrite_shard(
@@ -296,19 +302,33 @@ def _run(ranges: list[_Range], target: int, workers: int, on_bytes: Callable[[in
             stop.set()
             raise
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the ranges are the parallelism
+    with _one_thread_each(), ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(work) for _ in range(workers)]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:  # KeyboardInterrupt too: leaving the pool waits for its threads
+            stop.set()
+            raise
+
+
+_thread_setting = threading.Lock()
+_rewriting: list[int] = []  # torch's setting as each shard that is being rewritten in this process found it
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Keep torch from starting threads: the ranges are the parallelism. Several shards may be under way at a time."""
+    with _thread_setting:
+        _rewriting.append(torch.get_num_threads() if not _rewriting else _rewriting[0])
+        torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(workers) as pool:
-            futures = [pool.submit(work) for _ in range(workers)]
-            try:
-                for future in futures:
-                    future.result()
-            except BaseException:  # KeyboardInterrupt too: leaving the pool waits for its threads
-                stop.set()
-                raise
+        yield
     finally:
-        torch.set_num_threads(threads)
+        with _thread_setting:
+            before = _rewriting.pop()
+            if not _rewriting:
+                torch.set_num_threads(before)
 
 
 class _Worker:

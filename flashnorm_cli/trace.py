@@ -34,11 +34,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from flashnorm_cli.companions import constant_along, coordinates, profile, resized, small, varying_dims
 from flashnorm_cli.errors import PlanError
-from flashnorm_cli.values import SHAPE_ONLY, Values
+from flashnorm_cli.outcomes import outcome
+from flashnorm_cli.values import SHAPE_ONLY, Values, tensors_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -290,12 +291,12 @@ class GainTracer(TorchDispatchMode):
             args = self.values.without_masks(args)
         if name == "split_with_sizes":
             args = (args[0], self.values.sizes_that_add_up(args), *args[2:])
-        inputs = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, torch.Tensor)]
+        inputs = tensors_in(args, kwargs)
         on_meta = any(t.device.type == "meta" for t in inputs)
         if on_meta and any(t.device.type != "meta" and t.ndim for t in inputs):
             args, kwargs = tree_map(self.values.to_meta, (args, kwargs))
-            inputs = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, torch.Tensor)]
-        out = func(*args, **kwargs)
+            inputs = tensors_in(args, kwargs)
+        out = outcome(func, args, kwargs)
         if on_meta or not inputs:
             self.values.follow(func, name, args, kwargs, inputs, out)
         if self.auxiliary and name in PRODUCTS and any(t.numel() == 0 for t in inputs):
@@ -351,20 +352,19 @@ class GainTracer(TorchDispatchMode):
 
     def lose(self, name: str, args: Any) -> None:
         """An answer carries no ids: whatever scaled its inputs has escaped."""
-        for tensor in tree_flatten(args)[0]:
-            if isinstance(tensor, torch.Tensor):
-                ids, weight = self._ids.get(tensor._cdata), self._weights.get(tensor._cdata)
-                if ids is not None:
-                    self.escape(ids, f"its output decides what the model does (`{name}`)")
-                if weight is not None:
-                    self.trace.reached.add(weight.name)
-                    self._other_use(weight, name)
+        for tensor in tensors_in(args):
+            ids, weight = self._ids.get(tensor._cdata), self._weights.get(tensor._cdata)
+            if ids is not None:
+                self.escape(ids, f"its output decides what the model does (`{name}`)")
+            if weight is not None:
+                self.trace.reached.add(weight.name)
+                self._other_use(weight, name)
 
     # ---- what is normalised -------------------------------------------------------------------------------------
 
     def _propagate_norm(self, name: str, args: Any, inputs: list[torch.Tensor], out: Any) -> None:
         """Know normalised activations, so that only norms count as gains and not layer scales or skip weights."""
-        outs = [o for o in tree_flatten(out)[0] if isinstance(o, torch.Tensor)]
+        outs = tensors_in(out)
 
         def mark(which: set[int]) -> None:
             for o in outs:
@@ -787,7 +787,7 @@ class _Literals(TorchFunctionMode):
             func in (torch.tensor, torch.as_tensor)
             and isinstance(out, torch.Tensor)
             and out.device.type == "meta"
-            and not any(isinstance(a, torch.Tensor) for a in tree_flatten(args)[0])
+            and not tensors_in(args)
         ):
             with torch.utils._python_dispatch._disable_current_modes():
                 self.tracer.values.set(out, torch.tensor(*args, **{**(kwargs or {}), "device": "cpu"}))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from flashnorm_cli.errors import PlanError
 
@@ -27,6 +27,19 @@ SHAPE_ONLY = frozenset(
 )
 # Random or uninitialised: their values are never known.
 UNKNOWN_VALUES = ("empty", "new_empty", "rand", "bernoulli", "normal", "multinomial", "uniform", "exponential")
+
+
+def tensors_in(*values: Any) -> list[torch.Tensor]:
+    """The tensors in an operation's arguments or results, those in lists included, in their order."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(*value)
+        elif isinstance(value, dict):
+            found += tensors_in(*value.values())
+    return found
 
 
 class Values:
@@ -58,7 +71,7 @@ class Values:
 
     def follow(self, func: Any, name: str, args: Any, kwargs: Any, inputs: list[torch.Tensor], out: Any) -> None:
         """Compute the values of an operation's results where those of all its inputs are known, and few."""
-        outs = [o for o in tree_flatten(out)[0] if isinstance(o, torch.Tensor)]
+        outs = tensors_in(out)
         if name.startswith(UNKNOWN_VALUES):
             return
         small = sum(o.numel() for o in outs) <= MAX_KNOWN
@@ -81,9 +94,7 @@ class Values:
             values = func(*real_args, **real_kwargs)
         except (RuntimeError, NotImplementedError, IndexError, TypeError):
             return  # an operation without a CPU kernel for these dtypes: its values stay unknown
-        for tensor, value in zip(
-            outs, (v for v in tree_flatten(values)[0] if isinstance(v, torch.Tensor)), strict=True
-        ):
+        for tensor, value in zip(outs, tensors_in(values), strict=True):
             if tensor.device.type == "meta":
                 self.set(tensor, value)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from flashnorm_cli import runtime
+from flashnorm_cli.adapter import adapter_warnings
 from flashnorm_cli.checkpoint import RECORD
 from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
 from flashnorm_cli.norms.modules import (
@@ -48,7 +50,7 @@ def weightless(model: AnyModel) -> AnyModel:
     `state_dict` and `save_pretrained` are what they were; those of swapped norms are frozen, because they get no
     gradient any more. Norms that compute more than a plain RMSNorm (gated and grouped ones, LayerNorm) keep their own
     forward, and multiply by the identity: `weightless_norms(model)` names them. A second call changes nothing;
-    `weighted(model)` is the way back.
+    `weighted(model)` is the way back. An adapter that was made for another base is warned of (docs/adapters.md).
 
     Results are those of the folded model before: bit for bit on a CPU (the norms of transformers compute in float32 and
     round once, and so does this), within one rounding per norm on a GPU and under `torch.compile`, where the squares
@@ -66,6 +68,8 @@ def weightless(model: AnyModel) -> AnyModel:
     """
     base = _base(model)
     found = [each for each in _recorded(base) if not is_weightless(each.module)]
+    for warning in adapter_warnings(model):
+        warnings.warn(warning, stacklevel=2)
     for each in found:
         _check_identity(each)
     for each in found:

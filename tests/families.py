@@ -594,12 +594,15 @@ def _small_rope(rope: dict, head_dim: int) -> dict:
     return small
 
 
-def build(family: str, seed: int) -> PreTrainedModel:
-    """A tiny model in float32 with random weights; the gains are up to `randomize_gains`."""
+def build(family: str, seed: int, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+    """A tiny model in float32 with random weights; the gains are up to `randomize_gains`.
+
+    `config` takes the place of `small_config`.
+    """
     model_class = getattr(transformers, families()[family])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(small_config(family)).float().eval()
+        model = model_class(config or small_config(family)).float().eval()
         _randomize_weights(model)
     return model
 

@@ -466,6 +466,7 @@ def test_json(made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixtu
         "flushed_to_zero",
         "resumed_shards",
         "left_out",
+        "notes",
         "seconds",
     ]
     assert value["output"] == str(tmp_path / "out")
@@ -484,7 +485,8 @@ def test_text(made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "9 of 9 norms are folded into 21 tensors" in out
     assert "16.4 kB are added" in out
     assert all(name in out for name in LEFT_OUT)
-    assert "stock vLLM and llama.cpp will not load this" in out
+    assert "Stock vLLM does not load this." in out
+    assert "llama.cpp's converter takes it without a word, and then the GGUF does not load." in out
     assert out.endswith(f" s more:\n{tmp_path / 'out'}\n")
 
 

@@ -7,6 +7,7 @@ can be hit, and hit again.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -24,7 +25,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from flashnorm_cli.checkpoint import Source, open_checkpoint
 from flashnorm_cli.cli import main
+from flashnorm_cli.plan import make_plan
 from flashnorm_cli.safetensors_file import read_header
 
 KILLS = 20
@@ -45,6 +48,16 @@ def save(folder: Path, max_shard_size: str, **sizes: int) -> Path:
     (folder / "more").mkdir()
     (folder / "more" / "notes.md").write_text("notes")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ready_to_fork(small_source: Path) -> Iterator[None]:
+    """Children find imported what a plan imports, and do not copy this process's memory for the garbage collector."""
+    make_plan(open_checkpoint(Source(str(small_source))))
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -103,9 +103,9 @@ def test_each_norm_within_one_rounding(family, dtype):
 
 def test_an_unfolded_model_is_untouched():
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), dtype=torch.bfloat16).eval().cuda()
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), dtype=torch.bfloat16).eval()
     families.randomize_gains(model, 1)
-    tokens = ids()
+    model, tokens = model.cuda(), ids()
     want = logits(model, tokens)
     other = weightless(folded("llama"))
     assert torch.equal(logits(model, tokens), want) and not any(is_weightless(m) for m in model.modules())

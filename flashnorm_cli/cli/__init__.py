@@ -14,7 +14,9 @@ from flashnorm_cli.cli.bench import bench
 from flashnorm_cli.cli.demo import demo
 from flashnorm_cli.cli.doctor import doctor
 from flashnorm_cli.cli.fold import fold
+from flashnorm_cli.cli.fold_adapter import fold_adapter
 from flashnorm_cli.cli.plan import plan
+from flashnorm_cli.cli.push_to_hub import push_to_hub
 from flashnorm_cli.cli.verify import verify
 from flashnorm_cli.errors import EXIT_ERROR, EXIT_USAGE, FlashNormError
 
@@ -40,6 +42,8 @@ app.command(
         "flashnorm fold ./Llama-3.2-1B",
         "flashnorm fold Qwen/Qwen3-8B ./qwen3-8b-folded --workers 8",
         "flashnorm fold google/gemma-3-1b-it --final-norm keep --json",
+        "flashnorm fold deepseek-ai/DeepSeek-V3.1 --push-to me/DeepSeek-V3.1-FlashNorm --private",
+        "flashnorm fold /nfs/Kimi-K2 /nfs/Kimi-K2-FlashNorm --dask tcp://10.0.0.1:8786",
     )
 )(fold)
 app.command(
@@ -50,6 +54,23 @@ app.command(
         "flashnorm verify someone/gemma-3-1b-FlashNorm --source google/gemma-3-1b-it --json",
     )
 )(verify)
+app.command(
+    "fold-adapter",
+    epilog=options.examples(
+        "flashnorm fold-adapter ./my-lora --base ./Llama-3.2-1B-FlashNorm",
+        "flashnorm fold-adapter someone/qwen3-lora --base ./qwen3-8b-folded --source Qwen/Qwen3-8B ./qwen3-lora-folded",
+        "flashnorm fold-adapter ./my-lora --base ./Llama-3.2-1B-FlashNorm --overwrite --json",
+    ),
+)(fold_adapter)
+app.command(
+    name="push-to-hub",
+    epilog=options.examples(
+        "flashnorm push-to-hub ./Llama-3.2-1B-FlashNorm me/Llama-3.2-1B-FlashNorm --dry-run",
+        "flashnorm push-to-hub ./out me/my-model-FlashNorm --private",
+        "flashnorm push-to-hub ./out me/my-model-FlashNorm --base-model me/my-model",
+        "flashnorm push-to-hub ./out team/model-FlashNorm --create-pr --json",
+    ),
+)(push_to_hub)
 app.command(
     epilog=options.examples(
         "flashnorm bench",
@@ -97,7 +118,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         code = _fail(f"{' '.join(message.split()).rstrip('.')}. See: {where} --help", EXIT_USAGE)
     except (KeyboardInterrupt, typer.Abort):
-        goes_on = "; the same command goes on where it stopped" if "fold" in arguments else ""
+        goes_on = "; the same command goes on where it stopped" if {"fold", "push-to-hub"} & {*arguments} else ""
         code = _fail(f"interrupted{goes_on}", INTERRUPTED)
     except BrokenPipeError:  # `flashnorm plan ... | head`
         sys.stderr.close()

@@ -84,5 +84,6 @@ def _story(result: DemoResult, output: Path | None) -> list[str]:
         "  flashnorm plan <model>       what would be folded, what is kept, and why",
         "  flashnorm fold <model>       write ./<name>-FlashNorm, to be loaded as <model> is",
         "  flashnorm verify <folded>    prove that it is the same model; --report writes a page to show",
+        "  flashnorm push-to-hub <folded> <you/name>    publish it with that proof",
     ]
     return lines

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output, size
-from flashnorm_cli.cli.plan import plan_summary
+from flashnorm_cli.cli.plan import plan_lines, plan_summary
+from flashnorm_cli.cli.push_to_hub import done
 from flashnorm_cli.cli.verify import summary
-from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_OK
+from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_OK, UsageError
+
+if TYPE_CHECKING:
+    from flashnorm_cli.folding import FoldResult
+    from flashnorm_cli.hub.stream import StreamResult
+
+DROPPED = (
+    "Layout dropped: transformers warns and fills the norms in. Stock vLLM does not load this. llama.cpp's converter "
+    "takes it without a word, and then the GGUF does not load."
+)
 
 
 def fold(
@@ -24,7 +34,7 @@ def fold(
         options.Layout,
         typer.Option(
             help="Folded norms are written as ones (zeros for 1 + w), so that no tensor is missing; or left out, which "
-            "stock vLLM and llama.cpp refuse."
+            "neither stock vLLM nor llama.cpp loads."
         ),
     ] = "identity",
     final_norm: options.FinalNormOpt = "auto",
@@ -34,7 +44,32 @@ def fold(
     local_files_only: options.LocalFilesOnlyOpt = False,
     trust_remote_code: options.TrustRemoteCodeOpt = False,
     workers: options.WorkersOpt = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that holds a checkpoint.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an output, or a repository, that holds something already.")
+    ] = False,
+    dask: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Hand the shards to the workers of this dask scheduler (tcp://host:8786), which share source and "
+            "output folder with this machine, or, with --push-to, reach the Hub.",
+        ),
+    ] = None,
+    push_to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO_ID",
+            help="Write into this Hub repository instead of a folder: shards are downloaded, folded, uploaded and "
+            "deleted one by one, and one commit at the end makes all of it visible.",
+        ),
+    ] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--no-private", help="With --push-to: for a repository that is new.")
+    ] = None,
+    commit_message: Annotated[str | None, typer.Option(help="With --push-to: of the commit.")] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="With --push-to: open a pull request instead of writing to main.")
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Then check it, levels weights and logits; exit code 3 if it fails.")
     ] = False,
@@ -48,6 +83,33 @@ def fold(
     fold goes on where it stopped when the same command is run again.
     """
     out = Output(json, quiet)
+    if push_to is None and (private is not None or commit_message is not None or create_pr):
+        raise UsageError("--private, --commit-message and --create-pr need --push-to")
+    if push_to is not None:
+        if output is not None or verify or local_files_only:
+            raise UsageError("--push-to excludes an output folder, --verify and --local-files-only")
+        with out.progress() as report:
+            report(0, 0, "Starting")
+            from flashnorm_cli.hub.stream import fold_to_hub
+
+            streamed = fold_to_hub(
+                model,
+                push_to,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                trust_remote_code=trust_remote_code,
+                final_norm=final_norm,
+                layout=layout,
+                workers=workers,
+                overwrite=overwrite,
+                private=private,
+                commit_message=commit_message,
+                create_pr=create_pr,
+                dask=dask,
+                on_progress=report,
+            )
+        return show_streamed(out, streamed)
     with out.progress() as report:
         report(0, 0, "Starting")
         from flashnorm_cli.folding import fold as run
@@ -64,6 +126,7 @@ def fold(
             layout=layout,
             workers=workers,
             overwrite=overwrite,
+            dask=dask,
             on_progress=report,
         )
         verification = None
@@ -83,37 +146,16 @@ def fold(
                 command=options.command_line(["verify", str(result.output), "--source", model]),
                 on_progress=report,
             )
-    plan = result.plan
     out.data(
         {
             "output": str(result.output),
-            "layout": result.layout,
-            "flashnorm_folded": plan.folded_flag,
-            "folded": len(plan.folded),
-            "kept": len(plan.kept),
-            "readers": len(plan.readers),
-            "lm_head": plan.lm_head,
+            **_facts(result),
             "bytes_written": result.bytes_written,
-            "bytes_added": plan.bytes_added,
-            "flushed_to_zero": result.flushed,
-            "resumed_shards": list(result.resumed),
-            "left_out": list(result.left_out),
             "seconds": dict(zip(("plan", "write", "flush"), (round(s, 3) for s in result.seconds), strict=True)),
             **({"verification": verification.to_json()} if verification else {}),
         }
     )
-    out.text(*plan_summary(plan))
-    if result.resumed:
-        out.text(f"Went on after an interruption: {len(result.resumed)} shards were finished already.")
-    if result.flushed:
-        flushed = sum(result.flushed.values())
-        out.text(f"{flushed} products in {len(result.flushed)} tensors were too small for their dtype and became zero.")
-    if result.left_out:
-        out.text(f"Left out (weights in other formats, links to folders): {', '.join(result.left_out)}")
-    if layout == "dropped":
-        out.text(
-            "Layout dropped: transformers warns and fills the norms in; stock vLLM and llama.cpp will not load this."
-        )
+    out.text(*_outcome(result))
     planning, writing, flushing = result.seconds
     out.text(
         f"Planned in {planning:.1f} s, wrote {size(result.bytes_written)} in {writing:.1f} s, on the disk after "
@@ -123,3 +165,60 @@ def fold(
     if verification is not None:
         out.text("", *summary(verification))
         raise typer.Exit(EXIT_OK if verification.equivalent else EXIT_NOT_EQUIVALENT)
+
+
+def show_streamed(out: Output, result: StreamResult) -> None:
+    """What a fold from Hub to Hub did."""
+    out.data(
+        {
+            **{
+                key: value for key, value in result.pushed.to_json().items() if key not in ("card", "sent", "unchanged")
+            },
+            **_facts(result),
+            "bytes_downloaded": result.downloaded,
+            "bytes_uploaded": result.uploaded,
+            "seconds": dict(zip(("plan", "shards", "commit"), (round(s, 3) for s in result.seconds), strict=True)),
+        }
+    )
+    planning, moving, committing = result.seconds
+    out.text(
+        *_outcome(result),
+        f"Planned in {planning:.1f} s; {size(result.downloaded)} came in and {size(result.uploaded)} went out in "
+        f"{moving:.1f} s; published in {committing:.1f} s:",
+        *done(result.pushed),
+        f"To verify it: flashnorm verify {result.pushed.repo_id}",
+    )
+
+
+def _facts(result: FoldResult | StreamResult) -> dict[str, Any]:
+    plan = result.plan
+    return {
+        "layout": result.layout,
+        "flashnorm_folded": plan.folded_flag,
+        "folded": len(plan.folded),
+        "kept": len(plan.kept),
+        "readers": len(plan.readers),
+        "lm_head": plan.lm_head,
+        "bytes_added": plan.bytes_added,
+        "flushed_to_zero": result.flushed,
+        "resumed_shards": list(result.resumed),
+        "left_out": list(result.left_out),
+        "notes": [*plan.notes, *([DROPPED] if result.layout == "dropped" else [])],
+    }
+
+
+def _outcome(result: FoldResult | StreamResult) -> list[str]:
+    kept = (line for line in plan_lines(result.plan) if line.startswith("kept"))
+    lines = [*kept, *plan_summary(result.plan)]
+    if result.resumed:
+        lines.append(f"Went on after an interruption: {len(result.resumed)} shards were finished already.")
+    if result.flushed:
+        flushed = sum(result.flushed.values())
+        lines.append(
+            f"{flushed} products in {len(result.flushed)} tensors were too small for their dtype and became zero."
+        )
+    if result.left_out:
+        lines.append(f"Left out (weights in other formats, links to folders): {', '.join(result.left_out)}")
+    if result.layout == "dropped":
+        lines.append(DROPPED)
+    return lines

@@ -201,11 +201,14 @@ def _level_lines(level: LevelResult) -> list[str]:
         ]
     if level.level.startswith("runtime:") and figures:
         difference, tolerance = (figures.get(key) or 0.0 for key in ("logprob_difference", "tolerance"))
-        return [
+        lines = [
             f"{figures.get('engine')} {figures.get('version')}: {figures.get('same_tokens')} of "
             f"{figures.get('tokens')} greedy tokens agree;",
             f"log-probabilities within {difference:.1e} ({tolerance:.1e} allowed)",
         ]
+        if "norms" in figures:
+            lines.append(f"{figures['norms_without_weight']} of {figures['norms']} norms ran without a weight")
+        return lines
     if level.level == "eval" and figures:
         return [
             f"{row['task']} {row['metric']}: {row['source']:.4f} source, {row['folded']:.4f} folded, "

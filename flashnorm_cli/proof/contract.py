@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from flashnorm_cli import record
-from flashnorm_cli.checkpoint import CONFIG, INDEX, RECORD, Checkpoint
-from flashnorm_cli.errors import PlanError
+from flashnorm_cli.adapter import CONFIG as ADAPTER
+from flashnorm_cli.checkpoint import CONFIG, INDEX, RECORD, Checkpoint, read_json
+from flashnorm_cli.errors import CheckpointError, PlanError
 from flashnorm_cli.plan import pattern_of
+from flashnorm_cli.proof.files import CLAIMS, is_paper
 from flashnorm_cli.proof.pairing import DROPPED, SOURCE, Pair
 from flashnorm_cli.proof.result import Finding
 
-# Written for readers and for git, not for the model.
-PAPERS = (".gitattributes", ".gitignore", "LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY")
-PAPER_SUFFIXES = (".md", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".svg", ".gif", ".webp")
 # What other tools write into a config without changing the model.
 BOOKKEEPING = {
     "flashnorm", "flashnorm_folded", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache",
@@ -46,6 +45,11 @@ def notes(pair: Pair) -> list[str]:
     beside += [name for name in pair.folded.others if name not in (*pair.source.others, RECORD) and not is_paper(name)]
     if beside:
         found.append(f"not in the source, and not looked at: {', '.join(beside)}")
+    for name in adapters_beside(pair):
+        found.append(
+            f"{name} is an adapter of the source's beside the folded weights: it does not fit them (and transformers "
+            "loads it with the model, if it lies at the top); make it fit with `flashnorm fold-adapter`"
+        )
     if pair.foreign:
         strange = [name for name in _differing(pair) if name not in other]
         if strange:
@@ -60,15 +64,20 @@ def notes(pair: Pair) -> list[str]:
     return found
 
 
-def is_paper(name: str) -> bool:
-    """Whether a file is written for readers: it may change without voiding a verification."""
-    return Path(name).name in PAPERS or name.lower().endswith(PAPER_SUFFIXES)
-
-
-def hashed_files(folded: Checkpoint) -> list[str]:
-    """The files that a verification speaks of; papers may change without voiding it."""
-    small = [name for name in folded.others if name != RECORD and not is_paper(name)]
-    return [CONFIG, *([INDEX] if folded.index else []), *folded.shards, *small]
+def adapters_beside(pair: Pair) -> list[str]:
+    """adapter_config.json of adapters in the folded checkpoint's folder that were made for another model."""
+    found = []
+    for name in pair.folded.others:
+        path = pair.folded.folder / name
+        if path.name != ADAPTER or (path.parent != pair.folded.folder and (path.parent / RECORD).exists()):
+            continue
+        try:
+            made_for = read_json(path).get("base_model_name_or_path")
+        except CheckpointError:
+            made_for = None
+        if made_for != pair.folded.source.name:
+            found.append(name)
+    return found
 
 
 def _flag(pair: Pair) -> list[Finding]:
@@ -263,7 +272,8 @@ def _differing(pair: Pair) -> list[str]:
 def _other_files(pair: Pair) -> list[Finding]:
     if pair.foreign:
         return []
-    missing = [name for name in pair.source.others if not (pair.folded.folder / name).is_file()]
+    wanted = [name for name in pair.source.others if not name.startswith(CLAIMS)]
+    missing = [name for name in wanted if not (pair.folded.folder / name).is_file()]
     findings = [Finding(name, "is missing; the source has it") for name in missing]
     for name in _differing(pair):
         if not is_paper(name):

@@ -42,6 +42,7 @@ NEW_TOKENS, GREEDY_PROMPTS = 24, 2
 BATCH_TOKENS = 256  # in one forward
 RANDOM_PROMPTS, RANDOM_TOKENS = 32, 16  # where there is no tokenizer
 LOGITS_BYTES = 512 << 20  # that the reference's logits may take
+LARGE = 256 << 20  # bytes of a model whose memory is worth a search for what is not used any more
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,16 @@ class _Run:
     device_map: Any
     offload: str | None
     prompts: Prompts
+    large: bool
     reference: list[torch.Tensor] = field(default_factory=list)
+
+    def free(self) -> None:
+        """Give back the memory of models that are not used any more: they hold themselves, by cycles.
+
+        Looking for cycles walks through all of transformers, which takes longer than to run a small model.
+        """
+        if self.large:
+            gc.collect()
 
 
 def check_logits(
@@ -151,7 +161,7 @@ def check_logits(
     notes: list[str] = []
     with TemporaryDirectory() as offload, _deterministic():
         device_map = {"": device} if fits else "auto"
-        run = _Run(pair, cls, trust_remote_code, device, device_map, None if fits else offload, prompts)
+        run = _Run(pair, cls, trust_remote_code, device, device_map, None if fits else offload, prompts, need > LARGE)
         steps = 4
 
         try:
@@ -186,7 +196,7 @@ def check_logits(
         except Exception as error:  # it is the folded files that make the difference
             finding = Finding("logits", f"the folded checkpoint cannot be run: {runtime.first_line(error)}")
             return LevelResult("logits", "failed", findings=(finding,))
-        gc.collect()
+        run.free()
     least = torch.finfo(dtype).eps / 16
     ratio = None if wide == dtype else mine.error() / max(floor.error(), least)
     certain = None if wide == dtype else _certain_ratio(mine, floor, least)
@@ -419,7 +429,7 @@ def _baseline(run: _Run, wide: torch.dtype, dtype: torch.dtype) -> tuple[torch.d
 
 def _load(run: _Run, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     more = {"offload_folder": run.offload} if run.offload else {}
-    gc.collect()
+    run.free()
     with runtime.quiet_transformers():
         return run.cls.from_pretrained(
             checkpoint.folder,

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from flashnorm_cli.errors import CheckpointError
 from flashnorm_cli.plan import Plan
 
 LEVELS = ("weights", "layers", "logits")
@@ -69,6 +70,34 @@ class Verification:
     def level(self, name: str) -> LevelResult | None:
         """The result of a level by its name."""
         return next((level for level in self.levels if level.level == name), None)
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any], folded: str) -> Verification:
+        """The result that flashnorm.json holds (`verify` in it), of the checkpoint called `folded`.
+
+        Raises CheckpointError if there is none, or if it is not what `verify` writes.
+        """
+        try:
+            said = record["verify"]
+            known = {field.name for field in dataclasses.fields(LevelResult)}
+            levels = []
+            for name, entry in said["levels"].items():
+                plain = {key: value for key, value in entry.items() if key in known}
+                plain["findings"] = tuple(Finding(**finding) for finding in entry.get("findings", ()))
+                plain["notes"] = tuple(entry.get("notes", ()))
+                levels.append(LevelResult(**{**plain, "level": name}))
+            return cls(
+                folded=folded,
+                source=said["source"]["name"],
+                commit=said["source"]["commit"],
+                foreign=bool(record.get("adopted")),
+                plan=Plan.from_json(record),
+                levels=tuple(levels),
+                thresholds=said["thresholds"],
+                environment=said["environment"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"flashnorm.json: holds no verification ({type(error).__name__}: {error})") from error
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values, without the plan."""

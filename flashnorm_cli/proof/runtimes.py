@@ -64,7 +64,8 @@ def compare_runtime(
 
     figures: `engine`, `version`, `prompts`, `tokens` (positions that were compared), `same_tokens` (where the most
     likely token is the source's), `logprob_difference` (mean distance from the float32 reference, in nats), `noise`
-    (that of the source in its own dtype), `tolerance`.
+    (that of the source in its own dtype), `tolerance`. From vLLM also `norms` (those that carry a weight) and
+    `norms_without_weight` (how many of them run without it, which takes this package's plugin).
     """
     package, title = PACKAGES[name]
     level = f"runtime:{name}"
@@ -97,7 +98,7 @@ def compare_runtime(
             finding = Finding(title, f"does not run the folded checkpoint: {error}")
             return LevelResult(level, "failed", {"engine": title, "version": _version(package)}, (finding,))
     figures, findings = judge(reference["tops"], plain["tops"], mine["tops"], tokens)
-    figures = {"engine": title, "version": _version(package), "prompts": len(asked), **figures}
+    figures = {"engine": title, "version": _version(package), "prompts": len(asked), **figures, **mine["facts"]}
     return LevelResult(level, "failed" if findings else "passed", figures, findings)
 
 
@@ -232,14 +233,17 @@ def _answer(job: dict[str, Any]) -> dict[str, Any]:
             for i, found in enumerate(top([p + t for p, t in zip(prompts, tokens, strict=True)])):
                 tops[i].append(found)
                 tokens[i].append(max(found, key=lambda token: found[token]))
-    return {"tokens": tokens, "tops": tops}
+    return {"tokens": tokens, "tops": tops, "facts": job.get("facts", {})}
 
 
 def _vllm(job: dict[str, Any]) -> Callable[[list[list[int]]], Tops]:
     # Settings that its CPU build needs on small machines; others ignore them.
     for name, value in {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}.items():
         os.environ.setdefault(name, value)
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # apply_model sends a function to the engine's process
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+
+    from flashnorm_cli.vllm_plugin import norm_states
 
     longest = max(map(len, job["prompts"])) + NEW_TOKENS + 1
     engine = LLM(
@@ -252,6 +256,8 @@ def _vllm(job: dict[str, Any]) -> Callable[[list[list[int]]], Tops]:
         enable_prefix_caching=False,
         trust_remote_code=job["trust_remote_code"],
     )
+    states = engine.apply_model(norm_states)[0]
+    job["facts"] = {"norms": len(states), "norms_without_weight": sum(states.values())}
     settings = SamplingParams(temperature=0.0, max_tokens=1, logprobs=TOP, detokenize=False)
 
     def top(prefixes: list[list[int]]) -> Tops:
@@ -262,27 +268,41 @@ def _vllm(job: dict[str, Any]) -> Callable[[list[list[int]]], Tops]:
     return top
 
 
-def _llama_cpp(job: dict[str, Any]) -> Callable[[list[list[int]]], Tops]:
+def llama_cpp_settings(model: str, context: int) -> Any:
+    """xllamacpp's settings for a GGUF on the CPU, with `context` tokens, as exact as llama.cpp computes."""
     import xllamacpp  # type: ignore[import-not-found]
 
     settings = xllamacpp.CommonParams()
-    settings.model.path = job["model"]
-    settings.n_ctx = max(map(len, job["prompts"])) + NEW_TOKENS + 1
+    settings.model.path = model
+    settings.n_ctx = context
     settings.n_parallel = 1
     settings.warmup = False
     settings.n_gpu_layers = 0
     # Keys, values and attention in float32: float16 would hide what is looked for.
     settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    engine = xllamacpp.Server(settings)
+    return settings
+
+
+def llama_cpp_top(engine: Any, prefix: list[int], count: int) -> dict[int, float]:
+    """The `count` most likely next tokens with their log-probabilities."""
+    asked = {"prompt": prefix, "n_predict": 1, "n_probs": count, "cache_prompt": False}
+    # Where the next token is a part of a character, the server answers without probabilities. They come from the
+    # logits as they are, so the token itself may be any other: a letter.
+    answer = engine.handle_completions(asked | {"temperature": 0.0, "logit_bias": [["e", 1000.0]]})
+    (place,) = answer["choices"][0]["logprobs"]["content"]
+    return {entry["id"]: entry["logprob"] for entry in place["top_logprobs"]}
+
+
+def _llama_cpp(job: dict[str, Any]) -> Callable[[list[list[int]]], Tops]:
+    import xllamacpp
+
+    engine = xllamacpp.Server(llama_cpp_settings(job["model"], max(map(len, job["prompts"])) + NEW_TOKENS + 1))
 
     def top(prefixes: list[list[int]]) -> Tops:
         found = []
         for prefix in prefixes:
-            asked = {"prompt": prefix, "n_predict": 1, "temperature": 0.0, "n_probs": TOP, "cache_prompt": False}
-            answer = engine.handle_completions(asked)
-            (place,) = answer["choices"][0]["logprobs"]["content"]
-            found.append({entry["id"]: entry["logprob"] for entry in place["top_logprobs"]})
+            found.append(llama_cpp_top(engine, prefix, TOP))
         return found
 
     return top

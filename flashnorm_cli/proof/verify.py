@@ -18,11 +18,13 @@ import torch
 
 from flashnorm_cli import __version__
 from flashnorm_cli import record as records
+from flashnorm_cli.adapter import CONFIG as ADAPTER
 from flashnorm_cli.checkpoint import CONFIG, RECORD, Checkpoint, Progress, Source, open_checkpoint, read_json
 from flashnorm_cli.errors import CheckpointError, UsageError
 from flashnorm_cli.folding import write_text
 from flashnorm_cli.plan import Plan
-from flashnorm_cli.proof.contract import hashed_files, json_equal
+from flashnorm_cli.proof.contract import json_equal
+from flashnorm_cli.proof.files import changed_files, hashed_files
 from flashnorm_cli.proof.pairing import DROPPED, Pair, pair
 from flashnorm_cli.proof.result import (
     LEVELS,
@@ -97,6 +99,10 @@ def verify(
     report(0, 0, "Reading headers")
     target = Source(str(folded), revision, token, where, local_files_only)
     folder = Path(str(folded)).expanduser()
+    if (folder / ADAPTER).is_file() and not (folder / CONFIG).exists():
+        raise UsageError(
+            f"{folded}: is an adapter; name the folded checkpoint (`flashnorm fold-adapter` checks what it writes)"
+        )
     origin = _source_of(target, folder, source, source_revision, token, where, local_files_only)
     try:
         mine = open_checkpoint(target, on_progress=report)
@@ -201,7 +207,7 @@ def _source_of(
         raise UsageError(
             f"{target.name}: has no {RECORD} that names its source; add --source <the model it was made from>"
         )
-    return _from_record(read_json(folder / RECORD), target.name, folder, token, cache_dir, local_files_only)
+    return records.recorded_source(read_json(folder / RECORD), target.name, folder, token, cache_dir, local_files_only)
 
 
 def _recorded_source(
@@ -211,27 +217,7 @@ def _recorded_source(
     path = checkpoint.folder / RECORD
     if not path.exists():
         raise UsageError(f"{name}: has no {RECORD} that names its source; add --source <the model it was made from>")
-    return _from_record(read_json(path), name, checkpoint.folder, token, cache_dir, local_files_only)
-
-
-def _from_record(
-    said: dict[str, Any],
-    name: str,
-    folder: Path,
-    token: str | bool | None,
-    cache_dir: Path | None,
-    local_files_only: bool,
-) -> Source:
-    source, commit = said.get("source"), said.get("commit")
-    if not isinstance(source, str) or not source or not isinstance(commit, (str, type(None))):
-        raise UsageError(f"{name}: its {RECORD} names no source; add --source <the model it was made from>")
-    if commit is None:
-        here = Path(source).expanduser()
-        beside = folder.resolve().parent / source
-        if not here.is_dir() and not beside.is_dir():
-            raise UsageError(f"{name}: was made from {source}, which is not here; say where it is with --source")
-        return Source(str(here if here.is_dir() else beside))
-    return Source(source, commit, token, cache_dir, local_files_only)
+    return records.recorded_source(read_json(path), name, checkpoint.folder, token, cache_dir, local_files_only)
 
 
 # ---- the levels ------------------------------------------------------------------------------------------------------
@@ -428,13 +414,6 @@ def _entry(both: Pair, result: Verification, hashes: dict[str, str], before: Any
         },
         "files": hashes,
     }
-
-
-def changed_files(entry: dict[str, Any], hashes: dict[str, str]) -> list[str]:
-    """Files that are not those which a recorded verification speaks of: changed, lost or new."""
-    said = entry.get("files")
-    said = said if isinstance(said, dict) else {}
-    return [name for name in dict.fromkeys([*said, *hashes]) if said.get(name) != hashes.get(name)]
 
 
 def _hashes(folded: Checkpoint, run: _Levels) -> dict[str, str]:

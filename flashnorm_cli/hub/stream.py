@@ -1,0 +1,597 @@
+"""Fold from Hub to Hub with the disk of a few shards.
+
+Each shard is a job of its own: downloaded, folded, uploaded, deleted. Two jobs overlap, so that one shard comes in
+while the one before goes out. Uploads have no name on the Hub until the commit at the end, a single request: nobody
+sees half a checkpoint. The sha256 and size of each upload go into a journal beside the work, and a run that died goes
+on after them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from flashnorm_cli import __version__, record
+from flashnorm_cli.checkpoint import (
+    CONFIG,
+    RECORD,
+    Checkpoint,
+    Progress,
+    Source,
+    hub_reader,
+    open_checkpoint,
+    progress_bar,
+    read_json,
+)
+from flashnorm_cli.engine import Engine, Stopped, any_executor, dask_engine, overlapping, results
+from flashnorm_cli.errors import FlashNormError, UsageError
+from flashnorm_cli.folding import (
+    check_options,
+    give_back_memory,
+    plan_fingerprint,
+    plan_fold,
+    read_gains,
+    work_folder,
+    write_text,
+)
+from flashnorm_cli.hub.errors import push_errors, status_of
+from flashnorm_cli.hub.patience import RETRY_STATUS, quiet_hub, wait_after, watched
+from flashnorm_cli.hub.push import NO_TOKEN, Push, PushResult, check_call, file_hashes
+from flashnorm_cli.plan import Plan, refuse_folded
+from flashnorm_cli.safetensors_file import build_header
+from flashnorm_cli.shards import ShardEdits, check_version, fold_shard, shard_edits
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+T = TypeVar("T")
+
+# In the work folder: what has been uploaded.
+UPLOADED = "uploaded.json"
+# The Hub removes uploads that no commit names, after a day or so; huggingface_hub trusts them for as long, too.
+TRUSTED = 20 * 3600
+# Per process: one shard may come in while another goes out, and only one is there twice, as source and as result.
+AT_ONCE = 2
+_slots, _folding = threading.BoundedSemaphore(AT_ONCE), threading.Lock()
+# Seconds before a transfer is tried again, after huggingface_hub has given up on it.
+WAITS = (2.0, 8.0)
+PIECE = 16 << 20
+
+
+@dataclass(frozen=True)
+class StreamResult:
+    """What a fold from Hub to Hub did.
+
+    `pushed` says what the repository holds now; `resumed` are shards that an earlier run had uploaded; `downloaded` and
+    `uploaded` count the bytes of shards in this run; `seconds` are those of planning, of the shards, of the commit.
+    """
+
+    pushed: PushResult
+    plan: Plan
+    layout: str
+    downloaded: int
+    uploaded: int
+    flushed: dict[str, int]
+    resumed: tuple[str, ...]
+    left_out: tuple[str, ...]
+    seconds: tuple[float, float, float]
+
+
+# ---- one shard -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RemoteTensor:
+    """The bytes [start, end) of a shard on the Hub, which are one tensor."""
+
+    tensor: str
+    shard: str
+    start: int
+    end: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class HubJob:
+    """A shard to be downloaded, folded and uploaded. The token is left out wherever a job is printed or logged.
+
+    `sizes` are the bytes of its source and of its result; `scratch` is the folder for them (None: the worker's own).
+    """
+
+    edits: ShardEdits
+    source: str
+    commit: str
+    sizes: tuple[int, int]
+    origins: Mapping[str, RemoteTensor]
+    target: str
+    create_pr: bool
+    endpoint: str
+    token: str = field(repr=False)
+    cache_dir: Path | None
+    scratch: Path | None
+    threads: int
+    version: str = __version__
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """A finished shard, as the commit will name it; `downloaded` counts bytes, `flushed` products by tensor."""
+
+    sha256: str
+    size: int
+    downloaded: int
+    flushed: dict[str, int]
+
+
+def do_hub_job(job: HubJob, on_bytes: Callable[[int], None] = lambda n: None) -> Uploaded:
+    """Download, fold and upload one shard.
+
+    `on_bytes` is told how many bytes came in or went out since it was last called; what it raises ends the job.
+    """
+    check_version(job.version)
+    with (
+        _slots,
+        quiet_hub(),
+        _local_trouble(job),
+        tempfile.TemporaryDirectory(prefix="flashnorm-", dir=_scratch(job)) as name,
+    ):
+        folder = Path(name)
+        free = shutil.disk_usage(folder).free
+        if free < sum(job.sizes):
+            raise FlashNormError(
+                f"{folder.parent}: a shard needs {sum(job.sizes):,} bytes there for a while, but only {free:,} are "
+                "free; free some space and run the same command again"
+            )
+        source, cached = _download(job, folder, on_bytes)
+        downloaded = 0 if cached else job.sizes[0]
+        with _folding:
+            origins = {}
+            for tensor, remote in job.origins.items():
+                origins[tensor] = source
+                if remote.shard != job.edits.name:
+                    origins[tensor] = _download_tensor(job, remote, folder / "origin.safetensors")
+                    downloaded += remote.end - remote.start
+            on_bytes(0)
+            target = folder / "folded.safetensors"
+            flushed = fold_shard(job.edits, source, target, origins, job.threads, lambda n: on_bytes(0), fsync=False)
+            for path in {source, *origins.values()} if not cached else {*origins.values()} - {source}:
+                path.unlink()
+        on_bytes(0)
+        sha256 = _upload(job, target, on_bytes)
+    return Uploaded(sha256, job.sizes[1], downloaded, {tensor: n for tensor, n in flushed.items() if n})
+
+
+def _scratch(job: HubJob) -> Path:
+    if job.scratch is not None:
+        return job.scratch
+    with contextlib.suppress(ImportError, ValueError):  # ValueError: this is no dask worker
+        from distributed import get_worker
+
+        return Path(get_worker().local_directory)  # dask clears it when the worker is gone
+    return Path(tempfile.gettempdir())
+
+
+def _download(job: HubJob, folder: Path, on_bytes: Callable[[int], None]) -> tuple[Path, bool]:
+    """The source shard, and whether it was in the Hub cache, where it stays."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    name, came = job.edits.name, 0
+    cached = try_to_load_from_cache(job.source, name, cache_dir=job.cache_dir, revision=job.commit)
+    if isinstance(cached, str):
+        on_bytes(job.sizes[0])
+        return Path(cached), True
+
+    def progress(done: int, total: int, what: str) -> None:
+        nonlocal came
+        step, came = done - came, done
+        on_bytes(step)
+
+    def download() -> str:
+        return hf_hub_download(
+            job.source,
+            name,
+            revision=job.commit,
+            endpoint=job.endpoint,
+            token=job.token,
+            cache_dir=job.cache_dir,
+            local_dir=folder,
+            tqdm_class=progress_bar("", progress),
+        )
+
+    path = Path(_persistently(f"{job.source}/{name}", download))
+    progress(job.sizes[0], job.sizes[0], "")  # what the bar did not tell
+    return path, False
+
+
+def _download_tensor(job: HubJob, remote: RemoteTensor, path: Path) -> Path:
+    """A safetensors file that holds a single tensor of another shard."""
+    read = hub_reader(job.source, job.commit, job.token, job.endpoint)
+    what = f"{job.source}/{remote.shard}"
+    with path.open("wb") as file:
+        file.write(build_header([(remote.tensor, remote.dtype, remote.shape)], None).raw)
+        for start in range(remote.start, remote.end, PIECE):
+            end = min(start + PIECE, remote.end)
+
+            def piece(start: int = start, end: int = end) -> bytes:
+                data = read(remote.shard, start, end)
+                if len(data) != end - start:
+                    raise ConnectionError(f"{len(data)} of {end - start} bytes arrived")
+                return data
+
+            file.write(_persistently(what, piece))
+    return path
+
+
+def _upload(job: HubJob, path: Path, on_bytes: Callable[[int], None]) -> str:
+    """Store a file's content on the Hub, without a name as yet. Returns its sha256."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api, name, went = HfApi(endpoint=job.endpoint, token=job.token), job.edits.name, 0
+
+    def progress(done: int) -> None:
+        nonlocal went
+        step, went = done - went, done
+        with contextlib.suppress(Stopped):  # an upload that has begun is worth finishing
+            on_bytes(step)
+
+    def upload() -> str:
+        addition = CommitOperationAdd(name, path)
+        with watched(path, job.sizes[1], progress):
+            api.preupload_lfs_files(job.target, [addition], create_pr=job.create_pr)
+        if not addition._is_uploaded:
+            raise FlashNormError(f"{job.target}: its .gitattributes or .gitignore does not let {name} be a large file")
+        return addition.upload_info.sha256.hex()
+
+    sha256 = _persistently(f"{job.target}/{name}", upload)
+    progress(job.sizes[1])
+    return sha256
+
+
+# ---- trouble ---------------------------------------------------------------------------------------------------------
+
+
+def _persistently(what: str, transfer: Callable[[], T]) -> T:
+    """Do it, and again if the trouble may pass. Raises FlashNormError; errors of the disk as they are."""
+    for wait in (*WAITS, None):
+        try:
+            return transfer()
+        except (FlashNormError, Stopped):
+            raise
+        except Exception as error:
+            if wait is None or not _may_pass(error):
+                if _of_the_disk(error):
+                    raise
+                with push_errors(what):
+                    raise
+            time.sleep(wait_after(error, wait))
+    raise AssertionError  # the last turn returns or raises
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the Hub was busy, or the connection broke; whatever hf_xet raises is one of them."""
+    status = status_of(error)
+    if status is not None:
+        return status in RETRY_STATUS
+    if _of_the_disk(error):
+        return False
+    chain: list[BaseException] = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    # RuntimeError: of hf_xet, and of a client that was closed because another thread could not connect.
+    return any(isinstance(e, (OSError, RuntimeError)) or type(e).__module__.startswith("http") for e in chain)
+
+
+def _of_the_disk(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError)
+
+
+@contextlib.contextmanager
+def _local_trouble(job: HubJob) -> Iterator[None]:
+    """Errors of the disk, with the machine that it belongs to."""
+    try:
+        yield
+    except OSError as error:
+        where = f" on {socket.gethostname()}" if job.scratch is None else ""
+        raise FlashNormError(f"{job.edits.name}: {error.strerror or error}{where}") from error
+
+
+# ---- the whole -------------------------------------------------------------------------------------------------------
+
+
+def fold_to_hub(
+    model: str,
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    trust_remote_code: bool = False,
+    final_norm: str = "auto",
+    layout: str = "identity",
+    workers: int | None = None,
+    overwrite: bool = False,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    dask: str | None = None,
+    executor: Executor | None = None,
+    on_progress: Progress | None = None,
+) -> StreamResult:
+    """Fold a Hub repository into another one, with the disk of a few shards.
+
+    Args:
+        model: the Hub id of the source.
+        repo_id: the Hub id of the result; made if it does not exist, `private` or not.
+        revision, token, cache_dir: as in huggingface_hub; of the source, but the token has to be good for both.
+        trust_remote_code, final_norm, layout: as in `fold`.
+        workers: threads that fold a shard.
+        overwrite: replace what the repository holds.
+        commit_message, create_pr: as in huggingface_hub's `create_commit`.
+        dask: address of a dask scheduler whose workers reach the Hub. They get the token.
+        executor: any other concurrent.futures executor. Its workers get the token, too.
+        on_progress: called with (bytes done, bytes in all, what is going on); bytes count coming in and going out.
+    Raises:
+        UsageError: the call contradicts itself.
+        FlashNormError: as `fold`, or the Hub said no. After most of them the same call goes on where it was.
+    """
+    from huggingface_hub import HfApi, constants, get_token
+
+    check_options(final_norm, layout, workers)
+    check_call(model, repo_id, None, create_pr, workers)
+    if dask is not None and executor is not None:
+        raise UsageError("dask and executor exclude each other")
+    if Path(model).expanduser().exists():
+        raise UsageError(
+            f"{model}: is no Hub id; a local checkpoint is published in steps: flashnorm fold, verify, push-to-hub"
+        )
+    report = on_progress or (lambda done, total, what: None)
+    with contextlib.ExitStack() as stack:
+        token = token or get_token()
+        if not token:
+            raise FlashNormError(NO_TOKEN)
+        started = time.monotonic()
+        if dask is not None:
+            engine = stack.enter_context(dask_engine(dask, report))
+        else:
+            engine = any_executor(executor) if executor else overlapping(AT_ONCE)
+        api = HfApi(token=token)
+        report(0, 0, "Reading headers")
+        source = Source(model, revision, token, Path(cache_dir) if cache_dir else None)
+        checkpoint = open_checkpoint(source, weights=False)
+        refuse_folded(checkpoint)
+        checkpoint = dataclasses.replace(checkpoint, sha256=_hashes(api, checkpoint))
+        plan = plan_fold(checkpoint, final_norm, trust_remote_code, report)
+        give_back_memory()
+        stack.enter_context(quiet_hub())  # after the plan: transformers switches the bars on again
+        report(0, 0, "Reading norms")
+        gains = read_gains(checkpoint, plan)
+        edits = shard_edits(checkpoint, plan, gains, layout)
+        planned_at = time.monotonic()
+
+        # A work folder beside nothing: what would be the output's name tells whose it is.
+        place = Path.cwd() / repo_id.replace("/", "--")
+        fingerprint = f"{plan_fingerprint(checkpoint, plan, gains, layout)} {constants.ENDPOINT} {repo_id} {create_pr}"
+        fingerprint = hashlib.sha256(fingerprint.encode()).hexdigest()
+        inside = stack.enter_context(work_folder(place, fingerprint, (), keep=UPLOADED))
+        stack.enter_context(push_errors(repo_id))
+        journal = inside.parent / UPLOADED
+        uploads: dict[str, dict[str, Any]] = json.loads(journal.read_text()) if journal.exists() else {}
+        uploads = {name: upload for name, upload in uploads.items() if time.time() - upload["at"] < TRUSTED}
+
+        report(0, 0, "Asking the Hub")
+        push = _push_of(api, checkpoint, plan, edits, inside, repo_id, report)
+        push.private, push.create_pr, push.overwrite = private, create_pr, overwrite
+        push.message = commit_message or push.message
+        _write_small_files(checkpoint, plan, layout, {}, push)
+        push.prepare(None, _file_hashes(push, uploads), online=True)
+        if not push.remote.exists:
+            push.validate_card()
+            push.create()
+        uploads = _still_there(api, push.repo_id, uploads)
+        resumed = tuple(edit.name for edit in edits if edit.name in uploads)
+
+        jobs = {
+            edit.name: HubJob(
+                edits=edit,
+                source=model,
+                commit=checkpoint.commit or "",
+                sizes=(checkpoint.shards[edit.name].file_size, push.checkpoint.shards[edit.name].file_size),
+                origins=_origins(checkpoint, edit),
+                target=push.repo_id,
+                create_pr=create_pr,
+                endpoint=constants.ENDPOINT,
+                token=token,
+                cache_dir=source.cache_dir,
+                scratch=inside.parent if engine.in_process else None,
+                threads=workers or engine.threads,
+            )
+            for edit in edits
+        }
+        downloaded, uploaded = _transfer(engine, jobs, uploads, journal, report)
+        transferred_at = time.monotonic()
+
+        flushed = {tensor: n for name in jobs for tensor, n in uploads[name]["flushed"].items()}
+        push.stored = {name: _uploaded_operation(name, upload) for name, upload in uploads.items()}
+        _write_small_files(checkpoint, plan, layout, flushed, push)
+        push.uploads = []
+        push.contents(_file_hashes(push, uploads))
+        try:
+            result = push.run()
+        except FlashNormError as error:
+            if "LFS pointer" not in str(error):
+                raise
+            journal.unlink(missing_ok=True)
+            raise FlashNormError(
+                f"{repo_id}: the Hub has removed uploads of an earlier run; run the same command again to start over"
+            ) from None
+        seconds = (planned_at - started, transferred_at - planned_at, time.monotonic() - transferred_at)
+    return StreamResult(
+        pushed=result,
+        plan=plan,
+        layout=layout,
+        downloaded=downloaded,
+        uploaded=uploaded,
+        flushed=flushed,
+        resumed=resumed,
+        left_out=checkpoint.left_out,
+        seconds=seconds,
+    )
+
+
+def _push_of(
+    api: HfApi,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    edits: list[ShardEdits],
+    inside: Path,
+    repo_id: str,
+    report: Progress,
+) -> Push:
+    """What `push_to_hub` would do with the folder that is never there as a whole."""
+    folded = Checkpoint(
+        source=Source(repo_id),
+        folder=inside,
+        commit=None,
+        config={},
+        shards={edit.name: edit.target_header(checkpoint.shards[edit.name]) for edit in edits},
+        index=checkpoint.index,
+        others=checkpoint.others,
+        left_out=checkpoint.left_out,
+    )
+    push = Push(api, folded, {}, checkpoint.source.name, repo_id, report, notes=[])
+    push.doubt = f"it was folded from Hub to Hub; to verify it: `flashnorm verify {repo_id}`"
+    return push
+
+
+def _write_small_files(checkpoint: Checkpoint, plan: Plan, layout: str, flushed: dict[str, int], push: Push) -> None:
+    """All files but the shards, into the work folder."""
+    folder = push.checkpoint.folder
+    for relative in checkpoint.others:
+        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint.folder / relative, folder / relative)
+    for name, text in record.texts(checkpoint, plan, layout, flushed).items():
+        write_text(folder / name, text)
+    push.record = read_json(folder / RECORD)
+    push.checkpoint = dataclasses.replace(push.checkpoint, config=read_json(folder / CONFIG))
+
+
+def _file_hashes(push: Push, uploads: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """sha256 and git id of every file; empty for shards that are still to come."""
+    shards = {name: (uploads[name]["sha256"] if name in uploads else "", "") for name in push.checkpoint.shards}
+    return {**file_hashes(dataclasses.replace(push.checkpoint, shards={}), 1, lambda *_: None), **shards}
+
+
+def _hashes(api: HfApi, checkpoint: Checkpoint) -> dict[str, str]:
+    """The sha256 of the source's shards."""
+    from huggingface_hub.hf_api import RepoFile
+
+    names, found = list(checkpoint.shards), {}
+    for start in range(0, len(names), 500):  # the Hub answers for 1,000 at most
+
+        def ask(batch: list[str] = names[start : start + 500]) -> list[Any]:
+            return api.get_paths_info(checkpoint.source.name, batch, revision=checkpoint.commit)
+
+        for file in _persistently(checkpoint.source.name, ask):
+            if isinstance(file, RepoFile) and file.lfs:
+                found[file.path] = file.lfs.sha256
+    return found
+
+
+def _origins(checkpoint: Checkpoint, edits: ShardEdits) -> dict[str, RemoteTensor]:
+    found = {}
+    for tensor, origin in edits.origins.items():
+        entry, start = checkpoint.tensors[origin.tensor], checkpoint.shards[origin.shard].data_start
+        span = (start + entry.start, start + entry.end)
+        found[tensor] = RemoteTensor(origin.tensor, origin.shard, *span, entry.dtype, entry.shape)
+    return found
+
+
+def _transfer(
+    engine: Engine,
+    jobs: Mapping[str, HubJob],
+    uploads: dict[str, dict[str, Any]],
+    journal: Path,
+    report: Progress,
+) -> tuple[int, int]:
+    """Have every shard on the Hub, and in `uploads` and the journal; returns bytes that came in and went out."""
+    total = sum(sum(job.sizes) for job in jobs.values())
+    done = sum(sum(job.sizes) for name, job in jobs.items() if name in uploads)
+    downloaded = uploaded = 0
+    stop, lock = threading.Event(), threading.Lock()
+
+    def arguments(job: HubJob) -> tuple[Callable[[int], None], ...]:
+        def on_bytes(n: int) -> None:
+            nonlocal done
+            if stop.is_set():
+                raise Stopped
+            if n:
+                with lock:
+                    done += n
+                    report(done, total, job.edits.name)
+
+        return (on_bytes,) if engine.in_process else ()
+
+    report(done, total, "Waiting for shards")
+    waiting = [job for name, job in jobs.items() if name not in uploads]
+    try:
+        for job, result in results(engine, do_hub_job, waiting, arguments, stop.set):
+            uploads[job.edits.name] = {
+                "sha256": result.sha256,
+                "size": result.size,
+                "flushed": result.flushed,
+                "at": time.time(),
+            }
+            write_text(journal, json.dumps(uploads, indent=1))
+            downloaded, uploaded = downloaded + result.downloaded, uploaded + result.size
+            if not engine.in_process:
+                done += sum(job.sizes)
+                report(done, total, job.edits.name)
+    finally:
+        stop.set()
+    return downloaded, uploaded
+
+
+def _still_there(api: HfApi, repo_id: str, uploads: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those uploads of an earlier run that a commit can still name.
+
+    The Hub can be asked for LFS objects. What went by Xet it does not tell, so that counts for as long as
+    huggingface_hub would count it; a commit that is refused for it after all empties the journal.
+    """
+    from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+    from huggingface_hub.utils._runtime import is_xet_available
+
+    if not uploads or is_xet_available():
+        return uploads
+    infos = [UploadInfo(u["size"], b"", bytes.fromhex(u["sha256"])) for u in uploads.values()]
+    headers = build_hf_headers(token=api.token)
+    actions, _, _ = _persistently(
+        repo_id,
+        lambda: post_lfs_batch_info(infos, None, "model", repo_id, endpoint=api.endpoint, headers=headers),
+    )
+    there = {action["oid"] for action in actions if not action.get("actions")}
+    return {name: upload for name, upload in uploads.items() if upload["sha256"] in there}
+
+
+def _uploaded_operation(name: str, upload: Mapping[str, Any]) -> CommitOperationAdd:
+    """An addition as `preupload_lfs_files` leaves it: the commit needs nothing but hash and size."""
+    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub.lfs import UploadInfo
+
+    addition = CommitOperationAdd(name, b"")
+    addition.upload_info = UploadInfo(upload["size"], b"", bytes.fromhex(upload["sha256"]))
+    addition._upload_mode, addition._is_uploaded = "lfs", True
+    return addition

@@ -1,0 +1,377 @@
+"""vLLM runs the norms of a folded checkpoint without their weight, and loads layout dropped.
+
+vLLM calls `register` in each of its processes (entry point `vllm.general_plugins`). Where it is a vLLM that this was
+not written for, `register` says one line and changes nothing. A checkpoint without our record goes through vLLM's own
+code and classes; of a folded one the loader does two things more:
+
+- What layout dropped left out is handed to the model as if it were in the files.
+- After the weights are there, each norm that the record names and whose loaded weight is the identity is told to pass
+  none: `RMSNorm.pass_weight` and `pass_weight_add` of vLLM #44109, and the like for `GemmaRMSNorm`, which has no such
+  switch. The parameter stays where it is, for the code that reads it without calling the norm.
+
+Importing this module imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+from flashnorm_cli.checkpoint import RECORD
+from flashnorm_cli.plan import FORMAT, pattern_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# The formats of vLLM's DefaultModelLoader in which a checkpoint of transformers is loaded.
+FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
+KERNEL = "flashnorm"  # what vLLM's --ir-op-priority knows this project's kernels by
+# Passes of vLLM's compiler that hand a norm's weight to another kernel. They match a norm without one as well, and
+# pass None on to kernels that cannot do without (seen in 0.32).
+PASSES_WITH_WEIGHTS = ("fuse_norm_quant", "fuse_allreduce_rms", "fuse_act_padding", "fuse_mla_dual_rms_norm")
+
+_log = logging.getLogger("vllm.flashnorm")  # below vLLM's own logger, so that its settings hold
+
+
+def register() -> None:
+    """The plugin: what vLLM calls. Never raises; may be called again."""
+    try:
+        _register_loader()
+        _register_kernels()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        _log.warning("flashnorm: this vLLM is not known here, so norms keep their weights (%s)", reason)
+
+
+# ---- what the record says --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Record:
+    """The object `flashnorm` of a folded checkpoint's config.json, as far as it matters here.
+
+    `folded` and `kept` are patterns of tensor names; where only some layers of a kind are folded, both hold it.
+    """
+
+    layout: str
+    folded: frozenset[str]
+    kept: frozenset[str]
+    lm_head: str
+
+    def names(self, tensor: str) -> bool:
+        """Whether a tensor on disk belongs to a folded norm; in doubt, no."""
+        return pattern_of(tensor) in self.folded - self.kept
+
+    def may_name(self, module: str) -> bool:
+        """Whether a module of the runtime, whose path need not be the one on disk, may be a folded norm."""
+        return module.rsplit(".", 1)[-1] in {pattern.split(".")[-2] for pattern in self.folded if "." in pattern}
+
+
+def read_record(*configs: object) -> Record | None:
+    """The record in the first of some configs (config.json's, its text model's) that has one.
+
+    Returns:
+        None for an unfolded checkpoint, and for a record of a format that this version does not know: a line says so.
+    """
+    found = next((value for c in configs if (value := getattr(c, "flashnorm", None)) is not None), None)
+    if found is None:
+        return None
+    values = found if isinstance(found, dict) else {}
+    folded: Any = values.get("folded")
+    kept: Any = values.get("kept")
+    if values.get("format") != FORMAT or not _are_names(folded) or not _are_names(kept):
+        _log.warning(
+            "flashnorm: config.json holds a record of format %s, this version reads %s: norms keep their weights",
+            values.get("format"),
+            FORMAT,
+        )
+        return None
+    return Record(str(values.get("layout")), frozenset(folded), frozenset(kept), str(values.get("lm_head")))
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, (list, dict)) and all(isinstance(name, str) for name in value)
+
+
+def left_out(record: Record, plan: Any, seen: Iterable[str]) -> list[tuple[str, tuple[int, ...], float]]:
+    """What layout dropped left out, as (tensor, shape, value of all its elements), by the plan in flashnorm.json.
+
+    Only tensors that config.json's record names as well, and that the files did not hold. The value is the identity by
+    the norm's own convention: 1, or 0 where its gain is `1 + w`.
+
+    Raises:
+        ValueError: there is no plan, or it cannot be read.
+    """
+    there = set(seen)
+    try:
+        found = []
+        for norm in plan["norms"]:
+            name = norm["tensor"]
+            if norm["folded"] and name not in there and pattern_of(name) in record.folded:
+                value = (1.0 - norm["offset"]) / norm["scale"]
+                found.append((name, tuple(int(n) for n in norm["shape"]), value))
+    except (TypeError, KeyError, AttributeError, ValueError, ZeroDivisionError):
+        raise ValueError(
+            f"layout dropped cannot be loaded without the checkpoint's {RECORD}, which lists what was left out: "
+            "copy it beside config.json, or fold again with --layout identity"
+        ) from None
+    return found
+
+
+# ---- the norms of a model --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A class of norms of vLLM's: the weight that changes nothing, and how to run it with or without one."""
+
+    identity: float
+    is_without: Callable[[Any], bool]
+    run_without: Callable[[Any, bool], None]
+
+
+def _rms_norm_without(norm: Any, without: bool) -> None:
+    norm.pass_weight = norm.pass_weight_add = not without
+
+
+def _gemma_without(norm: Any, without: bool) -> None:
+    norm._forward_method = MethodType(_gemma_forward, norm) if without else norm.dispatch_forward(compile_native=False)
+
+
+def _gemma_forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Any:
+    """`GemmaRMSNorm.forward_native` of vLLM 0.32 with the weight that vLLM's operators take for none."""
+    from vllm import ir  # type: ignore[import-not-found]
+
+    if residual is None:
+        return ir.ops.rms_norm(x, None, self.variance_epsilon)
+    return ir.ops.fused_add_rms_norm(x, residual, None, self.variance_epsilon)
+
+
+PLAIN = Kind(1.0, lambda norm: not (norm.pass_weight or norm.pass_weight_add), _rms_norm_without)
+GEMMA = Kind(0.0, lambda norm: getattr(norm._forward_method, "__func__", None) is _gemma_forward, _gemma_without)
+
+
+def norms_of(model: nn.Module) -> Iterator[tuple[str, Any, Kind]]:
+    """The norms of a vLLM model that carry a weight and can run without, with their names and kinds."""
+    from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm  # type: ignore[import-not-found]
+    from vllm.platforms import current_platform  # type: ignore[import-not-found]
+
+    gemma_is_plain = current_platform.is_cuda_alike() or current_platform.is_cpu()  # others have kernels for 1 + w
+    for name, module in model.named_modules():
+        if isinstance(module, RMSNorm) and getattr(module, "has_weight", False) and hasattr(module, "pass_weight_add"):
+            yield name, module, PLAIN
+        elif (
+            isinstance(module, GemmaRMSNorm)
+            and type(module).forward_native is GemmaRMSNorm.forward_native  # not a platform's own
+            and hasattr(module, "_forward_method")
+            and gemma_is_plain
+        ):
+            yield name, module, GEMMA
+
+
+def is_identity(weight: Tensor, value: float) -> bool:
+    """Whether all elements of a weight that is there are exactly this value. Waits for the GPU."""
+    return not weight.is_meta and weight.numel() > 0 and bool((weight.detach() == value).all())
+
+
+def norm_states(model: nn.Module) -> dict[str, bool]:
+    """For each norm of a loaded vLLM model that carries a weight: whether it runs without.
+
+    `LLM.apply_model(norm_states)` asks a running engine; with a separate engine process that needs
+    VLLM_ALLOW_INSECURE_SERIALIZATION=1.
+    """
+    return {name: kind.is_without(norm) for name, norm, kind in norms_of(model)}
+
+
+@dataclass
+class _Watch:
+    """Keeps the norms of one model as its weights ask, each time that weights are loaded."""
+
+    model: Any
+    record: Record
+    config: Any  # vLLM's VllmConfig
+    blocked: str | None  # why norms keep their weights
+    settled: bool = False
+    lies: list[str] = field(default_factory=list)  # tensors that the record names, but that are no identity
+
+    def settle(self) -> None:
+        """Read the loaded weights and run the norms accordingly."""
+        from vllm.config import CompilationMode, CUDAGraphMode  # type: ignore[import-not-found]
+
+        compilation = self.config.compilation_config
+        eager = compilation.mode == CompilationMode.NONE and compilation.cudagraph_mode == CUDAGraphMode.NONE
+        fixed = self.settled and not eager  # a compiled or captured forward does not look at a norm again
+        without = []
+        for name, norm, kind in norms_of(self.model):
+            identity = is_identity(norm.weight, kind.identity)
+            wanted = identity and not self.blocked and self.record.may_name(name)
+            if fixed and kind.is_without(norm) and not identity:
+                raise RuntimeError(
+                    f"flashnorm: {name} was compiled without its weight, and cannot take one now; restart the engine "
+                    "with the new checkpoint, or with --enforce-eager"
+                )
+            if not fixed and kind.is_without(norm) != wanted:
+                kind.run_without(norm, wanted)
+            if kind.is_without(norm):
+                without.append(name)
+        if not self.settled:
+            self._report(without)
+            self._key_of_cached_graphs(without)
+        self.settled = True
+
+    def _report(self, without: list[str]) -> None:
+        if self.lies:
+            _log.warning(
+                "flashnorm: the checkpoint's record names %d norm(s) as folded that are not the identity, the first is "
+                "%s: they keep their weights",
+                len(self.lies),
+                self.lies[0],
+            )
+        if self.blocked:
+            _log.warning("flashnorm: norms keep their weights: %s", self.blocked)
+        else:
+            _log.info("flashnorm: %d norm(s) run without a weight", len(without))
+        if self.config.lora_config is not None:
+            _log.warning(
+                "flashnorm: this checkpoint is folded: a LoRA adapter that was trained on its source does not fit, "
+                "unless flashnorm fold-adapter has folded it as well"
+            )
+
+    def _key_of_cached_graphs(self, without: list[str]) -> None:
+        """vLLM finds compiled graphs again by its config, which knows nothing of weights: tell it what was found."""
+        if without:
+            key = hashlib.sha256("\n".join(without).encode()).hexdigest()
+            self.config.additional_config.setdefault("flashnorm", {})[self.config.model_config.model] = key
+
+
+def why_weights_are_needed(config: Any) -> str | None:
+    """Why the norms of a folded model keep their weights under a VllmConfig, or None."""
+    if not config.compilation_config.mode:  # CompilationMode.NONE
+        return None
+    if not isinstance(config.additional_config, dict):
+        return "additional_config is no dictionary, so that compiled graphs could not be told apart"
+    passes = config.compilation_config.pass_config
+    quantized = config.model_config.quantization is not None
+    for name in PASSES_WITH_WEIGHTS:
+        # Without quantized linears there is nothing that a norm could be fused with.
+        if getattr(passes, name, False) and (quantized or name != "fuse_norm_quant"):
+            return f"the compiler pass {name} hands them to kernels that need them"
+    return None
+
+
+# ---- what vLLM is told -----------------------------------------------------------------------------------------------
+
+
+def _register_loader() -> None:
+    from vllm.model_executor import model_loader  # type: ignore[import-not-found]
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    default = model_loader.DefaultModelLoader
+    for name in ("load_model", "load_weights", "get_all_weights"):
+        if not callable(getattr(default, name, None)):
+            raise AttributeError(f"its DefaultModelLoader has no {name}")
+    if "pass_weight" not in RMSNorm.__init__.__code__.co_names:
+        raise AttributeError("its RMSNorm has no pass_weight, which came with vLLM #44109")
+
+    class FlashNormModelLoader(default):  # type: ignore[misc, valid-type]
+        """vLLM's default loader; for folded checkpoints, see this module."""
+
+        def load_model(self, vllm_config: Any, *arguments: Any, **more: Any) -> Any:
+            self._flashnorm_config = vllm_config
+            return super().load_model(vllm_config, *arguments, **more)
+
+        def load_weights(self, model: Any, model_config: Any) -> None:
+            record = read_record(model_config.hf_config, model_config.hf_text_config)
+            if record is None:
+                super().load_weights(model, model_config)
+                return
+            _refuse_pooling(record, model_config)
+            config = getattr(self, "_flashnorm_config", None)
+            if config is None:
+                from vllm.config import get_current_vllm_config
+
+                config = get_current_vllm_config()
+            self._flashnorm_watch = _Watch(model, record, config, why_weights_are_needed(config))
+            model.load_weights = _then(model.load_weights, self._flashnorm_watch.settle)
+            super().load_weights(model, model_config)
+
+        def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, Tensor]]:
+            weights = super().get_all_weights(model_config, model)
+            record = read_record(model_config.hf_config, model_config.hf_text_config)
+            if record is None:
+                yield from weights
+                return
+            watch = getattr(self, "_flashnorm_watch", None)
+            lies = watch.lies if watch is not None else []
+            yield from _with_left_out(weights, record, model_config, lies)
+
+    with _quiet("vllm.model_executor.model_loader"):
+        for load_format in FORMATS:
+            # Where somebody else has put another loader, it stays.
+            if model_loader._LOAD_FORMAT_TO_MODEL_LOADER.get(load_format) is default:
+                model_loader.register_model_loader(load_format)(FlashNormModelLoader)
+
+
+def _with_left_out(
+    weights: Iterable[tuple[str, Tensor]], record: Record, model_config: Any, lies: list[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """A checkpoint's tensors, then those that layout dropped left out; `lies` collects names that hold no identity."""
+    import torch
+
+    seen = set()
+    for name, tensor in weights:
+        seen.add(name)
+        if record.names(name) and not (bool((tensor == 1).all()) or bool((tensor == 0).all())):
+            lies.append(name)
+        yield name, tensor
+    if record.layout == "dropped":
+        from vllm.transformers_utils.repo_utils import get_hf_file_to_dict  # type: ignore[import-not-found]
+
+        plan = get_hf_file_to_dict(RECORD, model_config.model, model_config.revision)
+        for name, shape, value in left_out(record, plan, seen):
+            yield name, torch.full(shape, value, dtype=model_config.dtype)
+
+
+def _refuse_pooling(record: Record, model_config: Any) -> None:
+    """Embeddings are the final norm's output, which has lost its weight to the head that they do not pass through."""
+    if model_config.runner_type == "pooling" and record.lm_head in ("folded", "untied"):
+        configs = (model_config.hf_config, model_config.hf_text_config)
+        if not any(getattr(c, "classifier_from_token", None) for c in configs):  # these do go through the head
+            raise ValueError(
+                f"{model_config.model}: its final norm is folded into the output head, so that what a pooling model "
+                "returns would lack the norm's weight; fold the source again with --final-norm keep"
+            )
+
+
+def _then(load: Callable[..., Any], after: Callable[[], None]) -> Callable[..., Any]:
+    def load_weights(*arguments: Any, **more: Any) -> Any:
+        loaded = load(*arguments, **more)
+        after()
+        return loaded
+
+    return load_weights
+
+
+def _register_kernels() -> None:
+    """Offer this project's kernels. vLLM uses them where --ir-op-priority asks for them."""
+    from vllm import ir
+
+    if KERNEL not in ir.ops.rms_norm.impls:
+        import flashnorm_cli.vllm_kernels  # noqa: F401
+
+
+@contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """vLLM warns of every loader that is replaced."""
+    found = logging.getLogger(logger)
+    level = found.level
+    found.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        found.setLevel(level)
