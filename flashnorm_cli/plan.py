@@ -629,7 +629,15 @@ class _Planner:
         ]
 
     def _not_traced(self) -> list[str]:
-        return [name for name, parameter in self._norm_modules() if name not in self.trace.reached]
+        """Norms that no forward reached, by their names on disk."""
+        from flashnorm_cli import runtime
+
+        names = [name for name, _ in self._norm_modules() if name not in self.trace.reached]
+        if not names:
+            return []
+        loads = runtime.loader_names(self.model, list(self.checkpoint.tensors))
+        on_disk = {target: disk for disk, (target, _) in loads.items()}
+        return [on_disk.get(name, name) for name in names]
 
 
 def _runs(ids: torch.Tensor, gains: list[tuple[int, str | None]]) -> tuple[Run, ...]:

@@ -26,9 +26,10 @@ def config_record(plan: Plan, layout: str) -> dict[str, Any]:
     for norm in plan.kept:
         kept.setdefault(pattern_of(norm.tensor), re.sub(r"\.\d+\b", ".*", norm.reason or ""))
     folded: dict[str, None] = {}
-    for norm in plan.folded:  # a pattern that would also name a kept norm is spelt out
+    others = {*kept, *map(pattern_of, plan.not_traced)}
+    for norm in plan.folded:  # a pattern that would also name another norm is spelt out
         pattern = pattern_of(norm.tensor)
-        folded.setdefault(norm.tensor if pattern in kept else pattern)
+        folded.setdefault(norm.tensor if pattern in others else pattern)
     return {
         "format": FORMAT,
         "tool": f"flashnorm-cli {__version__}",

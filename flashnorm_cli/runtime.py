@@ -293,7 +293,8 @@ def save_as(model: PreTrainedModel, parameter: str, name: str) -> None:
         return
     value = model.get_parameter(parameter)
     choices = [used, *([one, *used] for one in get_model_conversion_mapping(model, add_legacy=False))]
-    for model._weight_conversions in choices:
+    for choice in choices:
+        model._weight_conversions = choice
         if name in revert_weight_conversion(model, {parameter: value}):
             return
     model._weight_conversions = used

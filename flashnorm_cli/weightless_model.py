@@ -210,6 +210,7 @@ def from_pretrained(name: str | Path, **arguments: Any) -> Any:
     Args:
         name: a local folder or a Hub id.
         arguments: those of transformers' `from_pretrained`: dtype, device_map, revision, attn_implementation, ...
+            `use_kernels` takes effect last, on the layers that are left.
     Returns:
         The model in eval mode, or (model, loading info) with `output_loading_info=True`.
     Raises:
@@ -229,6 +230,7 @@ def from_pretrained(name: str | Path, **arguments: Any) -> Any:
     filled: dict[str, float] = {}
     if said.get("layout") == "dropped":
         cls = _filling(cls, said["folded"], _identities(where, hub), filled)
+    late = {} if "kernel_config" in arguments else {k: arguments.pop(k) for k in ("use_kernels",) if k in arguments}
     loaded = cls.from_pretrained(where, **arguments)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     if said.get("layout") == "dropped":
@@ -239,6 +241,8 @@ def from_pretrained(name: str | Path, **arguments: Any) -> Any:
             if hasattr(each, "flashnorm"):  # in memory they are all there, and save_pretrained will write them
                 each.flashnorm = {**each.flashnorm, "layout": "identity"}
     weightless(model)
+    if late:
+        model.set_use_kernels(**late)
     return loaded
 
 

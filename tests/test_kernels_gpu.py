@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from flashnorm_cli.norms import cuda, fused_add_rms_norm, info, rms_norm
 
@@ -210,6 +211,47 @@ def test_what_worked_once_is_checked_again():
     inside = x.clone()
     rms_norm(inside, EPS, out=inside)
     check(inside, exact(x))
+
+
+def test_who_looks_on_is_noticed_each_time():
+    """Modes and kinds of tensors that a kernel would pass by, in turns with plain calls of the same shape."""
+    x = random(6, 512)
+
+    def plain():
+        for _ in range(2):
+            check(rms_norm(x, EPS), exact(x))
+
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        check(rms_norm(x.to(dtype), EPS), exact(x.to(dtype)))
+    with torch.inference_mode():
+        check(rms_norm(x * 1, EPS), exact(x))
+        plain()
+    plain()
+    negative = torch.conj(torch.complex(x.float(), -x.float())).imag  # its memory holds -x
+    assert negative.is_neg()
+    check(rms_norm(negative.contiguous(), EPS), exact(x.float()))
+    check(rms_norm(negative, EPS), exact(x.float()))
+    wants = x.clone().requires_grad_()
+    for _ in range(2):
+        assert rms_norm(wants, EPS).requires_grad
+        with torch.no_grad():
+            assert not rms_norm(wants, EPS).requires_grad
+        plain()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.float(), torch.ones_like(x.float()))
+        plain()
+        primal, tangent = torch.autograd.forward_ad.unpack_dual(rms_norm(dual, EPS))
+        assert tangent is not None
+        check(primal, exact(x.float()))
+    with FlopCounterMode(display=False):
+        plain()
+    traced = torch.jit.trace(lambda x: rms_norm(x, EPS) + 1, x, check_trace=False)
+    other = random(6, 512)
+    assert torch.equal(traced(other), rms_norm(other, EPS) + 1)
+    weight = torch.rand(512, device="cuda", dtype=x.dtype) + 0.5
+    for kind in (weight, torch.nn.Parameter(weight, requires_grad=False), weight):
+        check(rms_norm(x, EPS, weight=kind), exact(x, weight))
+    plain()
 
 
 def test_autograd_notices_what_the_kernels_write():

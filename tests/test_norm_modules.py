@@ -5,7 +5,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
 
-from flashnorm_cli.norms.modules import PlainNorm, norms_replaced, plain_norms, read_norm
+from flashnorm_cli.norms.modules import (
+    PlainNorm,
+    is_weightless,
+    norms_replaced,
+    plain_norms,
+    read_norm,
+    weightless_ways,
+)
 
 TINY = {
     "hidden_size": 64,
@@ -53,6 +60,17 @@ def test_what_is_no_plain_norm_is_left_alone(kind):
     assert read_norm(Odd(32, kind)) is None
 
 
+def test_defaults_of_the_caller_do_not_matter():
+    norm = nn.RMSNorm(16, eps=1e-5)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert read_norm(norm) == PlainNorm(1e-5, 0.0, "weight")
+            assert len(weightless_ways(norm, PlainNorm(1e-5, 0.0, "weight"))) >= 3
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_other_modules():
     assert read_norm(nn.RMSNorm(16, eps=1e-5)) == PlainNorm(1e-5, 0.0, "weight")
     for module in (nn.LayerNorm(16), nn.LayerNorm(16, bias=False), nn.Linear(4, 1, bias=False), nn.PReLU(8)):
@@ -95,16 +113,19 @@ def test_a_replacement_that_computes_something_else_is_seen():
             assert not torch.allclose(model(ids).logits, want, atol=1e-3)
 
 
-def test_identity_weights_are_dropped_and_others_kept(monkeypatch):
-    from flashnorm_cli.norms import modules
-
+def test_identity_weights_are_dropped_and_others_kept():
     model = model_of(Gemma3TextConfig(**TINY), gains=False)  # zeros: the identity of 1 + w
-    seen = []
-    monkeypatch.setattr(modules, "rms_norm", lambda x, eps, weight=None, offset=0.0: seen.append(weight) or x)
     model.model.norm.weight.data.fill_(0.5)
-    with torch.no_grad(), norms_replaced(model):
-        model(torch.tensor([[1, 2, 3]]))
-    assert [w is not None for w in seen] == [False] * 12 + [True]
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        want = model(ids).logits
+        with norms_replaced(model) as names:
+            dropped = [name for name, module in model.named_modules() if is_weightless(module)]
+            assert len(names) == 13 and set(names) - set(dropped) == {"model.norm"}
+            for name in dropped:
+                model.get_submodule(name).weight.data.fill_(torch.nan)
+            torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-5)
+        assert not any(is_weightless(module) for module in model.modules())
 
 
 def test_a_weight_of_another_dtype_goes_the_modules_own_way():

@@ -402,7 +402,7 @@ def test_device_map_with_a_part_on_disk(folds, tmp_path):
 
 # Tied and untied heads, experts, latent attention, gated and per-head norms, `1 + w`, encoders and decoders, towers.
 IN_MEMORY = (
-    "llama mixtral gemma2 gemma3 gemma3n_text cohere2_moe deepseek_v3 falcon_h1 janus lfm2 minimax qwen3_next xlstm"
+    "llama mixtral mllama gemma2 gemma3 gemma3n_text cohere2_moe deepseek_v3 falcon_h1 janus minimax qwen3_next xlstm"
 ).split()
 
 
@@ -422,6 +422,13 @@ def test_folded_in_memory(family):
         fold_model_(model)
     changed = [n for n, p in model.named_parameters() if n not in dict(before.named_parameters())]
     assert changed == ([] if model.config.flashnorm["lm_head"] != "untied" else ["lm_head.weight"])
+
+
+def test_patterns_name_no_other_norm():
+    """A layer of another kind, which a text forward does not reach, has a norm of the same name."""
+    record = fold_model_(model_of("mllama")).config.flashnorm
+    names = [name for name in record["folded"] if "layers" in name]
+    assert len(names) == 6 and not any("*" in name or ".3." in name for name in names)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gemma3"])
@@ -458,6 +465,7 @@ def test_a_tied_head(choice, tmp_path):
         model.config.tie_word_embeddings is kept and (model.lm_head.weight is model.model.embed_tokens.weight) is kept
     )
     assert torch.equal(model.get_input_embeddings().weight, embedding)
+    assert ("lm_head.weight" in model.all_tied_weights_keys) is kept
     model.tie_weights()
     assert (families.logits(model, inputs) - want).norm() / want.norm() < 1e-5
     model.save_pretrained(tmp_path)
@@ -577,3 +585,37 @@ def test_from_auto_classes_and_names():
     families.randomize_gains(model, 1)
     assert len(swapped(weightless(fold_model_(model)))) == 5
     assert set(flashnorm_cli.__all__) <= set(dir(flashnorm_cli)) | set(flashnorm_cli._HOME)
+
+
+def survey() -> None:
+    """Write docs/weightless_families.json: every family folded in memory, then run without the weights."""
+    found: dict[str, dict[str, object]] = {}
+    for family in families.families():
+        try:
+            model = model_of(family)
+            inputs = families.text_inputs(model, seed=3)
+            want = families.logits(model, inputs)
+            folded_logits = families.logits(fold_model_(model), inputs)
+        except (FlashNormError, AttributeError) as error:  # refused, or a family that transformers itself cannot run
+            found[family] = {"refused": str(error)[:120]}
+            continue
+        states = weightless_norms(weightless(model))
+        error = ((folded_logits - want).norm() / want.norm()).item()
+        left = sorted({why.split()[0] for why in states.values() if why})
+        same = torch.equal(families.logits(model, inputs), folded_logits)
+        found[family] = {"error": float(f"{error:.1e}"), "folded": len(states), "same_bits": same, "left": left}
+        print(family, found[family], flush=True)
+    versions = {
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    rows = ",\n".join(f"  {json.dumps(family)}: {json.dumps(row)}" for family, row in found.items())
+    text = f'{json.dumps(versions)[:-1]}, "families": {{\n{rows}\n}}}}\n'
+    (Path(__file__).parent.parent / "docs" / "weightless_families.json").write_text(text)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    survey()

@@ -281,7 +281,7 @@ def _graph(model: PreTrainedModel, way: str, length: int, batch: int, compiled: 
             graph.replay()
         marks[1].record()
         torch.cuda.synchronize()
-        if not held[-1].isfinite().all():
+        if way != "no norms" and not held[-1].isfinite().all():  # without norms, a deep model overflows
             raise FlashNormError("the logits are not finite")
         return REPLAYS * 1000 / marks[0].elapsed_time(marks[1])
 
@@ -344,7 +344,10 @@ def _timer(model: PreTrainedModel, mode: str, way: str, tokens: int, batch: int)
         many = PREFILL_TOKENS if model.device.type == "cuda" else CPU_PREFILL_TOKENS
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or many
         return lambda: _prefill(model, way, min(many, longest), batch)
-    return _graph(model, way, tokens, batch, compiled=mode == "decode, compiled")
+    if mode == "decode, compiled":
+        return _graph(model, way, tokens, batch, compiled=True)
+    # Each turn captures anew: one capture of the same model can be 2 % faster than the next.
+    return lambda: _graph(model, way, tokens, batch, compiled=False)()
 
 
 def _row(mode: str, way: str, speeds: list[float], stock: list[float] | None) -> dict[str, Any]:

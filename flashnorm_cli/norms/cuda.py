@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -50,9 +50,15 @@ class Plan(NamedTuple):
     size: int  # bytes of an element
 
 
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # of a torch to come: then each call is checked in full
+    TensorGuards = None  # type: ignore[misc, assignment]
+
 _lock = threading.Lock()
 # Of each thread: `buffer`, for launches packed anew; and `ready`, launches packed before. These are, by what they
-# depend on: 64 bit words that lack those at _STREAM, _A, _B and _GAIN; what starts it; what that must keep alive.
+# depend on: a guard of the tensors; 64 bit words that lack those at _STREAM, _A, _B and _GAIN; what starts it; the GPU,
+# and whether there are others; what that must keep alive.
 _local = threading.local()
 _kernels: dict[Any, Any] = {}  # (operation, launch, dtype, gain, hidden, device) -> (RawKernel, handle)
 _plans: dict[Any, Plan] = {}  # what a call depends on -> Plan
@@ -116,41 +122,46 @@ def why_not(index: int) -> str | None:
 def again(
     operation: Operation,
     a: torch.Tensor,
-    b: torch.Tensor,
+    b: torch.Tensor | None,
     eps: float,
     gain: torch.Tensor | None,
     offset: float,
-) -> bool:
-    """Launch a kernel if this thread launched it for just such tensors before; else do nothing and return False.
+) -> torch.Tensor | None:
+    """Launch a kernel if this thread launched it for just such tensors before; else do nothing and return None.
 
-    The short way of a norm: tensors that differ from checked ones in nothing that matters need no checks.
+    The short way of a norm. What torch has kept for guarding compiled code, one call into C++, says whether tensors
+    are like those that were checked in full: class, dtype, device, sizes, strides, who differentiates or traces.
+
+    Args:
+        a, b: x and out, or x and residual. Without b, an output is made.
+    Returns:
+        b, or the output.
     """
-    a_at, b_at, index = a.data_ptr(), b.data_ptr(), a.get_device()
-    if gain is None:
-        gain_at, kind = 0, None
-    else:
-        gain_at, kind = gain.data_ptr(), _kind(gain, offset)
+    new = b is None
     try:
-        words, start, _ = _local.ready[operation, a.dtype, a.shape, index, b.dtype, b.shape, b.get_device(), eps, kind]
-    except (AttributeError, KeyError):
-        return False
-    if (a_at | b_at | gain_at) & 15 or a_at == b_at or not (a.is_contiguous() and b.is_contiguous()):
-        return False
-    if get_device() != index:
-        with torch.cuda.device(index):
-            return again(operation, a, b, eps, gain, offset)
+        guard, words, start, index, several, _ = _local.ready[
+            operation, a.shape, a.dtype, eps, offset, new, gain is None
+        ]
+    except (AttributeError, KeyError, TypeError):
+        return None
+    if b is None:
+        if not (guard.check(a) if gain is None else guard.check(a, gain)):
+            return None
+        b = torch.empty_like(a)
+    elif not (guard.check(a, b) if gain is None else guard.check(a, b, gain)):
+        return None
+    words[_A] = a_at = a.data_ptr()
+    words[_B] = b_at = b.data_ptr()
+    if gain is not None:
+        words[_GAIN] = gain_at = gain.data_ptr()
+        if gain_at & 15:
+            return None
+    if (a_at | b_at) & 15 or a_at == b_at or (several and get_device() != index):
+        return None
     words[_STREAM] = get_stream(index)
-    words[_A] = a_at
-    words[_B] = b_at
-    if gain_at:
-        words[_GAIN] = gain_at
     if error := start():
         raise RuntimeError(_REFUSED.format(error))
-    return True
-
-
-def _kind(gain: torch.Tensor, offset: float) -> tuple[Any, ...]:
-    return gain.dtype, gain.shape, gain.stride(), gain.get_device(), offset
+    return b
 
 
 def run(
@@ -160,16 +171,18 @@ def run(
     eps: float,
     gain: torch.Tensor | None,
     offset: float,
+    remember: Literal["b", "new b"] | None = None,
 ) -> bool:
     """Launch a kernel on two CUDA tensors alike in shape, dtype and device: x and y, or x and residual.
 
     Rows may lie anywhere: strides and storage offsets are the kernel's business. `gain` is contiguous.
+    `remember` lets `again` do the next call like this one, with a b or without, which is "new b".
 
     Returns:
         False if nothing was launched: there is no kernel for this dtype, GPU or machine, or more rows than a grid has
         blocks.
     """
-    if a.numel() == 0 or again(operation, a, b, eps, gain, offset):
+    if a.numel() == 0:
         return True
     hidden, size, index = a.size(-1), a.element_size(), a.get_device()
     gain_at, code = (0, 0) if gain is None else (gain.data_ptr(), 2 if offset else 1)
@@ -185,9 +198,8 @@ def run(
     plan = _plans.get(key) or _plan(operation, a, code, width, len(sizes), inside, key)
     if plan is None:
         return False
-    if width == launch.width_of(hidden * size) and not inside and a.is_contiguous() and b.is_contiguous():
-        kind = None if gain is None else _kind(gain, offset)
-        _make_ready(plan, eps, (operation, a.dtype, a.shape, index, b.dtype, b.shape, b.get_device(), eps, kind))
+    if remember and width == launch.width_of(hidden * size) and not inside and a.is_contiguous() and b.is_contiguous():
+        _make_ready(plan, index, operation, a, b if remember == "b" else None, eps, gain, offset)
     layout = struct.Struct(f"{_CONFIG}{_ARGUMENTS}{len(sizes)}Q{2 * len(sizes)}q")
     more = (steps[0] * size, steps[1] * size, *sizes, *a_bytes, *b_bytes)
     return launch_plan(plan, index, a.data_ptr(), b.data_ptr(), gain_at, eps, layout, more)
@@ -308,16 +320,31 @@ def _follow_on(plan: Plan) -> tuple[int, ...]:
     return plan.size, plan.size, 0, plan.row, plan.row
 
 
-def _make_ready(plan: Plan, eps: float, key: Any) -> None:
-    """Pack a launch but for its addresses and stream, and remember it under `key` for this thread."""
-    if driver_launch() is None:
+def _make_ready(
+    plan: Plan,
+    index: int,
+    operation: Operation,
+    a: torch.Tensor,
+    b: torch.Tensor | None,
+    eps: float,
+    gain: torch.Tensor | None,
+    offset: float,
+) -> None:
+    """Pack a launch but for its addresses and stream, and let `again` find it in this thread."""
+    if driver_launch() is None or TensorGuards is None:
         return
     if not hasattr(_local, "ready") or len(_local.ready) >= _PLANS_KEPT:
         _enter()
+    guarded = [t for t in (a, b, gain) if t is not None]
+    guard = TensorGuards(*guarded, dynamic_dims_sizes=None, dynamic_dims_strides=None)
     buffer = _Buffer(ROWS_APART.size)
     buffer.pack(plan, 0, ROWS_APART, 0, 0, 0, eps, _follow_on(plan))
-    start = partial(driver_launch(), buffer.before, plan.handle, buffer.after, None)
-    _local.ready[key] = memoryview(buffer.block).cast("B").cast("Q"), start, buffer
+    # Arguments that ctypes need not convert.
+    before, handle, after = map(ctypes.c_void_p, (buffer.before, plan.handle, buffer.after))
+    start = partial(driver_launch(), before, handle, after, None)
+    words = memoryview(buffer.block).cast("B").cast("Q")
+    key = operation, a.shape, a.dtype, eps, offset, b is None, gain is None
+    _local.ready[key] = guard, words, start, index, torch.cuda.device_count() > 1, buffer
 
 
 def _enter() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -51,12 +52,15 @@ def read_norm(module: nn.Module) -> PlainNorm | None:
     if weight.dim() != 1 or weight.numel() == 0 or not weight.is_floating_point():
         return None
     candidates = {v for v in vars(module).values() if isinstance(v, float) and 0 <= v < 0.1}
-    if not candidates:
+    if (
+        not candidates or len(inspect.signature(type(module).forward).parameters) != 2
+    ):  # a gate, if only an optional one
         return None
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, weight.numel(), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    cpu: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    x = torch.randn(2, 3, weight.numel(), **cpu)
     x[1] *= 1e-3
-    gain = torch.rand(weight.numel(), generator=generator) + 0.3
+    gain = torch.rand(weight.numel(), **cpu) + 0.3
     try:
         with torch.no_grad(), torch.device("cpu"):
             found = type(module).forward(_copy_with(module, name, gain), x.clone())
@@ -74,11 +78,13 @@ def read_norm(module: nn.Module) -> PlainNorm | None:
 
 
 def own_forward(module: nn.Module) -> bool:
-    """Whether a call ends in the class's forward: nobody has put another one on the instance, except accelerate."""
+    """Whether a call ends in the class's forward: nobody has put another one on the instance.
+
+    Accelerate's hooks call it in the end; Hugging Face's `kernels` puts it there where it has nothing better.
+    """
     mine = vars(module)
-    if "forward" not in mine:
-        return True
-    return "_hf_hook" in mine and getattr(mine.get("_old_forward"), "__func__", None) is type(module).forward
+    last = mine.get("_old_forward" if "_hf_hook" in mine else "forward")
+    return last is None or getattr(last, "__func__", None) is type(module).forward
 
 
 def _copy_with(module: nn.Module, name: str, weight: Tensor) -> nn.Module:
@@ -126,6 +132,13 @@ def plain_norms(model: nn.Module) -> dict[str, tuple[nn.Module, PlainNorm]]:
 _Ways = dict[tuple[torch.dtype, torch.dtype], tuple[torch.dtype, torch.dtype]]
 
 
+class _Absent:
+    """Hides an attribute of the base class: Hugging Face's `kernels` replaces the forward of what has this one."""
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        raise AttributeError("kernel_layer_name")
+
+
 class _Weightless(nn.Module):
     """What `make_weightless` puts in front of a norm's own class.
 
@@ -136,6 +149,7 @@ class _Weightless(nn.Module):
     _plain_norm: PlainNorm
     _ways: _Ways
     _wanted_grad: bool  # whether the weight is to be trained once it is in use again
+    kernel_layer_name = _Absent()
 
     def forward(self, *arguments: Any, **more: Any) -> Any:
         norm = self._plain_norm
@@ -192,9 +206,9 @@ def weightless_ways(module: nn.Module, norm: PlainNorm) -> _Ways:
     give the same bits for the classes of transformers 5.24.
     """
     halves = (torch.bfloat16, torch.float16)
-    generator = torch.Generator().manual_seed(0)
-    shape = norm.parameter(module).shape
-    values, ways = torch.randn(16, *shape, generator=generator), _Ways()
+    shape, ways = norm.parameter(module).shape, _Ways()
+    generator = torch.Generator("cpu").manual_seed(0)
+    values = torch.randn(16, *shape, generator=generator, dtype=torch.float32, device="cpu")
     for theirs in (*halves, torch.float32):
         identity = torch.full(shape, 1 - norm.offset, dtype=theirs, device="cpu")
         for mine in (*halves, torch.float32):
@@ -237,7 +251,10 @@ def make_weighted(module: nn.Module) -> None:
 
 
 def _become(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Change the class of an instance, and what stands on it that is bound to the old one's forward (`own_forward`)."""
     hooked = "_old_forward" in vars(module)
+    if not hooked:
+        vars(module).pop("forward", None)
     module.__class__ = cls
     if hooked:  # accelerate calls the forward that it found
         module._old_forward = MethodType(cls.forward, module)  # type: ignore[assignment]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad as _forward_ad
 from torch.autograd.graph import increment_version
 
 from flashnorm_cli.norms import cuda
@@ -14,7 +15,6 @@ from flashnorm_cli.norms import cuda
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _compiling = torch.compiler.is_compiling
-_grad_enabled = torch.is_grad_enabled
 _transforms = torch._C._functorch.peek_interpreter_stack
 
 
@@ -40,20 +40,12 @@ def rms_norm(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
     """
-    if not _compiling() and type(x) in _PLAIN and not _dispatch_modes() and _transforms() is None:
-        grad = _grad_enabled()
-        if (
-            (out is None or (type(out) in _PLAIN and not (grad and out.requires_grad)))
-            and (weight is None or (type(weight) in _PLAIN and not (grad and weight.requires_grad)))
-            and not (grad and x.requires_grad)
-            and x.is_cuda
-            and x.is_contiguous()
-        ):
-            y = out if out is not None else torch.empty_like(x)
-            if cuda.again("rms_norm", x, y, eps, weight, offset):
-                if grad and out is not None:
-                    _written(out)
-                return y
+    if not _compiling() and _forward_ad._current_level < 0:
+        y = cuda.again("rms_norm", x, out, eps, weight, offset)
+        if y is not None:
+            if out is not None:
+                _written(out)
+            return y
     return _rms_norm(x, eps, out, weight, offset)
 
 
@@ -72,17 +64,13 @@ def fused_add_rms_norm(
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
         RuntimeError: from torch, if x or residual is a leaf that wants a gradient.
     """
-    if not _compiling() and type(x) in _PLAIN and not _dispatch_modes() and _transforms() is None:
-        grad = _grad_enabled()
-        if (
-            type(residual) in _PLAIN
-            and (weight is None or (type(weight) in _PLAIN and not (grad and weight.requires_grad)))
-            and not (grad and (x.requires_grad or residual.requires_grad))
-            and cuda.again("fused_add_rms_norm", x, residual, eps, weight, offset)
-        ):
-            if grad:
-                _written(x, residual)
-            return
+    if (
+        not _compiling()
+        and _forward_ad._current_level < 0
+        and cuda.again("fused_add_rms_norm", x, residual, eps, weight, offset) is not None
+    ):
+        _written(x, residual)
+        return
     _fused_add_rms_norm(x, residual, eps, weight, offset)
 
 
@@ -90,8 +78,10 @@ def _direct(*tensors: Tensor) -> bool:
     """Whether a kernel may be launched on these: plain CUDA tensors, and nobody who traces or differentiates."""
     return (
         not _compiling()
-        and all(type(t) in _PLAIN and t.is_cuda for t in tensors)
+        and all(type(t) in _PLAIN and t.is_cuda and not t.is_neg() for t in tensors)
         and not _wants_grad(*tensors)
+        and _forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
         and not _dispatch_modes()
         and _transforms() is None  # under vmap or grad a tensor has no memory of its own
     )
@@ -119,7 +109,7 @@ def _rms_norm(x: Tensor, eps: float, out: Tensor | None, weight: Tensor | None, 
     tensors = [t for t in (x, out, weight) if t is not None]
     if _direct(*tensors) and (weight is None or _fits(weight, offset, x)):
         y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-        if cuda.run("rms_norm", x, y, eps, weight, offset):
+        if cuda.run("rms_norm", x, y, eps, weight, offset, "new b" if out is None else "b"):
             if out is not None:
                 _written(out)
             return y
@@ -137,7 +127,7 @@ def _fused_add_rms_norm(x: Tensor, residual: Tensor, eps: float, weight: Tensor 
     if (
         _direct(x, residual)
         and (weight is None or _fits(weight, offset, x))
-        and cuda.run("fused_add_rms_norm", x, residual, eps, weight, offset)
+        and cuda.run("fused_add_rms_norm", x, residual, eps, weight, offset, "b")
     ):
         _written(x, residual)
         return
