@@ -326,29 +326,6 @@ def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Ch
     return Checkpoint(source, folder, commit, read_json(folder / CONFIG), shards, index, tuple(others), left_out)
 
 
-def _hub_reader(source: Source, commit: str) -> Callable[[str, int, int], bytes]:
-    """A function of (file, start, end) that reads bytes of a Hub file by a ranged request."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        build_hf_headers,
-        hf_raise_for_status,
-        http_backoff,
-    )
-
-    # Not HfFileSystem: it lists the repository again in each thread, and knows no ids without a user ("gpt2").
-    headers = build_hf_headers(token=source.token)
-
-    def read(name: str, start: int, end: int) -> bytes:
-        url = hf_hub_url(source.name, name, revision=commit)
-        wanted = {**headers, "Range": f"bytes={start}-{end - 1}"}
-        answer = http_backoff("GET", url, headers=wanted, timeout=HF_HUB_DOWNLOAD_TIMEOUT, max_retries=3)
-        hf_raise_for_status(answer)
-        return answer.content[: end - start]
-
-    return read
-
-
 def read_bytes(checkpoint: Checkpoint, tensor: str, start: int, end: int) -> bytearray:
     """Bytes `start` to `end` of a tensor: from the disk where its shard is there, else by a ranged request.
 
@@ -369,15 +346,41 @@ def read_bytes(checkpoint: Checkpoint, tensor: str, start: int, end: int) -> byt
             raise CheckpointError(f"{path}: {error.strerror}") from error
     else:
         with hub_errors(checkpoint.source.name):
-            raw = bytearray(_hub_reader(checkpoint.source, checkpoint.commit)(shard, first, last))
+            read = hub_reader(checkpoint.source.name, checkpoint.commit, checkpoint.source.token)
+            raw = bytearray(read(shard, first, last))
     if len(raw) != last - first:
         raise CheckpointError(f"{path}: {tensor} ends early")
     return raw
 
 
+def hub_reader(
+    repo_id: str, commit: str, token: str | bool | None, endpoint: str | None = None
+) -> Callable[[str, int, int], bytes]:
+    """A function that reads the bytes [start, end) of a file in a Hub repository."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        build_hf_headers,
+        hf_raise_for_status,
+        http_backoff,
+    )
+
+    # Not HfFileSystem: it lists the repository again in each thread, and knows no ids without a user ("gpt2").
+    headers = build_hf_headers(token=token)
+
+    def read(name: str, start: int, end: int) -> bytes:
+        url = hf_hub_url(repo_id, name, revision=commit, endpoint=endpoint)
+        wanted = {**headers, "Range": f"bytes={start}-{end - 1}"}
+        answer = http_backoff("GET", url, headers=wanted, timeout=HF_HUB_DOWNLOAD_TIMEOUT, max_retries=3)
+        hf_raise_for_status(answer)
+        return answer.content[: end - start]
+
+    return read
+
+
 def _hub_headers(source: Source, commit: str, sizes: dict[str, int]) -> dict[str, Header]:
     """The shards' headers, by ranged requests: one for each shard, or two where its header is long."""
-    read = _hub_reader(source, commit)
+    read = hub_reader(source.name, commit, source.token)
 
     def header(name: str) -> Header:
         where, size = f"{source.name}/{name}", sizes[name]
