@@ -45,7 +45,7 @@ def notes(pair: Pair) -> list[str]:
     beside += [name for name in pair.folded.others if name not in (*pair.source.others, RECORD) and not is_paper(name)]
     if beside:
         found.append(f"not in the source, and not looked at: {', '.join(beside)}")
-    for name in adapters_beside(pair):
+    for name in _adapters_beside(pair):
         found.append(
             f"{name} is an adapter of the source's beside the folded weights: it does not fit them (and transformers "
             "loads it with the model, if it lies at the top); make it fit with `flashnorm fold-adapter`"
@@ -61,22 +61,6 @@ def notes(pair: Pair) -> list[str]:
             found.append("its record says that another tool folded it: rounding within two units is granted")
         if pair.gains and pair.record is None:
             found.append("it has no record of flashnorm; `--adopt` writes one")
-    return found
-
-
-def adapters_beside(pair: Pair) -> list[str]:
-    """adapter_config.json of adapters in the folded checkpoint's folder that were made for another model."""
-    found = []
-    for name in pair.folded.others:
-        path = pair.folded.folder / name
-        if path.name != ADAPTER or (path.parent != pair.folded.folder and (path.parent / RECORD).exists()):
-            continue
-        try:
-            made_for = read_json(path).get("base_model_name_or_path")
-        except CheckpointError:
-            made_for = None
-        if made_for != pair.folded.source.name:
-            found.append(name)
     return found
 
 
@@ -332,3 +316,22 @@ def _without(config: dict[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key not in BOOKKEEPING
     }
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+def _adapters_beside(pair: Pair) -> list[str]:
+    """adapter_config.json of adapters in the folded checkpoint's folder that were made for another model."""
+    found = []
+    for name in pair.folded.others:
+        path = pair.folded.folder / name
+        if path.name != ADAPTER or (path.parent != pair.folded.folder and (path.parent / RECORD).exists()):
+            continue
+        try:
+            made_for = read_json(path).get("base_model_name_or_path")
+        except CheckpointError:
+            made_for = None
+        if made_for != pair.folded.source.name:
+            found.append(name)
+    return found
