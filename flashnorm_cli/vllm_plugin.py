@@ -40,12 +40,14 @@ _log = logging.getLogger("vllm.flashnorm")  # below vLLM's own logger, so that i
 
 def register() -> None:
     """The plugin: what vLLM calls. Never raises; may be called again."""
-    try:
-        _register_loader()
-        _register_kernels()
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        _log.warning("flashnorm: this vLLM is not known here, so norms keep their weights (%s)", reason)
+    steps = {_register_loader: "norms keep their weights", _register_kernels: "it cannot use this project's kernels"}
+    for step, otherwise in steps.items():
+        try:
+            step()
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            _log.warning("flashnorm: this vLLM is not known here, so %s (%s)", otherwise, reason)
+            return
 
 
 # ---- what the record says --------------------------------------------------------------------------------------------
@@ -244,7 +246,7 @@ class _Watch:
 
     def _key_of_cached_graphs(self, without: list[str]) -> None:
         """vLLM finds compiled graphs again by its config, which knows nothing of weights: tell it what was found."""
-        if without:
+        if without and isinstance(self.config.additional_config, dict):
             key = hashlib.sha256("\n".join(without).encode()).hexdigest()
             self.config.additional_config.setdefault("flashnorm", {})[self.config.model_config.model] = key
 
