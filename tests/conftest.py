@@ -14,6 +14,17 @@ def pytest_configure() -> None:
     transformers.logging.set_verbosity_error()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Give each process a half of the tests in their order, so that a module's models are made by one of them.
+
+    The default deals tests out in turns. A process that is done takes tests from another.
+    """
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.option.dist == "load" else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

@@ -12,7 +12,6 @@ head untied against the runtime, to quantised weights, and to a LoRA adapter. A 
 import ctypes
 import io
 import json
-import math
 import os
 import shutil
 import sys
@@ -300,13 +299,13 @@ def quantised(gguf: Path, out: Path, kind: str) -> Path:
     return out
 
 
-def quantisation(model: str, source: Path, work: Path, texts: list[list[int]], kinds: tuple[str, ...]) -> dict:
+def quantisation(source: Path, work: Path, texts: list[list[int]], kinds: tuple[str, ...]) -> dict:
     """KL divergence from the float32 source that quantising the source and the folded checkpoint costs."""
     code, text = flashnorm("fold", source, work / "folded")
     require(code == 0, text)
     exact = convert(source, work / "source.gguf"), convert(work / "folded", work / "folded.gguf")
     reference = log_probabilities(exact[0], texts)
-    row: dict = {"model": model}
+    row: dict = {}
     for kind in kinds:
         kl = [
             distance(log_probabilities(quantised(gguf, work / f"{kind}.{i}.gguf", kind), texts), reference)["kl"]
@@ -365,7 +364,7 @@ class Setting:
 
     def __init__(self, work: Path) -> None:
         self.work, self.tokenizer = work, tokenizer(work)
-        self.texts = prompts(4, self.tokenizer)
+        self.texts = prompts(2, self.tokenizer)
 
     def fresh(self, name: str) -> Path:
         print(name, file=sys.stderr, flush=True)
@@ -373,39 +372,47 @@ class Setting:
         folder.mkdir()
         return folder
 
-    def identity(self) -> list[dict]:
-        rows = [(model, "float32") for model in MODELS] + [("llama", "bfloat16")]
-        return [right_and_wrong(m, d, self.fresh(f"{m} {d}"), self.tokenizer, self.texts) for m, d in rows]
+    def identity(self, model: str) -> dict:
+        dtypes = ("float32", "bfloat16") if model == "llama" else ("float32",)
+        return {d: right_and_wrong(model, d, self.fresh(f"{model} {d}"), self.tokenizer, self.texts) for d in dtypes}
 
-    def dropped(self) -> list[dict]:
-        return [dropped(m, self.fresh(f"{m} dropped"), self.tokenizer, self.texts) for m in ("llama", "gemma2")]
+    def dropped(self, model: str) -> dict:
+        return dropped(model, self.fresh(f"{model} dropped"), self.tokenizer, self.texts)
 
-    def untied_head(self) -> list[dict]:
-        return [dropped_head("gemma2", self.fresh("gemma2 head"), self.tokenizer, self.texts)]
+    def untied_head(self, model: str) -> dict:
+        return dropped_head(model, self.fresh(f"{model} head"), self.tokenizer, self.texts)
 
-    def quantised(self) -> dict:
+    def quantised(self, model: str) -> list[dict]:
         rows = []
-        for model in ("llama", "qwen3"):
-            for seed in range(SEEDS):
-                folder = self.fresh(f"{model} quantised {seed}")
-                source = make(folder / "source", model, "float32", self.tokenizer, 10 * seed)
-                rows.append(quantisation(f"{model}, seed {seed}", source, folder, self.texts, QUANTISED))
-        ratios = {kind: [row[kind]["ratio"] for row in rows] for kind in QUANTISED}
-        mean = {kind: rounded(math.exp(sum(map(math.log, found)) / len(found))) for kind, found in ratios.items()}
-        folder = self.fresh("demo quantised")
+        for seed in range(SEEDS):
+            folder = self.fresh(f"{model} quantised {seed}")
+            source = make(folder / "source", model, "float32", self.tokenizer, 10 * seed)
+            rows.append({"seed": seed, **quantisation(source, folder, self.texts, QUANTISED)})
+        return rows
+
+    def quantised_demo(self, model: str) -> dict:
+        folder = self.fresh("demo model quantised")
         shutil.copytree(DEMO, folder / "source", ignore=shutil.ignore_patterns("tokenizer*"))
         shutil.copy(self.tokenizer, folder / "source" / "tokenizer.model")
         raw = (DEMO / "heldout.txt").read_bytes()
-        texts = [list(raw[n * 48 : n * 48 + 48]) for n in range(12)]
+        texts = [list(raw[n * 48 : n * 48 + 48]) for n in range(4)]
         # Its rows of 192 weights are no multiple of Q4_K's 256.
-        rows.append(quantisation("demo model (trained)", folder / "source", folder, texts, QUANTISED[:2]))
-        return {"kl_from_float32": rows, "mean_ratio_of_random_models": mean}
+        return quantisation(folder / "source", folder, texts, QUANTISED[:2])
 
-    def adapter(self) -> dict:
+    def adapter(self, model: str) -> dict:
         return adapters(self.fresh("adapter"), self.tokenizer, self.texts)
 
 
-PARTS = ("identity", "dropped", "untied_head", "quantised", "adapter")
+PARTS = (
+    *(f"identity:{model}" for model in MODELS),
+    "dropped:llama",
+    "dropped:gemma2",
+    "untied_head:gemma2",
+    "quantised:llama",
+    "quantised:qwen3",
+    "quantised_demo:llama",
+    "adapter:llama",
+)
 
 
 def versions() -> dict[str, str]:
@@ -416,7 +423,7 @@ def versions() -> dict[str, str]:
 
 
 def main(out: Path, parts: list[str]) -> None:
-    """Run the parts (all of them by default) and write each into the file as it is done."""
+    """Run parts (all of them by default: `PARTS`) and write each into the file as it is done."""
     from transformers import logging
     from transformers.utils.logging import disable_progress_bar
 
@@ -424,11 +431,14 @@ def main(out: Path, parts: list[str]) -> None:
         raise SystemExit(missing)
     logging.set_verbosity_error()
     disable_progress_bar()
-    found = json.loads(out.read_text()) if parts and out.exists() else {}
     with TemporaryDirectory() as work:
         setting = Setting(Path(work))
         for part in parts or PARTS:
-            found |= {"date": date.today().isoformat(), "versions": versions(), part: getattr(setting, part)()}
+            kind, _, model = part.partition(":")
+            row = getattr(setting, kind)(model)
+            found = json.loads(out.read_text()) if out.exists() else {}
+            found |= {"date": date.today().isoformat(), "versions": versions()}
+            found.setdefault(kind, {})[model] = row
             out.write_text(json.dumps(found, indent=1) + "\n")
 
 
