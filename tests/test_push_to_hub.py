@@ -91,7 +91,12 @@ class Client:
 
     def _process(self, command: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        return subprocess.Popen(command, cwd=self.tmp, env=self.environment(**env), text=True, **pipes)
+
+        def listen() -> None:  # a shell lets what it runs in the background ignore Ctrl-C, and children inherit that
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+        env = self.environment(**env)
+        return subprocess.Popen(command, cwd=self.tmp, env=env, text=True, preexec_fn=listen, **pipes)
 
 
 @pytest.fixture(scope="module")
