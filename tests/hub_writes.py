@@ -149,7 +149,7 @@ class WriteRoutes:
     def _branch(self, repo: Repo, branch: str) -> None:
         self._need_write(repo)
         sha, _ = self._commit(repo, json.loads(self.form).get("startingPoint", "main"))
-        if branch.startswith("refs/"):
+        if branch.startswith("refs/") or not re.fullmatch(r"[\w./-]+", branch):
             raise HubError(400, "Invalid reference for a branch")
         with self.hub.lock:
             if branch in repo.refs:

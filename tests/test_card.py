@@ -108,11 +108,6 @@ def test_broken_metadata(text: str) -> None:
         build_card(facts(None, source_card=text))
 
 
-def test_tags_that_are_no_list() -> None:
-    data = ModelCard(build_card(facts(None, source_card="---\ntags: math\nlicense: [mit, other]\n---\n"))).data
-    assert data.tags == ["math", "weightless-rmsnorm", "flashnorm"]
-
-
 def test_the_auto_class_knows_every_architecture_that_it_is_named_for() -> None:
     known = {
         name

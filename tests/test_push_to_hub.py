@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from hub_server import Fault, HubServer
 import flashnorm_cli
 from flashnorm_cli.errors import FlashNormError
 from flashnorm_cli.hub.card import REPORT
+from flashnorm_cli.hub.patience import watched
 from flashnorm_cli.hub.push import push_to_hub
 
 ROOT = Path(flashnorm_cli.__file__).parents[1]
@@ -89,7 +91,12 @@ class Client:
 
     def _process(self, command: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        return subprocess.Popen(command, cwd=self.tmp, env=self.environment(**env), text=True, **pipes)
+
+        def listen() -> None:  # a shell lets what it runs in the background ignore Ctrl-C, and children inherit that
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+        env = self.environment(**env)
+        return subprocess.Popen(command, cwd=self.tmp, env=env, text=True, preexec_fn=listen, **pipes)
 
 
 @pytest.fixture(scope="module")
@@ -451,6 +458,7 @@ def test_no_folder_to_publish(folded: Path, tmp_path: Path) -> None:
 
     out = shutil.copytree(folded, tmp_path / "out")
     refused(tmp_path / "nowhere", "nowhere: no such folder; name one that `flashnorm fold` has written")
+    refused(out / "config.json", "is a file; name the folder")
     refused(Path(TARGET), "is a folder; the folder comes first", repo=str(out))
     refused(out, "--create-pr and --revision exclude each other", create_pr=True, revision="x")
     refused(out, "workers has to be at least 1", workers=0)
@@ -483,9 +491,24 @@ def test_bad_input(hub: HubServer, push: Push, folded: Path, tmp_path: Path) -> 
     fails(push(repo="me/_x-" + "y" * 95), f"me/_x-y+: {name}", code=2)
     fails(push(HF_ENDPOINT=down), rf"{TARGET}: the Hub could not be reached: .*refused.*; {later}")
     fails(push(HF_HUB_OFFLINE="1"), r"the network is off \(HF_HUB_OFFLINE is set\): unset it to publish")
-    fails(push("--privat"), r"No such option: --privat.* See: flashnorm push-to-hub --help", code=2)
     assert TARGET not in hub.repos
     assert not hub.received("PUT /lfs/")
+    fails(push("--revision", "a b"), rf"{TARGET}: the Hub answered 400: Invalid reference for a branch")
+    done(push())  # the bad branch was found out when its repository was there already
+    fails(push("--privat"), r"No such option: --privat.* See: flashnorm push-to-hub --help", code=2)
+
+
+def test_progress_of_an_upload(tmp_path: Path) -> None:
+    """What huggingface_hub has read of a file is seen from outside, whoever reads it."""
+    path, seen = tmp_path / "shard", []
+    path.write_bytes(bytes(1000))
+    with watched(path, 1000, seen.append), path.open("rb", buffering=0) as file:
+        file.read(300)
+        for _ in range(100):
+            time.sleep(0.05)
+            if seen:
+                break
+    assert seen[0] == 300
 
 
 def test_card_that_the_hub_rejects(hub: HubServer, push: Push, folded: Path, tmp_path: Path) -> None:
@@ -589,6 +612,21 @@ def test_somebody_else_commits_meanwhile(hub: HubServer, push: Push) -> None:
         rf"flashnorm: {TARGET}: somebody else committed to it meanwhile; nothing was published.*\n", said
     )
     assert repo.refs["main"] == theirs
+
+
+def test_a_file_that_changes_while_it_is_uploaded(hub: HubServer, push: Push, folded: Path, tmp_path: Path) -> None:
+    """What was verified is published, or nothing."""
+    folder = shutil.copytree(folded, tmp_path / "out")
+    hold = hub.fail("POST .*/preupload/", hold=True, times=1)
+    with push.client.start("push-to-hub", folder, TARGET) as client:
+        assert hold.reached.wait(60)
+        data = bytearray((folder / SHARDS[1]).read_bytes())
+        data[-1] ^= 1
+        (folder / SHARDS[1]).write_bytes(data)
+        hold.release.set()
+        _, said = client.communicate(timeout=60)
+    assert said == f"flashnorm: {SHARDS[1]}: changed while it was uploaded; nothing was published\n"
+    assert visible(hub) == {}
 
 
 # ---- killed ----------------------------------------------------------------------------------------------------------

@@ -167,6 +167,7 @@ def push_to_hub(
 
 
 def check_call(folded: str | Path, repo_id: str, revision: str | None, create_pr: bool, workers: int | None) -> None:
+    """Raise UsageError where the call contradicts itself, or names what no repository can be called."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -175,7 +176,7 @@ def check_call(folded: str | Path, repo_id: str, revision: str | None, create_pr
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        why = " ".join(str(error).split())
+        why = " ".join(str(error).split()).split(". Use `repo_type`")[0]
         raise UsageError(f"{repo_id}: the Hub does not take this name; it looks like user/name ({why})") from None
     if create_pr and revision not in (None, "main"):
         raise UsageError("--create-pr and --revision exclude each other: a pull request is made against main")
@@ -194,6 +195,8 @@ def _open_folded(folder: Path, name: str) -> Checkpoint:
             f"{wanted}: its fold is not finished; run the same `flashnorm fold` again, and it goes on where it stopped"
             + ("" if inside else f" (or remove {partial.name} beside it)")
         )
+    if folder.is_file():
+        raise UsageError(f"{name}: is a file; name the folder that `flashnorm fold` has written")
     if not folder.is_dir():
         raise UsageError(f"{name}: no such folder; name one that `flashnorm fold` has written")
     checkpoint = open_checkpoint(Source(str(folder)))
@@ -513,16 +516,29 @@ class Push:
 
     def validate_card(self) -> None:
         """Before gigabytes are uploaded: the Hub takes the card."""
-        try:
-            patiently(lambda: read_card(self.card).validate(repo_type="model"))
-        except ValueError as error:
-            try:
-                said = "; ".join(e["message"] for e in json.loads(str(error))["errors"])
-            except (ValueError, KeyError, TypeError):
-                said = " ".join(str(error).split())
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            build_hf_headers,
+            get_session,
+            hf_raise_for_status,
+        )
+
+        def ask() -> Any:
+            # Not ModelCard.validate: in huggingface_hub 1.33 it asks huggingface.co whatever HF_ENDPOINT says.
+            answer = get_session().post(
+                f"{self.api.endpoint}/api/validate-yaml",
+                json={"content": self.card, "repoType": "model"},
+                headers=build_hf_headers(token=self.api.token),
+            )
+            if answer.status_code != 400:
+                hf_raise_for_status(answer)
+            return answer
+
+        answer = patiently(ask)
+        if answer.status_code == 400:
+            said = "; ".join(str(error.get("message")) for error in answer.json().get("errors", []))
             raise FlashNormError(
-                f"the Hub does not take the card's metadata: {said}; mend them in {self.folded}/README.md"
-            ) from None
+                f"the Hub does not take the card's metadata: {said}; mend them in {self.folded}/{README}"
+            )
 
     def create(self) -> None:
         created = patiently(lambda: self.api.create_repo(self.repo_id, private=self.private, exist_ok=True))
