@@ -151,6 +151,7 @@ def child(way: str, *arguments: str) -> None:
 
     before = memory_kib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    cpu = time.process_time()
     if way == "hub":
         streamed = flashnorm_cli.hub.stream.fold_to_hub(SOURCE, TARGET, token=TOKEN)
         seconds = streamed.seconds
@@ -160,7 +161,9 @@ def child(way: str, *arguments: str) -> None:
         result = flashnorm_cli.folding.fold(source, target, workers=workers, dask=dask or None)
         seconds = result.seconds
     added = (memory_kib("VmHWM") - before) / 1024
-    print(json.dumps({"seconds": [round(s, 3) for s in seconds], "added_mib": round(added, 1)}))
+    cpu = time.process_time() - cpu
+    found = {"seconds": [round(s, 3) for s in seconds], "cpu_s": round(cpu, 2), "added_mib": round(added, 1)}
+    print(json.dumps(found))
 
 
 def run_child(*arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> dict[str, Any]:
@@ -262,8 +265,9 @@ def measure_cluster(folder: Path, model: Path, rounds: int, counts: list[int]) -
             try:
                 shutil.rmtree(folder / "out", ignore_errors=True)
                 os.sync()
-                start, others = time.perf_counter(), machine_cpu()
+                start, others, workers = time.perf_counter(), machine_cpu(), [cpu_of(p.pid) for p in processes[1:]]
                 result = run_child(way, model, folder / "out", address)
+                result["worker_cpu_s"] = round(sum(cpu_of(p.pid) for p in processes[1:]) - sum(workers), 2)
                 result["machine_cores"] = round((machine_cpu() - others) / (time.perf_counter() - start), 2)
             finally:
                 for process in processes:
@@ -279,6 +283,12 @@ def measure_cluster(folder: Path, model: Path, rounds: int, counts: list[int]) -
         total = statistics.median(result["seconds"][1] + result["seconds"][2] for result in results)
         summary[way] = {"median_s": round(total, 3), "over_one_thread": round(total / base, 3)}
     return {"summary": summary, "runs": runs}
+
+
+def cpu_of(pid: int) -> float:
+    """CPU seconds of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def wait_for(address: str, workers: int) -> None:
