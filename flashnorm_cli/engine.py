@@ -161,6 +161,10 @@ def _explained(error: BaseException) -> BaseException:
             "worker processes died again and again while they folded a shard (killed for their memory?); run the same "
             "command again to go on"
         )
+    if isinstance(error, OSError):
+        return FlashNormError(
+            f"a worker could not be reached: {_first_line(error)}; run the same command again to go on"
+        )
     if isinstance(error, CancelledError):
         return FlashNormError("the executor gave its jobs up; run the same command again to go on")
     return error
@@ -213,7 +217,10 @@ def dask_engine(address: str, report: Progress) -> Iterator[Engine]:
             raise FlashNormError(
                 f"{address}: no worker has joined this scheduler; start some: dask worker {address}"
             ) from None
-        _check_workers(client.run(metadata.version, DISTRIBUTION, on_error="return"))
+        try:
+            _check_workers(client.run(metadata.version, DISTRIBUTION, on_error="return"))
+        except (OSError, TimeoutError) as error:
+            raise FlashNormError(f"{address}: its workers do not answer: {_first_line(error)}") from None
         yield Engine(client.get_executor(pure=False), 1, at_once, check=check)
     finally:
         with suppress(OSError, TimeoutError):
@@ -223,6 +230,8 @@ def dask_engine(address: str, report: Progress) -> Iterator[Engine]:
 def _check_workers(versions: dict[str, Any]) -> None:
     """Raises FlashNormError unless all workers have this very version: one without would die of its first job."""
     for worker, version in versions.items():
+        if isinstance(version, OSError):  # it does not answer now; each job looks at the version, too
+            continue
         if version != __version__:
             has = f"has {DISTRIBUTION} {version}" if isinstance(version, str) else f"does not have {DISTRIBUTION}"
             raise FlashNormError(f"the worker {worker} {has}: install version {__version__} on every worker")

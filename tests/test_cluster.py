@@ -319,7 +319,10 @@ def test_source_that_is_another_one(model: Path, tmp_path: Path) -> None:
 
 
 def test_hub_to_hub(model: Path, expected: dict[str, bytes], cluster: Cluster, tmp_path: Path) -> None:
-    """Workers know nothing of the Hub but what a job says. One of them is killed after its shard was uploaded."""
+    """Workers know nothing of the Hub but what a job says. One of them is killed after its shard was uploaded.
+
+    By Xet: in chunks that hf_xet deduplicates.
+    """
     died = tmp_path / "died"
 
     def dies_after_an_upload() -> None:
@@ -354,6 +357,9 @@ def test_hub_to_hub(model: Path, expected: dict[str, bytes], cluster: Cluster, t
         assert (done.returncode, done.stderr) == (0, "")
         assert died.exists()
         assert_published(hub, expected)
+        blobs = hub.repos[TARGET].commits[hub.repos[TARGET].refs["main"]]
+        assert all(blob.xet for name, blob in blobs.items() if name.endswith(".safetensors"))
+        assert hub.received("PUT /lfs/") == 0
         assert list((tmp_path / "cwd").iterdir()) == []
         sizes = {path.name: path.stat().st_size for path in model.glob("model-*.safetensors")}
         names = sorted(sizes)

@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -221,20 +220,6 @@ def test_a_head_from_another_shard(hub: HubServer, client: Client, tmp_path: Pat
         assert result["bytes_downloaded"] == whole + max(ranges)
         repo = hub.repos[TARGET]
         repo.commit({**repo.commits[repo.refs["main"]], "old.txt": hub.store("old.txt", b"x")})
-
-
-def test_by_xet(hub: HubServer, client: Client, expected: dict[str, bytes]) -> None:
-    """Uploaded in chunks that hf_xet deduplicates, and read back by it."""
-    path = str(Path(flashnorm_cli.__file__).parents[1])
-    env = hub.client_env(client.cache / "home", PYTHONPATH=path, HF_TOKEN=TOKEN, OMP_NUM_THREADS="1")
-    command = [sys.executable, *"-m flashnorm_cli fold".split(), SOURCE, "--push-to", TARGET]
-    done = subprocess.run(command, env=env, cwd=client.cwd, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert_published(hub, expected)
-    assert hub.received("PUT /lfs/") == 0
-    assert list(client.cwd.iterdir()) == []
-    blobs = hub.repos[TARGET].commits[hub.repos[TARGET].refs["main"]]
-    assert all(blob.xet for name, blob in blobs.items() if name.endswith(".safetensors"))
 
 
 def test_pull_request(hub: HubServer, client: Client, model: Path, expected: dict[str, bytes]) -> None:

@@ -40,8 +40,8 @@ SHARDS, TOKEN = 10, "hf_benchmark"
 SOURCE, TARGET = "them/model", "me/model-FlashNorm"
 
 
-def make_checkpoint(folder: Path) -> None:
-    """2.4 billion bf16 parameters, 4.8 GB, as transformers saves them."""
+def make_checkpoint(folder: Path, layers: int) -> None:
+    """With 23 layers 2.4 billion bf16 parameters, 4.8 GB, as transformers saves them."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -50,7 +50,7 @@ def make_checkpoint(folder: Path) -> None:
     config = LlamaConfig(
         hidden_size=2560,
         intermediate_size=9216,
-        num_hidden_layers=23,
+        num_hidden_layers=layers,
         vocab_size=32000,
         num_attention_heads=20,
         num_key_value_heads=20,
@@ -151,6 +151,7 @@ def child(way: str, *arguments: str) -> None:
 
     before = memory_kib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    cpu = time.process_time()
     if way == "hub":
         streamed = flashnorm_cli.hub.stream.fold_to_hub(SOURCE, TARGET, token=TOKEN)
         seconds = streamed.seconds
@@ -160,7 +161,9 @@ def child(way: str, *arguments: str) -> None:
         result = flashnorm_cli.folding.fold(source, target, workers=workers, dask=dask or None)
         seconds = result.seconds
     added = (memory_kib("VmHWM") - before) / 1024
-    print(json.dumps({"seconds": [round(s, 3) for s in seconds], "added_mib": round(added, 1)}))
+    cpu = time.process_time() - cpu
+    found = {"seconds": [round(s, 3) for s in seconds], "cpu_s": round(cpu, 2), "added_mib": round(added, 1)}
+    print(json.dumps(found))
 
 
 def run_child(*arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> dict[str, Any]:
@@ -262,8 +265,9 @@ def measure_cluster(folder: Path, model: Path, rounds: int, counts: list[int]) -
             try:
                 shutil.rmtree(folder / "out", ignore_errors=True)
                 os.sync()
-                start, others = time.perf_counter(), machine_cpu()
+                start, others, workers = time.perf_counter(), machine_cpu(), [cpu_of(p.pid) for p in processes[1:]]
                 result = run_child(way, model, folder / "out", address)
+                result["worker_cpu_s"] = round(sum(cpu_of(p.pid) for p in processes[1:]) - sum(workers), 2)
                 result["machine_cores"] = round((machine_cpu() - others) / (time.perf_counter() - start), 2)
             finally:
                 for process in processes:
@@ -281,6 +285,12 @@ def measure_cluster(folder: Path, model: Path, rounds: int, counts: list[int]) -
     return {"summary": summary, "runs": runs}
 
 
+def cpu_of(pid: int) -> float:
+    """CPU seconds of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def wait_for(address: str, workers: int) -> None:
     import distributed
 
@@ -292,6 +302,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--layers", type=int, default=23, help="fewer make a smaller checkpoint")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--only", choices=("hub", "cluster"))
@@ -308,16 +319,18 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     model = args.folder / "model"
     if not model.exists():
-        make_checkpoint(model)
+        make_checkpoint(model, args.layers)
     names = ("huggingface_hub", "hf_xet", "distributed")
     facts = {**machine(args.folder), **{name: version(name) for name in names}}
     result: dict[str, Any] = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     result["machine"] = facts
     if args.only != "cluster":
-        result["hub"] = {"date": time.strftime("%Y-%m-%d"), **measure_hub(args.folder, model)}
+        result["hub"] = {"layers": args.layers, "date": time.strftime("%Y-%m-%d"), **measure_hub(args.folder, model)}
     if args.only != "hub":
         cluster = measure_cluster(args.folder, model, args.rounds, args.workers)
-        result["cluster"] = {"date": time.strftime("%Y-%m-%d"), "rounds": args.rounds, **cluster}
+        size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+        facts = {"layers": args.layers, "bytes": size, "date": time.strftime("%Y-%m-%d"), "rounds": args.rounds}
+        result["cluster"] = {**facts, **cluster}
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
 
