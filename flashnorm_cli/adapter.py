@@ -154,7 +154,7 @@ def fold_adapter(
 
     from flashnorm_cli.adapter_check import check_adapter, check_base
     from flashnorm_cli.adapter_plan import FoldedModel, plan_adapter, refuse_unfoldable
-    from flashnorm_cli.folding import _flush, _publish, check_output, disk_errors, write_text
+    from flashnorm_cli.folding import check_output, disk_errors, flush, publish, write_text
 
     refuse_unfoldable(mine.config)
     name = mine.source.name.rsplit("/", 1)[-1] if mine.commit else mine.folder.resolve().name
@@ -217,8 +217,8 @@ def fold_adapter(
             original = (mine.folder / CONFIG).read_text(encoding="utf-8")
             write_text(inside / CONFIG, record.dump_like(config, original))
             report(0, 0, "Waiting for the disk")
-            _flush(inside, 1)
-            _publish(inside, target)
+            flush(inside, 1)
+            publish(inside, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return result

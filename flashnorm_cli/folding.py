@@ -147,8 +147,8 @@ def _fold(
         result = _write(checkpoint, plan, layout, edits, inside, fingerprint, engine, workers, report)
         written_at = time.monotonic()
         report(0, 0, "Waiting for the disk")
-        _flush(inside, workers or processors())
-        _publish(inside, target)
+        flush(inside, workers or processors())
+        publish(inside, target)
     seconds = (planned_at - started, written_at - planned_at, time.monotonic() - written_at)
     return dataclasses.replace(result, output=target, seconds=seconds)
 
@@ -409,7 +409,7 @@ def write_text(path: Path, text: str) -> None:
     part.rename(path)
 
 
-def _flush(folder: Path, workers: int) -> None:
+def flush(folder: Path, workers: int) -> None:
     """Return when everything below a folder is on the disk."""
 
     def fsync(path: Path) -> None:
@@ -425,7 +425,7 @@ def _flush(folder: Path, workers: int) -> None:
     fsync(folder)
 
 
-def _publish(work: Path, target: Path) -> None:
+def publish(work: Path, target: Path) -> None:
     """Give the finished folder its name; an older output is removed only then."""
     old = target.with_name(f".{target.name}.old")
     if target.exists() and any(target.iterdir()):

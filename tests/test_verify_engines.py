@@ -1,6 +1,6 @@
 """Levels runtime and eval: what is judged, and what happens where an engine is missing.
 
-The engines themselves are too heavy for every run: docs/llama_cpp.md and docs/runtimes_seen.md hold what was seen with
+The engines themselves are too heavy for every run: docs/llama_cpp.md and docs/vllm.md hold what was seen with
 them. Where lm-eval is installed, the last test runs it.
 """
 

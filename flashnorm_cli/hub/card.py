@@ -205,13 +205,19 @@ def _loading(facts: CardFacts, plan: Plan) -> list[str]:
     vllm = f"vllm serve {facts.repo_id}"
     if "auto_map" in facts.config:
         vllm += " --trust-remote-code"
+    weightless = (
+        f'With flashnorm-cli, `flashnorm_cli.from_pretrained("{facts.repo_id}")` loads it so that its folded norms run '
+        "without weights."
+    )
     lines = ["## How to load it", "", "**transformers**", "", "```python", *_transformers(facts, plan), "```", ""]
     if dropped:
         missing = "zeros, for the model computes `1 + w`" if any(n.identity == 0 for n in plan.folded) else "ones"
         lines += [
-            f"transformers reports the norms that are left out as missing, and fills in {missing}: that is right.",
+            f"transformers reports the norms that are left out as missing, and fills in {missing}: that is right. "
+            f"{weightless}",
             "",
-            "**vLLM** loads it with flashnorm's plugin (flashnorm-cli's extra `vllm`); without, it refuses:",
+            "**vLLM** loads it where flashnorm-cli is installed beside it, and its norms run without weights; without, "
+            "it refuses:",
             "",
             *("```bash", vllm, "```", ""),
             "**llama.cpp** cannot load this layout: its converter writes a file that lacks the norms, and loading that "
@@ -220,7 +226,10 @@ def _loading(facts: CardFacts, plan: Plan) -> list[str]:
         ]
     else:
         lines += [
-            "**vLLM** loads it as it loads the source, and multiplies by one:",
+            weightless,
+            "",
+            "**vLLM** loads it as it loads the source, and multiplies by one; where flashnorm-cli is installed beside "
+            "it, its norms run without weights:",
             "",
             *("```bash", vllm, "```", ""),
             "**llama.cpp**, if it knows the architecture, by its own converter:",
@@ -230,6 +239,12 @@ def _loading(facts: CardFacts, plan: Plan) -> list[str]:
             f"python convert_hf_to_gguf.py {name} --outfile {name}.gguf",
             f'llama-cli -m {name}.gguf -p "Hello"',
             "```",
+            "",
+        ]
+    if plan.lm_head in ("folded", "untied"):
+        lines += [
+            "Not for embeddings: the final norm's weight went into the output head, so what comes before that head "
+            "(hidden states, pooling) is not what the source gives.",
             "",
         ]
     base = facts.base.repo_id if facts.base else "<the source>"
