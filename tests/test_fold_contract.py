@@ -461,12 +461,12 @@ def test_json(made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixtu
         "kept",
         "readers",
         "lm_head",
-        "bytes_written",
         "bytes_added",
         "flushed_to_zero",
         "resumed_shards",
         "left_out",
         "notes",
+        "bytes_written",
         "seconds",
     ]
     assert value["output"] == str(tmp_path / "out")

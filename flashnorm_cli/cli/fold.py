@@ -169,12 +169,12 @@ def fold(
 
 def show_streamed(out: Output, result: StreamResult) -> None:
     """What a fold from Hub to Hub did."""
+    pushed, facts = result.pushed.to_json(), _facts(result)
     out.data(
         {
-            **{
-                key: value for key, value in result.pushed.to_json().items() if key not in ("card", "sent", "unchanged")
-            },
-            **_facts(result),
+            **{key: value for key, value in pushed.items() if key not in ("card", "sent", "unchanged")},
+            **facts,
+            "notes": [*facts["notes"], *pushed["notes"]],
             "bytes_downloaded": result.downloaded,
             "bytes_uploaded": result.uploaded,
             "seconds": dict(zip(("plan", "shards", "commit"), (round(s, 3) for s in result.seconds), strict=True)),

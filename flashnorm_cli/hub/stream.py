@@ -65,6 +65,7 @@ TRUSTED = 20 * 3600
 # Per process: one shard may come in while another goes out, and only one is there twice, as source and as result.
 AT_ONCE = 2
 _slots, _folding = threading.BoundedSemaphore(AT_ONCE), threading.Lock()
+_uploading = threading.Lock()  # hf_xet takes 250 MB for each upload
 # Seconds before a transfer is tried again, after huggingface_hub has given up on it.
 WAITS = (2.0, 8.0)
 PIECE = 16 << 20
@@ -169,8 +170,9 @@ def do_hub_job(job: HubJob, on_bytes: Callable[[int], None] = lambda n: None) ->
             flushed = fold_shard(job.edits, source, target, origins, job.threads, lambda n: on_bytes(0), fsync=False)
             for path in {source, *origins.values()} if not cached else {*origins.values()} - {source}:
                 path.unlink()
-        on_bytes(0)
-        sha256 = _upload(job, target, on_bytes)
+        with _uploading:
+            on_bytes(0)
+            sha256 = _upload(job, target, on_bytes)
     return Uploaded(sha256, job.sizes[1], downloaded, {tensor: n for tensor, n in flushed.items() if n})
 
 
