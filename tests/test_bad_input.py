@@ -273,7 +273,8 @@ BAD: dict[str, tuple[Callable[[], object], str, int, str]] = {
         nothing,
         FOLD + " --overwite",
         2,
-        "No such option: --overwite (Possible options: --no-private, --overwrite, --verify). See: flashnorm fold --help",
+        "No such option: --overwite (Possible options: --no-private, --overwrite, --verify). "
+        "See: flashnorm fold --help",
     ),
     "missing argument": (nothing, "fold", 2, "Missing argument 'model'. See: flashnorm fold --help"),
     "too many arguments": (
