@@ -451,6 +451,21 @@ def test_unverified_is_said(hub: HubServer, push: Push, folded: Path, tmp_path: 
     assert REPORT not in files
 
 
+def test_a_proof_is_not_lost_by_the_way(hub: HubServer, push: Push, folded: Path, tmp_path: Path) -> None:
+    """The same fold, verified on the Hub and no longer here."""
+    done(push())
+    before = visible(hub)
+    folder = shutil.copytree(folded, tmp_path / "out")
+    record = json.loads((folder / "flashnorm.json").read_text())
+    (folder / "flashnorm.json").write_text(json.dumps({**record, "verify": None}))
+    result = push("--unverified", folder=folder)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "holds this fold with its verification; --overwrite replaces it" in result.stderr
+    assert visible(hub) == before
+    done(push("--unverified", "--overwrite", folder=folder))
+    assert REPORT in before and REPORT not in visible(hub)
+
+
 def test_no_folder_to_publish(folded: Path, tmp_path: Path) -> None:
     def refused(folder: Path, words: str, repo: str = TARGET, **more: Any) -> None:
         with pytest.raises(FlashNormError, match=words):

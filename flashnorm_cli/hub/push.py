@@ -470,6 +470,12 @@ class Push:
                 raise FlashNormError(f"{where} holds {what} ({shown}); --overwrite replaces it")
             self.deleted = tuple(sorted(theirs - {upload.path for upload in self.uploads}))
             return
+        if self.doubt and isinstance(self.held.get("verify"), dict):
+            if not self.overwrite:
+                raise FlashNormError(
+                    f"{where} holds this fold with its verification; --overwrite replaces it by an unverified one"
+                )
+            self.deleted = tuple(theirs & {REPORT})
         readme = self.remote.files.get(README)
         card = next(upload for upload in self.uploads if upload.path == README)
         if readme in (None, card.sha256, card.oid) or self.overwrite:
