@@ -218,14 +218,26 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.equal(small(a), small(b))
 
 
+def _reverted(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict as `save_pretrained` would lay them out on disk. Raises PlanError where it fails."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        with quiet_transformers(), _KeepSmall():
+            reverted = revert_weight_conversion(model, state)
+    except Exception as error:  # a conversion is code of the model's own
+        raise PlanError(
+            f"transformers cannot say how {type(model).__name__} lies on disk: {first_line(error)}"
+        ) from error
+    return {name: t[0] if isinstance(t, list) else t for name, t in reverted.items()}
+
+
 def ids_on_disk(model: PreTrainedModel, trace: Trace) -> dict[str, torch.Tensor]:
     """The ids of every gain and reader in the layout of the disk.
 
     Returns, per canonical disk name, an int64 tensor of the disk tensor's shape (expanded, not written out): at
     each position, the id of the gain element that scales it, or 0. A gain's own tensor holds minus its own ids.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
     first_names = {id(p): name for name, p in model.named_parameters()}
     state: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -238,14 +250,7 @@ def ids_on_disk(model: PreTrainedModel, trace: Trace) -> dict[str, torch.Tensor]
             reader = trace.readers[first]
             ids = reader.ids.clamp(min=0).view([-1 if d == reader.dim else 1 for d in range(tensor.ndim)])
         state[name] = ids.expand(tensor.shape)
-    try:
-        with quiet_transformers(), _KeepSmall():
-            reverted = revert_weight_conversion(model, state)
-    except Exception as error:  # a conversion is code of the model's own
-        raise PlanError(
-            f"transformers cannot say how {type(model).__name__} lies on disk: {first_line(error)}"
-        ) from error
-    return {name: t[0] if isinstance(t, list) else t for name, t in reverted.items()}
+    return _reverted(model, state)
 
 
 def saved_names(model: PreTrainedModel, parameters: list[str]) -> dict[str, str]:
@@ -254,8 +259,6 @@ def saved_names(model: PreTrainedModel, parameters: list[str]) -> dict[str, str]
     The model remembers only the conversions that its loading needed; all that it has are asked here. Parameters that
     are merged with others, or split, are left out.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
     marks = {name: torch.full((), n) for n, name in enumerate(parameters, 1)}
     state = {
         name: marks.get(name, torch.zeros((), dtype=torch.int64)).expand(tensor.shape)
@@ -263,18 +266,13 @@ def saved_names(model: PreTrainedModel, parameters: list[str]) -> dict[str, str]
     }
     used = vars(model).pop("_weight_conversions", None)
     try:
-        with quiet_transformers(), _KeepSmall():
-            reverted = revert_weight_conversion(model, state)
-    except Exception as error:  # a conversion is code of the model's own
-        raise PlanError(
-            f"transformers cannot say how {type(model).__name__} lies on disk: {first_line(error)}"
-        ) from error
+        reverted = _reverted(model, state)
     finally:
         if used is not None:
             model._weight_conversions = used
     found: dict[str, str] = {}
     for name, tensor in reverted.items():
-        values = small(tensor[0] if isinstance(tensor, list) else tensor)
+        values = small(tensor)
         if values.numel() == 1 and values.item():
             found.setdefault(parameters[int(values.item()) - 1], name)
     return found
@@ -316,8 +314,6 @@ def tensors_on_disk(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
     Of parameters that are declared as tied, one is written. Raises PlanError where transformers cannot say.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
     state = model.state_dict(keep_vars=True)
     tied, ignored = model.all_tied_weights_keys, model._keys_to_ignore_on_save or ()
     written = {id(tensor) for name, tensor in state.items() if name not in tied}
@@ -327,13 +323,7 @@ def tensors_on_disk(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         written.add(id(tensor))
         if not again and name not in ignored and isinstance(tensor, torch.Tensor):
             empty[name] = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-    try:
-        with quiet_transformers(), _KeepSmall():
-            return {n: t[0] if isinstance(t, list) else t for n, t in revert_weight_conversion(model, empty).items()}
-    except Exception as error:  # a conversion is code of the model's own
-        raise PlanError(
-            f"transformers cannot say how {type(model).__name__} lies on disk: {first_line(error)}"
-        ) from error
+    return _reverted(model, empty)
 
 
 def parameters_named(model: PreTrainedModel, patterns: Iterable[str]) -> dict[str, str]:
