@@ -8,19 +8,20 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from flashnorm_cli._version import __version__
+
 if TYPE_CHECKING:
-    from flashnorm_cli.adapter import AdapterResult, fold_adapter
-    from flashnorm_cli.checkpoint import Checkpoint, Source, open_checkpoint
+    from flashnorm_cli.adapters.fold import AdapterResult, fold_adapter
+    from flashnorm_cli.checkpoint.open import Checkpoint, Source, open_checkpoint
     from flashnorm_cli.errors import FlashNormError
-    from flashnorm_cli.folding import FoldResult, fold
+    from flashnorm_cli.folding.fold import FoldResult, fold
+    from flashnorm_cli.folding.in_memory import fold_model_
     from flashnorm_cli.hub.push import PushResult, push_to_hub
-    from flashnorm_cli.in_memory import fold_model_
-    from flashnorm_cli.plan import Plan, make_plan
+    from flashnorm_cli.plan.planner import Plan, make_plan
     from flashnorm_cli.proof.result import Verification
     from flashnorm_cli.proof.verify import verify
-    from flashnorm_cli.weightless_model import from_pretrained, weighted, weightless, weightless_norms
+    from flashnorm_cli.runtimes.transformers.weightless import from_pretrained, weighted, weightless, weightless_norms
 
-__version__ = "0.1.0"
 __all__ = [
     "AdapterResult",
     "Checkpoint",
@@ -30,6 +31,7 @@ __all__ = [
     "PushResult",
     "Source",
     "Verification",
+    "__version__",
     "fold",
     "fold_adapter",
     "fold_model_",
@@ -44,25 +46,25 @@ __all__ = [
 ]
 
 _HOME = {
-    "AdapterResult": "adapter",
-    "fold_adapter": "adapter",
-    "Checkpoint": "checkpoint",
-    "Source": "checkpoint",
-    "open_checkpoint": "checkpoint",
+    "AdapterResult": "adapters.fold",
+    "fold_adapter": "adapters.fold",
+    "Checkpoint": "checkpoint.open",
+    "Source": "checkpoint.open",
+    "open_checkpoint": "checkpoint.open",
     "FlashNormError": "errors",
-    "FoldResult": "folding",
-    "fold": "folding",
-    "Plan": "plan",
-    "make_plan": "plan",
+    "FoldResult": "folding.fold",
+    "fold": "folding.fold",
+    "Plan": "plan.planner",
+    "make_plan": "plan.planner",
     "PushResult": "hub.push",
     "push_to_hub": "hub.push",
     "Verification": "proof.result",
     "verify": "proof.verify",
-    "fold_model_": "in_memory",
-    "from_pretrained": "weightless_model",
-    "weighted": "weightless_model",
-    "weightless": "weightless_model",
-    "weightless_norms": "weightless_model",
+    "fold_model_": "folding.in_memory",
+    "from_pretrained": "runtimes.transformers.weightless",
+    "weighted": "runtimes.transformers.weightless",
+    "weightless": "runtimes.transformers.weightless",
+    "weightless_norms": "runtimes.transformers.weightless",
 }
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from flashnorm_cli.folding import FoldResult, fold
+from flashnorm_cli.folding.fold import FoldResult, fold
+from flashnorm_cli.modeling.build import quiet_transformers
 from flashnorm_cli.proof.result import Verification
 from flashnorm_cli.proof.verify import verify
-from flashnorm_cli.runtime import quiet_transformers
 
 MODEL = Path(__file__).parent / "demo_model"
 HELD_OUT = MODEL / "heldout.txt"

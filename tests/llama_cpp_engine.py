@@ -24,9 +24,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 import flashnorm_cli
+from flashnorm_cli.checkpoint.header import read_header
 from flashnorm_cli.cli import main as command
-from flashnorm_cli.proof import runtimes
-from flashnorm_cli.safetensors_file import read_header
+from flashnorm_cli.proof import engines as runtimes
 
 # torch and transformers are imported where they are needed: most of the processes here only run llama.cpp.
 DEMO = Path(flashnorm_cli.__file__).with_name("demo_model")

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from flashnorm_cli import FlashNormError, fold, fold_adapter, weightless
-from flashnorm_cli.adapter import WEIGHTS, adapter_warnings
+from flashnorm_cli.adapters.fold import WEIGHTS, adapter_warnings
+from flashnorm_cli.checkpoint.header import read_header
 from flashnorm_cli.cli import main
-from flashnorm_cli.safetensors_file import read_header
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 

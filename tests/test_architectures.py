@@ -20,11 +20,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from flashnorm_cli.checkpoint import Source, open_checkpoint
+from flashnorm_cli.checkpoint.open import Source, open_checkpoint
 from flashnorm_cli.cli import main
 from flashnorm_cli.errors import PlanError
-from flashnorm_cli.folding import fold
-from flashnorm_cli.plan import Plan, grouped, make_plan
+from flashnorm_cli.folding.fold import fold
+from flashnorm_cli.plan.planner import Plan, grouped, make_plan
 from flashnorm_cli.proof.result import MAX_NOISE_RATIO, Verification
 from flashnorm_cli.proof.verify import verify
 

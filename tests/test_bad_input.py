@@ -28,8 +28,8 @@ import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OlmoConfig, OlmoForCausalLM
 
 import flashnorm_cli
+from flashnorm_cli.checkpoint.header import read_header
 from flashnorm_cli.cli import main
-from flashnorm_cli.safetensors_file import read_header
 
 FIRST, SECOND, LAST = (f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))
 INDEX = "model/model.safetensors.index.json"

@@ -21,8 +21,8 @@ from flashnorm_cli.errors import CheckpointError, FlashNormError
 from flashnorm_cli.hub.card import NOT_AUTO, SOURCE_CARD, CardFacts, build_card, read_card
 from flashnorm_cli.hub.licence import check_licence, gate_of, terms
 from flashnorm_cli.hub.published import Base, published_command, published_record, without_paths
-from flashnorm_cli.proof.report import render
 from flashnorm_cli.proof.result import Verification
+from flashnorm_cli.report.page import render
 
 CARDS = Path(__file__).parent / "cards"
 BASE = Base("org/base-model", "0123456789abcdef0123456789abcdef01234567")

@@ -27,15 +27,15 @@ from hub_server import HubServer
 from test_hub_to_hub import SOURCE, TARGET, TOKEN, assert_published, downloaded, files_of, save, shards_of
 
 import flashnorm_cli
-from flashnorm_cli import engine, shards
-from flashnorm_cli.checkpoint import Source, open_checkpoint
+from flashnorm_cli.checkpoint.header import read_header
+from flashnorm_cli.checkpoint.open import Source, open_checkpoint
 from flashnorm_cli.errors import CheckpointError, FlashNormError
-from flashnorm_cli.folding import fold, read_gains
-from flashnorm_cli.hub.stream import HubJob
-from flashnorm_cli.plan import make_plan
-from flashnorm_cli.rewrite import GainOverflowError
-from flashnorm_cli.safetensors_file import read_header
-from flashnorm_cli.shards import FolderJob, ShardEdits, do_folder_job, shard_edits
+from flashnorm_cli.folding import engine, jobs
+from flashnorm_cli.folding.fold import fold, read_gains
+from flashnorm_cli.folding.jobs import FolderJob, ShardEdits, do_folder_job, shard_edits
+from flashnorm_cli.folding.rewrite import GainOverflowError
+from flashnorm_cli.hub.fold_to_hub import HubJob
+from flashnorm_cli.plan.planner import make_plan
 
 distributed = pytest.importorskip("distributed", reason="needs dask: pip install 'flashnorm-cli[cluster]'")
 
@@ -152,7 +152,7 @@ def test_a_worker_is_killed(model: Path, expected: dict[str, bytes], cluster: Cl
 
     def watch() -> None:
         """Note each shard; whoever comes first to the middle of the third one dies there."""
-        rewrite, mine = shards.fold_shard, list[str]()
+        rewrite, mine = jobs.fold_shard, list[str]()
 
         def noted(edits: ShardEdits, source: Path, target: Path, *more: object, **options: object) -> dict[str, int]:
             with log.open("a") as file:
@@ -165,7 +165,7 @@ def test_a_worker_is_killed(model: Path, expected: dict[str, bytes], cluster: Cl
             mine.append(edits.name)
             return rewrite(edits, source, target, *more, **options)
 
-        shards.fold_shard = noted
+        jobs.fold_shard = noted
 
     for _ in range(3):
         cluster.add_worker(watch)
@@ -184,13 +184,13 @@ def test_command_is_killed(model: Path, expected: dict[str, bytes], cluster: Clu
     """The coordinator dies between shards; the next one goes on, with the workers that were there all the time."""
 
     def slow() -> None:
-        rewrite = shards.fold_shard
+        rewrite = jobs.fold_shard
 
         def waits(*arguments: object, **options: object) -> dict[str, int]:
             time.sleep(0.3)
             return rewrite(*arguments, **options)
 
-        shards.fold_shard = waits
+        jobs.fold_shard = waits
 
     cluster.add_worker(slow)
     pid = os.fork()
@@ -264,10 +264,10 @@ def test_workers_that_cannot(model: Path, cluster: Cluster, tmp_path: Path) -> N
         metadata.version = lambda name: "0.0.1"
 
     def another_version_later() -> None:
-        shards.__version__ = "0.0.2"
+        jobs.__version__ = "0.0.2"
 
     def no_shared_output() -> None:
-        shards.JOURNAL = "nosuch"
+        jobs.JOURNAL = "nosuch"
 
     expected = {
         no_package: "does not have flashnorm-cli: install version 0.1.0 on every worker",
@@ -326,7 +326,7 @@ def test_hub_to_hub(model: Path, expected: dict[str, bytes], cluster: Cluster, t
     died = tmp_path / "died"
 
     def dies_after_an_upload() -> None:
-        from flashnorm_cli.hub import stream
+        from flashnorm_cli.hub import fold_to_hub as stream
 
         upload, mine = stream._upload, list[str]()
         journal = tmp_path / "cwd" / ".me--folded.partial" / "uploaded.json"

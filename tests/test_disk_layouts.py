@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from flashnorm_cli.errors import FlashNormError
-from flashnorm_cli.folding import FoldResult, fold
-from flashnorm_cli.plan import pattern_of
+from flashnorm_cli.folding.fold import FoldResult, fold
+from flashnorm_cli.plan.planner import pattern_of
 
 MAX_ERROR = 1e-5
 Tensors = dict[str, torch.Tensor]

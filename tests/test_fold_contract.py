@@ -22,7 +22,7 @@ import transformers
 from families import build, logits, randomize_gains, save, small_config, text_inputs
 
 from flashnorm_cli.cli import main
-from flashnorm_cli.folding import fold
+from flashnorm_cli.folding.fold import fold
 
 FAMILIES = ("llama", "smollm3", "gemma3_text", "gemma3")  # untied; tied; 1 + w; multimodal with 1 + w
 UNTIED = ("smollm3", "gemma3_text", "gemma3")

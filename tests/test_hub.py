@@ -17,17 +17,17 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import flashnorm_cli
-from flashnorm_cli.checkpoint import FIRST_BYTES, INDEX, RECORD, Source, open_checkpoint
-from flashnorm_cli.folding import fold
-from flashnorm_cli.plan import make_plan
-from flashnorm_cli.safetensors_file import build_header, read_header
+from flashnorm_cli.checkpoint.header import build_header, read_header
+from flashnorm_cli.checkpoint.open import FIRST_BYTES, INDEX, RECORD, Source, open_checkpoint
+from flashnorm_cli.folding.fold import fold
+from flashnorm_cli.plan.planner import make_plan
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 # Opens a checkpoint without planning it, which needs neither torch nor transformers: ten times faster than `plan`.
 OPEN = """
 import json, sys
-from flashnorm_cli.checkpoint import Source, open_checkpoint
+from flashnorm_cli.checkpoint.open import Source, open_checkpoint
 from flashnorm_cli.errors import FlashNormError
 try:
     c = open_checkpoint(Source(**json.loads(sys.argv[1])), weights=False)
@@ -313,7 +313,7 @@ def test_cache_without_weights(hub: HubServer, cli: Cli, one_shard: Path, down: 
 
 def test_whole_cache_needs_no_hub(hub: HubServer, cli: Cli, one_shard: Path, down: str, tmp_path: Path) -> None:
     repo = hub.add_repo("user/repo", one_shard)
-    fetch = "from flashnorm_cli.checkpoint import Source, open_checkpoint as o; o(Source('user/repo', cache_dir={!r}))"
+    fetch = "from flashnorm_cli import Source, open_checkpoint as o; o(Source('user/repo', cache_dir={!r}))"
     cache = str(tmp_path / "cache")
     assert cli(code=fetch.format(cache)).returncode == 0
     source = {"name": "user/repo", "cache_dir": cache}

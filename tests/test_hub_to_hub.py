@@ -20,9 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from zygote import Run, Zygote
 
 import flashnorm_cli
-from flashnorm_cli.checkpoint import FIRST_BYTES
-from flashnorm_cli.folding import fold
-from flashnorm_cli.safetensors_file import read_header
+from flashnorm_cli.checkpoint.header import read_header
+from flashnorm_cli.checkpoint.open import FIRST_BYTES
+from flashnorm_cli.folding.fold import fold
 
 TOKEN = "hf_writer"
 SOURCE, TARGET = "them/model", "me/folded"

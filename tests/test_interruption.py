@@ -25,10 +25,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flashnorm_cli.checkpoint import Source, open_checkpoint
+from flashnorm_cli.checkpoint.header import read_header
+from flashnorm_cli.checkpoint.open import Source, open_checkpoint
 from flashnorm_cli.cli import main
-from flashnorm_cli.plan import make_plan
-from flashnorm_cli.safetensors_file import read_header
+from flashnorm_cli.plan.planner import make_plan
 
 KILLS = 20
 LARGE = {"hidden_size": 512, "intermediate_size": 2816, "num_hidden_layers": 3, "vocab_size": 5120}

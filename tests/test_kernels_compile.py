@@ -4,8 +4,8 @@ from itertools import product
 
 import pytest
 
-from flashnorm_cli.norms import launch
-from flashnorm_cli.norms.launch import Device, Launch
+from flashnorm_cli.cuda import variants
+from flashnorm_cli.cuda.variants import Device, Launch
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
 
@@ -21,21 +21,21 @@ FULL = (3, 128, 2048, 8192)  # with every dtype and gain; the others in bfloat16
 ROWS = (1, 16, 200, 1 << 20)
 
 
-def variants(device: Device) -> set[tuple[str, Launch, int, int, int]]:
+def chosen(device: Device) -> set[tuple[str, Launch, int, int, int]]:
     """What `choose` picks over sizes, row counts, dtypes, gains, alignments and layouts."""
     found = set()
-    for operation, hidden, rows in product(launch.OPERATIONS, HIDDEN, ROWS):
+    for operation, hidden, rows in product(variants.OPERATIONS, HIDDEN, ROWS):
         for dtype, gain in product(range(3), range(3)) if hidden in FULL else [(0, 0)]:
             size = 4 if dtype == 2 else 2
-            for width, dims in {(launch.width_of(hidden * size), 1), (size, 3)}:
-                choice = launch.choose(operation, hidden, size, width, rows, device, dims, weighted=gain > 0)
+            for width, dims in {(variants.width_of(hidden * size), 1), (size, 3)}:
+                choice = variants.choose(operation, hidden, size, width, rows, device, dims, weighted=gain > 0)
                 found.add((operation, choice, dtype, gain, hidden))
     return found | {("copy", Launch(16, 256, 4, policy=True, pdl=device.arch >= 90), 0, 0, 8)}
 
 
 def compile_one(operation: str, choice: Launch, dtype: int, gain: int, hidden: int, arch: int) -> tuple[int, str]:
     """Size of the machine code, and what NVRTC says."""
-    code = launch.source(operation).encode()
+    code = variants.source(operation).encode()
     _, program = nvrtc.nvrtcCreateProgram(code, operation.encode(), 0, [], [])
     # As CuPy compiles: flushing denormals unless the source says otherwise.
     options = [f"--gpu-architecture=sm_{arch}", "--ftz=true", "--std=c++17", *choice.options(dtype, gain, hidden)]
@@ -52,12 +52,12 @@ def compile_one(operation: str, choice: Launch, dtype: int, gain: int, hidden: i
 
 @pytest.mark.parametrize("arch", GPUS)
 def test_every_variant_compiles(arch):
-    for variant in sorted(variants(GPUS[arch]), key=str):
+    for variant in sorted(chosen(GPUS[arch]), key=str):
         size, log = compile_one(*variant, arch)
         assert size > 0 and not log, f"{variant}: {log}"
 
 
 def test_broken_source_is_seen(monkeypatch):
-    monkeypatch.setattr(launch, "source", lambda operation: "__global__ void rms_norm(")
+    monkeypatch.setattr(variants, "source", lambda operation: "__global__ void rms_norm(")
     size, log = compile_one("rms_norm", Launch(16, 32), 0, 0, 64, 80)
     assert size == 0 and "error" in log

@@ -5,14 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
 
-from flashnorm_cli.norms.modules import (
-    PlainNorm,
-    is_weightless,
-    norms_replaced,
-    plain_norms,
-    read_norm,
-    weightless_ways,
-)
+from flashnorm_cli.norms.detect import PlainNorm, is_weightless, norms_replaced, plain_norms, read_norm, weightless_ways
 
 TINY = {
     "hidden_size": 64,

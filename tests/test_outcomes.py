@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from flashnorm_cli.outcomes import outcome
+from flashnorm_cli.trace.outcomes import outcome
 
 aten = torch.ops.aten
 WIDE, ROW = (torch.empty(shape, device="meta") for shape in ((2, 6, 8), (8,)))

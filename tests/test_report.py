@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from flashnorm_cli.plan import Norm, Plan
-from flashnorm_cli.proof import report
-from flashnorm_cli.proof.report import render, write_report
+from flashnorm_cli.plan.planner import Norm, Plan
 from flashnorm_cli.proof.result import Finding, LevelResult, Verification
+from flashnorm_cli.report import page as report_page
+from flashnorm_cli.report.page import render, write_report
 
 SVG = "{http://www.w3.org/2000/svg}"
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&{{ 7 * 7 }}\x00\x1b\u202e\ud800" + "long_" * 200
@@ -326,7 +326,7 @@ def test_page_is_written_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_page_that_cannot_be_made_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "report.html"
     path.write_text("before")
-    monkeypatch.setattr(report, "TEMPLATE", tmp_path / "none.jinja")
+    monkeypatch.setattr(report_page, "TEMPLATE", tmp_path / "none.jinja")
     with pytest.raises(Exception, match="none"):
         write_report(FULL, path)
     assert [p.read_text() for p in tmp_path.iterdir()] == ["before"]

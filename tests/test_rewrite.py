@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from flashnorm_cli import rewrite
+from flashnorm_cli.checkpoint.header import build_header, read_header
 from flashnorm_cli.errors import CheckpointError, FlashNormError, PlanError
-from flashnorm_cli.rewrite import Fill, GainOverflowError, Scale, ShardJob, rewrite_shard
-from flashnorm_cli.safetensors_file import build_header, read_header
+from flashnorm_cli.folding import rewrite
+from flashnorm_cli.folding.rewrite import Fill, GainOverflowError, Scale, ShardJob, rewrite_shard
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # dtype: (bits of the significand, exponent of the smallest normal value, largest value)

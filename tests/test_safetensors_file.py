@@ -11,15 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from flashnorm_cli.checkpoint.header import DTYPE_BITS, Header, build_header, header_size, parse_header, read_header
 from flashnorm_cli.errors import CheckpointError
-from flashnorm_cli.safetensors_file import (
-    DTYPE_BITS,
-    Header,
-    build_header,
-    header_size,
-    parse_header,
-    read_header,
-)
 
 
 def tensor(dtype="F32", shape=(2,), start=0, end=8):

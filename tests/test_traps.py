@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, dynamic_module_utils
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from flashnorm_cli.folding import FoldResult, fold
-from flashnorm_cli.plan import pattern_of
+from flashnorm_cli.folding.fold import FoldResult, fold
+from flashnorm_cli.plan.planner import pattern_of
 
 MAX_ERROR, MIN_NAIVE_ERROR = 1e-5, 1e-3
 # Prompts of other shapes than the tracer's, a single token as in decoding among them.

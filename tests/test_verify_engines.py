@@ -13,7 +13,8 @@ import pytest
 
 from flashnorm_cli.cli import main
 from flashnorm_cli.demo import MODEL
-from flashnorm_cli.proof import evaluate, runtimes
+from flashnorm_cli.proof import engines as runtimes
+from flashnorm_cli.proof import evaluate
 
 
 def run(*arguments: object) -> int:

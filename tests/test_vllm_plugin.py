@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from flashnorm_cli import fold, vllm_plugin
-from flashnorm_cli.vllm_plugin import Record, left_out, read_record
+from flashnorm_cli import fold
+from flashnorm_cli.runtimes.vllm import plugin as vllm_plugin
+from flashnorm_cli.runtimes.vllm.plugin import Record, left_out, read_record
 
 FAMILIES = ("qwen3", "gemma3", "mixtral")  # norms kept beside folded ones; 1 + w in a multimodal model; experts
 
@@ -52,7 +53,8 @@ def test_vllm_finds_the_plugin() -> None:
 
 
 def test_importing_it_imports_neither_torch_nor_vllm() -> None:
-    code = "import sys, flashnorm_cli.vllm_plugin; sys.exit(bool({'torch', 'vllm', 'transformers'} & {*sys.modules}))"
+    heavy = "sys.exit(bool({'torch', 'vllm', 'transformers'} & {*sys.modules}))"
+    code = f"import sys, flashnorm_cli.runtimes.vllm.plugin; {heavy}"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 import flashnorm_cli
 from flashnorm_cli import fold, fold_model_, from_pretrained, verify, weighted, weightless, weightless_norms
 from flashnorm_cli.errors import CheckpointError, FlashNormError, PlanError, UsageError
-from flashnorm_cli.norms.modules import is_weightless
-from flashnorm_cli.rewrite import GainOverflowError
+from flashnorm_cli.folding.rewrite import GainOverflowError
+from flashnorm_cli.norms.detect import is_weightless
 
 Folds = dict[tuple[str, str], Path]
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Pr
 
 from flashnorm_cli import fold_model_, from_pretrained, weighted, weightless
 from flashnorm_cli.norms import info
-from flashnorm_cli.norms.modules import is_weightless
+from flashnorm_cli.norms.detect import is_weightless
 
 pytestmark = pytest.mark.gpu
 

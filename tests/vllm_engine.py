@@ -113,7 +113,7 @@ def generations(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
 def generate(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
     from vllm import SamplingParams
 
-    from flashnorm_cli.vllm_plugin import norm_states
+    from flashnorm_cli.runtimes.vllm.plugin import norm_states
 
     asked = [{"prompt_token_ids": tokens} for tokens in job["prompts"]]
     sampling = SamplingParams(

@@ -21,7 +21,7 @@ from pathlib import Path
 
 IMPORTS = """
 import torch, transformers, huggingface_hub, huggingface_hub.hf_api
-import flashnorm_cli.cli, flashnorm_cli.folding, flashnorm_cli.hub.stream
+import flashnorm_cli.cli, flashnorm_cli.folding.fold, flashnorm_cli.hub.fold_to_hub
 import transformers.models.llama.modeling_llama, transformers.loss.loss_utils
 """
 

@@ -7,8 +7,8 @@ weights from a fixed seed: `llama` (1.1 billion bf16 parameters in 3 shards, the
 `big-tensor` (a Llama with one layer, whose head is a single tensor of 1 GiB). All ways are checked to give
 the same tensors before anything is timed. They are then run in turn, so that a slow minute of the machine
 hits all of them; each run is a process of its own, starts without dirty pages, and is timed without its
-imports. The source is in the page cache. `fold` is `flashnorm_cli.folding`: its seconds are those of writing, which
-compare with `cp`; `plan_s` come before, and `flush_s`, until the disk has everything, after them (`cp+sync`).
+imports. The source is in the page cache. `fold` is `flashnorm_cli.folding.fold`: its seconds are those of writing,
+which compare with `cp`; `plan_s` come before, and `flush_s`, until the disk has everything, after them (`cp+sync`).
 Its memory is that of the whole fold, plan included. `other_cores` is what other processes took meanwhile: with
 two cores, ratios mean something where it is near 0. With --patience, runs are put off and repeated until it is, for at
 most that long per checkpoint.
@@ -60,7 +60,7 @@ def make_checkpoint(folder: Path, name: str) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
-    from flashnorm_cli.safetensors_file import build_header
+    from flashnorm_cli.checkpoint.header import build_header
 
     config = llama_config(name)
     with torch.device("meta"):
@@ -150,7 +150,7 @@ def child(way: str, source: Path, target: Path, workers: int) -> None:
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
-    import flashnorm_cli.folding
+    import flashnorm_cli.folding.fold
 
     before = memory_kib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
@@ -160,7 +160,7 @@ def child(way: str, source: Path, target: Path, workers: int) -> None:
         load_save(source, target)
         seconds = time.perf_counter() - start
     else:
-        plan, seconds, flush = flashnorm_cli.folding.fold(source, target, workers=workers).seconds
+        plan, seconds, flush = flashnorm_cli.folding.fold.fold(source, target, workers=workers).seconds
         more = {"plan_s": plan, "flush_s": flush}
     cpu_seconds = time.process_time() - cpu
     added_mib = (memory_kib("VmHWM") - before) / 1024

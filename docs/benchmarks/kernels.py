@@ -20,7 +20,7 @@ import torch
 
 from flashnorm_cli.bench import kernels, report
 from flashnorm_cli.bench.kernels import EPS, Buffers
-from flashnorm_cli.norms import cuda
+from flashnorm_cli.cuda import driver
 
 
 def flashinfer(path: str) -> dict[str, list[Any]]:
@@ -38,7 +38,7 @@ def flashinfer(path: str) -> dict[str, list[Any]]:
             first.size(0),
             first.size(-1),
             EPS,
-            cuda.get_stream(0),
+            driver.get_stream(0),
         )
         if code:
             raise RuntimeError(f"CUDA error {code}")

@@ -23,23 +23,23 @@ from kernels_tune import BFLOAT16, EPS, candidates, short
 
 from flashnorm_cli.bench import kernels
 from flashnorm_cli.bench.timing import graph_times
-from flashnorm_cli.norms import cuda, launch
+from flashnorm_cli.cuda import driver, variants
 
 HIDDEN, ROWS = (2048, 4096, 8192), (1, 4, 16, 64)
 
 
-def measure(operation: launch.Operation, hidden: int, rows: int) -> dict[str, Any]:
+def measure(operation: variants.Operation, hidden: int, rows: int) -> dict[str, Any]:
     """Microseconds that each variant, and torch, add to a product of `rows` x hidden with hidden x hidden."""
     fused, shape = operation == "fused_add_rms_norm", (hidden,)
     count = max(4, min(40, 600_000_000 // (hidden * hidden * 2)))
     products = [torch.randn(hidden, hidden, device="cuda").bfloat16() / hidden**0.5 for _ in range(count)]
     x, y = (torch.randn(rows, hidden, device="cuda").bfloat16() for _ in range(2))
     residual = torch.randn_like(x)
-    now = launch.choose(operation, hidden, 2, 16, rows, cuda.device(0))
+    now = variants.choose(operation, hidden, 2, 16, rows, driver.device(0))
     choices = {now, *candidates(operation, hidden, rows)}
     choices |= {replace(choice, pdl=False) for choice in choices}
     with ThreadPoolExecutor(16) as pool:
-        compiled = pool.map(lambda c: cuda.plan_of(operation, c, BFLOAT16, 0, hidden, rows, 0), choices)
+        compiled = pool.map(lambda c: driver.plan_of(operation, c, BFLOAT16, 0, hidden, rows, 0), choices)
         plans = dict(zip(choices, compiled, strict=True))
 
     def chain(norm: Callable[[torch.Tensor, torch.Tensor], object]) -> Callable[[int], object]:
@@ -50,10 +50,10 @@ def measure(operation: launch.Operation, hidden: int, rows: int) -> dict[str, An
 
         return call
 
-    def ours(plan: cuda.Plan) -> Callable[[int], object]:
+    def ours(plan: driver.Plan) -> Callable[[int], object]:
         if fused:
-            return chain(lambda b, a: cuda.launch_plan(plan, 0, b.data_ptr(), residual.data_ptr(), 0, EPS))
-        return chain(lambda b, a: cuda.launch_plan(plan, 0, b.data_ptr(), a.data_ptr(), 0, EPS))
+            return chain(lambda b, a: driver.launch_plan(plan, 0, b.data_ptr(), residual.data_ptr(), 0, EPS))
+        return chain(lambda b, a: driver.launch_plan(plan, 0, b.data_ptr(), a.data_ptr(), 0, EPS))
 
     contenders = {short_name(c): ours(plan) for c, plan in plans.items() if plan is not None}
     contenders["products"] = chain(lambda b, a: None)
@@ -66,14 +66,14 @@ def measure(operation: launch.Operation, hidden: int, rows: int) -> dict[str, An
     return {**row, "now": short_name(now), "added_us": {name: added[name] for name in order}, "failed": failed}
 
 
-def short_name(choice: launch.Launch) -> str:
+def short_name(choice: variants.Launch) -> str:
     """Threads x rows / split, then p for POLICY and d for PDL."""
     return short(choice, {}).partition("=")[0]
 
 
 def main() -> None:
     output, rows = Path(sys.argv[1]), []
-    for operation in launch.OPERATIONS:
+    for operation in variants.OPERATIONS:
         for hidden in HIDDEN:
             for count in ROWS:
                 rows.append(measure(operation, hidden, count))

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 
 from flashnorm_cli.bench.timing import graph_times
-from flashnorm_cli.norms import cuda, launch
-from flashnorm_cli.norms.launch import Launch, Operation
+from flashnorm_cli.cuda import driver, variants
+from flashnorm_cli.cuda.variants import Launch, Operation
 
 BFLOAT16 = 0
 EPS = 1e-5
 
 
-def caller(plan: cuda.Plan, buffers: list[tuple[Any, ...]], gain: torch.Tensor | None) -> Callable[[int], object]:
+def caller(plan: driver.Plan, buffers: list[tuple[Any, ...]], gain: torch.Tensor | None) -> Callable[[int], object]:
     at = 0 if gain is None else gain.data_ptr()
-    return lambda i: cuda.launch_plan(plan, 0, buffers[i][0].data_ptr(), buffers[i][1].data_ptr(), at, EPS)
+    return lambda i: driver.launch_plan(plan, 0, buffers[i][0].data_ptr(), buffers[i][1].data_ptr(), at, EPS)
 
 
 def candidates(operation: Operation, hidden: int, rows: int) -> list[Launch]:
@@ -43,7 +43,7 @@ def candidates(operation: Operation, hidden: int, rows: int) -> list[Launch]:
             wanted = -(-accesses // (per * (split if fused else 1)))
             if wanted > 1024 or (per * 4 * (2 if fused else 1) > 32 and wanted > 512):
                 continue
-            threads = launch._threads(accesses // split if fused else accesses, per)
+            threads = variants._threads(accesses // split if fused else accesses, per)
             actual = -(-accesses // threads)
             if not fused and split > 1 and actual < split:
                 continue
@@ -60,20 +60,20 @@ def candidates(operation: Operation, hidden: int, rows: int) -> list[Launch]:
 def main() -> None:
     output, kinds = sys.argv[1], sys.argv[2:] or ["rms_norm", "fused_add_rms_norm"]
     gain = 1 if "weighted" in kinds else 0
-    operations: list[Operation] = [o for o in launch.OPERATIONS if o in kinds]
-    device = cuda.device(0)
+    operations: list[Operation] = [o for o in variants.OPERATIONS if o in kinds]
+    device = driver.device(0)
     few = [(h, t) for h in (576, 2048, 4096, 8192, 16384) for t in (1, 16, 64, 256)]
     many = [(h, t) for h in (576, 2048, 3072, 4096, 5120, 8192, 16384) for t in (4096, 65536) if h * t <= 2**29]
     heads = [(64, 1 << 20), (128, 1 << 20), (256, 1 << 19), (128, 32), (128, 2048)]
     work = []
     for operation in operations:
         for hidden, rows in few + many + heads:
-            choice = launch.choose(operation, hidden, 2, 16, rows, device, weighted=gain > 0)
+            choice = variants.choose(operation, hidden, 2, 16, rows, device, weighted=gain > 0)
             choices = {*candidates(operation, hidden, rows), choice, replace(choice, pdl=False)}
             work.append((operation, hidden, rows, choice, sorted(choices, key=str)))
     with ThreadPoolExecutor(16) as pool:
         jobs = [(o, c, BFLOAT16, gain, h, r, 0) for o, h, r, _, cs in work for c in cs]
-        plans = dict(zip(jobs, pool.map(lambda j: cuda.plan_of(*j), jobs), strict=True))
+        plans = dict(zip(jobs, pool.map(lambda j: driver.plan_of(*j), jobs), strict=True))
     arena = [torch.randn(1 << 30, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     results = []
     for operation, hidden, rows, current, choices_now in work:

@@ -45,7 +45,7 @@ def make_checkpoint(folder: Path, layers: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from flashnorm_cli.safetensors_file import build_header
+    from flashnorm_cli.checkpoint.header import build_header
 
     config = LlamaConfig(
         hidden_size=2560,
@@ -146,19 +146,19 @@ def child(way: str, *arguments: str) -> None:
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
-    import flashnorm_cli.folding
-    import flashnorm_cli.hub.stream
+    import flashnorm_cli.folding.fold
+    import flashnorm_cli.hub.fold_to_hub
 
     before = memory_kib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     cpu = time.process_time()
     if way == "hub":
-        streamed = flashnorm_cli.hub.stream.fold_to_hub(SOURCE, TARGET, token=TOKEN)
+        streamed = flashnorm_cli.hub.fold_to_hub.fold_to_hub(SOURCE, TARGET, token=TOKEN)
         seconds = streamed.seconds
     else:
         source, target, dask = arguments
         workers = int(way.removeprefix("fold-")) if way.startswith("fold-") else None
-        result = flashnorm_cli.folding.fold(source, target, workers=workers, dask=dask or None)
+        result = flashnorm_cli.folding.fold.fold(source, target, workers=workers, dask=dask or None)
         seconds = result.seconds
     added = (memory_kib("VmHWM") - before) / 1024
     cpu = time.process_time() - cpu

@@ -89,7 +89,7 @@ def run(way: str, source: Path, folded: Path, workers: int, cold: bool) -> dict[
 def make(folder: Path) -> tuple[Path, Path]:
     from transformers import LlamaConfig
 
-    from flashnorm_cli.folding import fold
+    from flashnorm_cli.folding.fold import fold
 
     def config(_name: str) -> Any:
         return LlamaConfig(

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashnorm_cli.bench.timing import graph_times, host_times
-from flashnorm_cli.norms import cuda, fused_add_rms_norm, info, launch, rms_norm
-from flashnorm_cli.norms.launch import Launch, Operation
+from flashnorm_cli.cuda import driver, variants
+from flashnorm_cli.cuda.variants import Launch, Operation
+from flashnorm_cli.norms import fused_add_rms_norm, info, rms_norm
 
 EPS = 1e-5
 ROTATE = 400_000_000  # bytes that the buffers of one shape take up together: several times an L2
@@ -176,13 +177,13 @@ FUSED: list[tuple[str, bool, Maker]] = [
 def _plain_launch(operation: Operation, b: Buffers) -> Callable[[int], Any]:
     """Our kernel launched like everybody else's, to see what programmatic dependent launch gives."""
     x = b.x[0]
-    index, hidden, dtype = x.get_device(), x.size(-1), cuda.DTYPES.index(x.dtype)
-    width = launch.width_of(hidden * x.element_size())
-    choice = launch.choose(operation, hidden, x.element_size(), width, x.size(0), cuda.device(index))
-    plan = cuda.plan_of(operation, replace(choice, pdl=False), dtype, 0, hidden, x.size(0), index)
+    index, hidden, dtype = x.get_device(), x.size(-1), driver.DTYPES.index(x.dtype)
+    width = variants.width_of(hidden * x.element_size())
+    choice = variants.choose(operation, hidden, x.element_size(), width, x.size(0), driver.device(index))
+    plan = driver.plan_of(operation, replace(choice, pdl=False), dtype, 0, hidden, x.size(0), index)
     if plan is None or not choice.pdl:
         raise ImportError("no programmatic dependent launch here")
-    return lambda i: cuda.launch_plan(plan, index, b.x[i].data_ptr(), b.other[i].data_ptr(), 0, EPS)
+    return lambda i: driver.launch_plan(plan, index, b.x[i].data_ptr(), b.other[i].data_ptr(), 0, EPS)
 
 
 def _notebook(x: Tensor) -> Tensor:
@@ -240,7 +241,7 @@ def _copy(choice: Launch, operation: Operation, b: Buffers) -> Callable[[int], A
     accesses = b.x[0].numel() * b.x[0].element_size() // 16
     if operation == "fused_add_rms_norm":
         accesses *= 2
-    plan = cuda.plan_of("copy", choice, 0, 0, 8, accesses, index)
+    plan = driver.plan_of("copy", choice, 0, 0, 8, accesses, index)
     if plan is None:
         return None
     plan = plan._replace(blocks=-(-accesses // (choice.threads * choice.rows)), threads=choice.threads)
@@ -249,7 +250,7 @@ def _copy(choice: Launch, operation: Operation, b: Buffers) -> Callable[[int], A
         if operation == "fused_add_rms_norm":
             # It reads and writes two tensors. Sets lie side by side, so two of them are one stretch.
             i = 2 * i % (count - count % 2)
-        cuda.launch_plan(plan, index, b.x[i].data_ptr(), b.other[i].data_ptr(), 0, 0.0)
+        driver.launch_plan(plan, index, b.x[i].data_ptr(), b.other[i].data_ptr(), 0, 0.0)
 
     return call
 
@@ -344,11 +345,11 @@ def measure(
 
 def _empty(index: int) -> Callable[[int], Any]:
     """A launch that does nothing: a copy of no accesses."""
-    plan = cuda.plan_of("copy", Launch(16, 32), 0, 0, 8, 1, index)
+    plan = driver.plan_of("copy", Launch(16, 32), 0, 0, 8, 1, index)
     if plan is None:
         return lambda i: None
     plan = plan._replace(rows=0)
-    return lambda i: cuda.launch_plan(plan, index, 0, 0, 0, 0.0)
+    return lambda i: driver.launch_plan(plan, index, 0, 0, 0, 0.0)
 
 
 def record(command: str, results: Sequence[Measurement], **more: Any) -> dict[str, Any]:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashnorm_cli.errors import FlashNormError
+from flashnorm_cli.modeling.build import first_line, quiet_transformers
 from flashnorm_cli.norms import fused_add_rms_norm
-from flashnorm_cli.norms.modules import PlainNorm, norms_replaced, on_kernel, plain_norms
-from flashnorm_cli.runtime import first_line, quiet_transformers
+from flashnorm_cli.norms.detect import PlainNorm, norms_replaced, on_kernel, plain_norms
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

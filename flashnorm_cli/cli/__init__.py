@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from flashnorm_cli import __version__
+from flashnorm_cli._version import __version__
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.bench import bench
 from flashnorm_cli.cli.demo import demo

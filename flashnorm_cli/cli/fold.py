@@ -15,8 +15,8 @@ from flashnorm_cli.cli.verify import summary
 from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_OK, UsageError
 
 if TYPE_CHECKING:
-    from flashnorm_cli.folding import FoldResult
-    from flashnorm_cli.hub.stream import StreamResult
+    from flashnorm_cli.folding.fold import FoldResult
+    from flashnorm_cli.hub.fold_to_hub import StreamResult
 
 DROPPED = (
     "Layout dropped: transformers warns and fills the norms in. Stock vLLM does not load this. llama.cpp's converter "
@@ -90,7 +90,7 @@ def fold(
             raise UsageError("--push-to excludes an output folder, --verify and --local-files-only")
         with out.progress() as report:
             report(0, 0, "Starting")
-            from flashnorm_cli.hub.stream import fold_to_hub
+            from flashnorm_cli.hub.fold_to_hub import fold_to_hub
 
             streamed = fold_to_hub(
                 model,
@@ -112,7 +112,7 @@ def fold(
         return show_streamed(out, streamed)
     with out.progress() as report:
         report(0, 0, "Starting")
-        from flashnorm_cli.folding import fold as run
+        from flashnorm_cli.folding.fold import fold as run
 
         result = run(
             model,

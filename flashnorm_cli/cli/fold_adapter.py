@@ -11,7 +11,7 @@ from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output, size
 
 if TYPE_CHECKING:
-    from flashnorm_cli.adapter import AdapterResult
+    from flashnorm_cli.adapters.fold import AdapterResult
 
 
 def fold_adapter(
@@ -47,7 +47,7 @@ def fold_adapter(
     out = Output(json, quiet)
     with out.progress() as report:
         report(0, 0, "Starting")
-        from flashnorm_cli.adapter import fold_adapter as run
+        from flashnorm_cli.adapters.fold import fold_adapter as run
 
         result = run(
             adapter,

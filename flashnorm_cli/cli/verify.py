@@ -119,7 +119,7 @@ def verify(
             on_progress=progress,
         )
         if report is not None:
-            from flashnorm_cli.proof.report import write_report
+            from flashnorm_cli.report.page import write_report
 
             write_report(result, report)
     out.data({**result.to_json(), "report": str(report) if report else None})

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from flashnorm_cli.errors import CheckpointError
 from flashnorm_cli.hub.published import Base
-from flashnorm_cli.plan import Plan, pattern_of
-from flashnorm_cli.proof import report
+from flashnorm_cli.plan.planner import Plan, pattern_of
 from flashnorm_cli.proof.result import Verification
+from flashnorm_cli.report import page
 
 if TYPE_CHECKING:
     from huggingface_hub import CardData, ModelCard
@@ -136,10 +136,10 @@ def _what_was_done(facts: CardFacts, plan: Plan) -> list[str]:
         "",
         "| norm | how many | |",
         "|--|--|--|",
-        *(f"| `{name}` | {number} | folded into {into} |" for name, number, into in report.folded_rows(plan)),
-        *(f"| `{name}` | {number} | kept: {_cell(why)} |" for name, number, why in report.kept_rows(plan)),
+        *(f"| `{name}` | {number} | folded into {into} |" for name, number, into in page.folded_rows(plan)),
+        *(f"| `{name}` | {number} | kept: {_cell(why)} |" for name, number, why in page.kept_rows(plan)),
         "",
-        f"{_sentence(report.HEADS.get(plan.lm_head, plan.lm_head))} {_layout(facts)}",
+        f"{_sentence(page.HEADS.get(plan.lm_head, plan.lm_head))} {_layout(facts)}",
         "",
     ]
     if plan.not_traced:
@@ -170,24 +170,24 @@ def _proof(facts: CardFacts) -> list[str]:
     result = facts.verification
     if result is None:
         return []
-    lines = ["## Is it the same model?", "", report.verdict(result).sentence, "", "| | | |", "|--|--|--|"]
-    lines += [f"| {what} | {_cell(much)} | {_cell(beside)} |" for what, much, beside in report.highlights(result)]
+    lines = ["## Is it the same model?", "", page.verdict(result).sentence, "", "| | | |", "|--|--|--|"]
+    lines += [f"| {what} | {_cell(much)} | {_cell(beside)} |" for what, much, beside in page.highlights(result)]
     logits = result.level("logits")
     figures = logits.figures if logits else {}
     folded, source = figures.get("folded"), figures.get("source")
     if isinstance(folded, dict) and isinstance(source, dict) and folded.get("perplexity") and source.get("perplexity"):
-        beside = f"the source: {report.perplexity(source['perplexity'])}"
+        beside = f"the source: {page.perplexity(source['perplexity'])}"
         if figures.get("reference_perplexity"):
-            beside += f", in {figures.get('reference')}: {report.perplexity(figures['reference_perplexity'])}"
-        lines.append(f"| Perplexity | {report.perplexity(folded['perplexity'])} | {beside}; on {figures.get('text')} |")
+            beside += f", in {figures.get('reference')}: {page.perplexity(figures['reference_perplexity'])}"
+        lines.append(f"| Perplexity | {page.perplexity(folded['perplexity'])} | {beside}; on {figures.get('text')} |")
     for level in result.levels:
         if level.status == "skipped":
-            lines.append(f"| {report.title_of(level)} | not run | {_cell(level.reason or '')} |")
+            lines.append(f"| {page.title_of(level)} | not run | {_cell(level.reason or '')} |")
     made = {key: result.environment[key] for key in ("torch", "transformers", "device") if key in result.environment}
     with_what = ", ".join(f"{key} {value}" if key != "device" else value for key, value in made.items())
     lines += [
         "",
-        f"Checked on {report.date(result.environment.get('date'))} with {with_what}, against "
+        f"Checked on {page.date(result.environment.get('date'))} with {with_what}, against "
         f"{_source(facts, commit=True)}. `flashnorm.json` holds every figure and the hash of every file; "
         f"[{REPORT}]({REPORT}) shows them on a page (download it: the Hub does not display HTML). To check it again:",
         "",
@@ -330,7 +330,7 @@ def _source(facts: CardFacts, commit: bool = False) -> str:
 
 
 def _size(n: int) -> str:
-    return report.size(n).replace(report.SPACE, " ")
+    return page.size(n).replace(page.SPACE, " ")
 
 
 def _count(n: int, what: str) -> str:
@@ -343,4 +343,4 @@ def _sentence(words: str) -> str:
 
 def _cell(value: Any) -> str:
     """Text that stays inside its cell of a table, and is no markup."""
-    return re.sub(r"([|<])", r"\\\1", " ".join(str(value).replace(report.SPACE, " ").split()))
+    return re.sub(r"([|<])", r"\\\1", " ".join(str(value).replace(page.SPACE, " ").split()))

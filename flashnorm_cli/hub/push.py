@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashnorm_cli.checkpoint import (
+from flashnorm_cli.checkpoint.open import (
     CONFIG,
     INDEX,
     RECORD,
@@ -34,11 +34,11 @@ from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.hub.card import REPORT, CardFacts, build_card, read_card
 from flashnorm_cli.hub.errors import push_errors, status_of
 from flashnorm_cli.hub.licence import check_licence, gate_of, terms
-from flashnorm_cli.hub.patience import RETRY_STATUS, WAITS, patiently, quiet_hub, wait_after, watched
 from flashnorm_cli.hub.published import Base, dump, published_record, same_fold
+from flashnorm_cli.hub.retry import RETRY_STATUS, WAITS, patiently, quiet_hub, wait_after, watched
 from flashnorm_cli.proof.files import CLAIMS, changed_files, is_paper
-from flashnorm_cli.proof.report import render
 from flashnorm_cli.proof.result import Verification
+from flashnorm_cli.report.page import render
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo

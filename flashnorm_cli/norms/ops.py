@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad as _forward_ad
 from torch.autograd.graph import increment_version
 
-from flashnorm_cli.norms import cuda
+from flashnorm_cli.cuda import driver
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -41,7 +41,7 @@ def rms_norm(
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
     """
     if not _compiling() and _forward_ad._current_level < 0:
-        y = cuda.again("rms_norm", x, out, eps, weight, offset)
+        y = driver.again("rms_norm", x, out, eps, weight, offset)
         if y is not None:
             if out is not None:
                 _written(out)
@@ -67,7 +67,7 @@ def fused_add_rms_norm(
     if (
         not _compiling()
         and _forward_ad._current_level < 0
-        and cuda.again("fused_add_rms_norm", x, residual, eps, weight, offset) is not None
+        and driver.again("fused_add_rms_norm", x, residual, eps, weight, offset) is not None
     ):
         _written(x, residual)
         return
@@ -109,7 +109,7 @@ def _rms_norm(x: Tensor, eps: float, out: Tensor | None, weight: Tensor | None, 
     tensors = [t for t in (x, out, weight) if t is not None]
     if _direct(*tensors) and (weight is None or _fits(weight, offset, x)):
         y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-        if cuda.run("rms_norm", x, y, eps, weight, offset, "new b" if out is None else "b"):
+        if driver.run("rms_norm", x, y, eps, weight, offset, "new b" if out is None else "b"):
             if out is not None:
                 _written(out)
             return y
@@ -127,7 +127,7 @@ def _fused_add_rms_norm(x: Tensor, residual: Tensor, eps: float, weight: Tensor 
     if (
         _direct(x, residual)
         and (weight is None or _fits(weight, offset, x))
-        and cuda.run("fused_add_rms_norm", x, residual, eps, weight, offset, "b")
+        and driver.run("fused_add_rms_norm", x, residual, eps, weight, offset, "b")
     ):
         _written(x, residual)
         return
@@ -202,7 +202,7 @@ _library.define(
 def _op_rms_norm(x: Tensor, eps: float, weight: Tensor | None = None, offset: float = 0.0) -> Tensor:
     _check(x, weight, offset)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if x.is_cuda and (weight is None or _fits(weight, offset, x)) and cuda.run("rms_norm", x, y, eps, weight, offset):
+    if x.is_cuda and (weight is None or _fits(weight, offset, x)) and driver.run("rms_norm", x, y, eps, weight, offset):
         return y
     return y.copy_(_torch_rms_norm(x, eps, weight, offset))
 
@@ -215,7 +215,7 @@ def _op_fused_add_rms_norm(
     if (
         x.is_cuda
         and (weight is None or _fits(weight, offset, x))
-        and cuda.run("fused_add_rms_norm", x, residual, eps, weight, offset)
+        and driver.run("fused_add_rms_norm", x, residual, eps, weight, offset)
     ):
         _written(x, residual)
         return
@@ -268,7 +268,7 @@ def info() -> dict[str, Any]:
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
     }
-    package = cuda.cupy()
+    package = driver.cupy()
     found["cupy"] = package.__version__ if package is not None else None
     found |= dict.fromkeys(("gpu", "capability", "driver_cuda", "nvrtc", "gpus"))
     if not torch.cuda.is_available():
@@ -278,7 +278,7 @@ def info() -> dict[str, Any]:
     found["gpus"] = torch.cuda.device_count()
     found["gpu"] = torch.cuda.get_device_name(index)
     found["capability"] = ".".join(map(str, torch.cuda.get_device_capability(index)))
-    reason = cuda.why_not(index)
+    reason = driver.why_not(index)
     if package is not None:
         try:
             found["driver_cuda"] = _dotted(package.cuda.runtime.driverGetVersion())
@@ -287,10 +287,10 @@ def info() -> dict[str, Any]:
             reason = reason or f"NVRTC cannot be loaded: {' '.join(str(error).split())}"
     if reason is None:
         x = torch.ones(1, 8, device=f"cuda:{index}")
-        reason = None if cuda.run("rms_norm", x, torch.empty_like(x), 1e-6, None, 0.0) else cuda.why_not(index)
+        reason = None if driver.run("rms_norm", x, torch.empty_like(x), 1e-6, None, 0.0) else driver.why_not(index)
     if reason is None:
-        found["path"] = "cuda, direct launch" if cuda.driver_launch() else "cuda, RawKernel"
-        if cuda.driver_launch() is None:
+        found["path"] = "cuda, direct launch" if driver.driver_launch() else "cuda, RawKernel"
+        if driver.driver_launch() is None:
             reason = "libcuda has no cuLaunchKernelEx (CUDA 11.8 and later have): a launch costs 2 us more"
     found["reason"] = reason
     return found

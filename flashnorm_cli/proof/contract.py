@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flashnorm_cli import record
-from flashnorm_cli.adapter import CONFIG as ADAPTER
-from flashnorm_cli.checkpoint import CONFIG, INDEX, RECORD, Checkpoint, read_json
+from flashnorm_cli.adapters.fold import CONFIG as ADAPTER
+from flashnorm_cli.checkpoint.open import CONFIG, INDEX, RECORD, Checkpoint, read_json
 from flashnorm_cli.errors import CheckpointError, PlanError
-from flashnorm_cli.plan import pattern_of
+from flashnorm_cli.plan.planner import pattern_of
 from flashnorm_cli.proof.files import CLAIMS, is_paper
 from flashnorm_cli.proof.pairing import DROPPED, SOURCE, Pair
 from flashnorm_cli.proof.result import Finding
+from flashnorm_cli.record import write as record
 
 # What other tools write into a config without changing the model.
 BOOKKEEPING = {
@@ -281,10 +281,10 @@ def _same_json(a: Path, b: Path) -> bool:
 
 def _config_by_meaning(pair: Pair) -> list[Finding]:
     """The config as transformers reads it, without what tools add for their own use."""
-    from flashnorm_cli import runtime
+    from flashnorm_cli.modeling import build
 
     def loaded(checkpoint: Checkpoint) -> dict[str, Any]:
-        return _without(runtime.load_config(checkpoint.folder, False).to_dict())
+        return _without(build.load_config(checkpoint.folder, False).to_dict())
 
     if "auto_map" in pair.source.config:  # its own config class: its code is not run for this
         found, wanted = _without(pair.folded.config), _without(pair.source.config)

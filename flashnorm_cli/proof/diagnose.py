@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 import torch
 
-from flashnorm_cli.checkpoint import Checkpoint
-from flashnorm_cli.plan import Norm
+from flashnorm_cli.checkpoint.header import TensorEntry
+from flashnorm_cli.checkpoint.open import Checkpoint
+from flashnorm_cli.folding.rewrite import TORCH_DTYPE
+from flashnorm_cli.plan.planner import Norm
 from flashnorm_cli.proof.pairing import SOURCE, Pair, values
-from flashnorm_cli.rewrite import TORCH_DTYPE
-from flashnorm_cli.safetensors_file import TensorEntry
 
 MAX_SAMPLE = 1 << 20  # elements that are looked at
 ROUNDING_UNITS = 4.0  # more than any order of roundings makes

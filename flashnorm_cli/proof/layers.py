@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from flashnorm_cli.checkpoint import Checkpoint, Progress
-from flashnorm_cli.plan import Norm, Reader
+from flashnorm_cli.checkpoint.open import Checkpoint, Progress
+from flashnorm_cli.folding.rewrite import TORCH_DTYPE
+from flashnorm_cli.plan.planner import Norm, Reader
+from flashnorm_cli.proof.blocks import ShardReader, blocks
 from flashnorm_cli.proof.pairing import Pair, gain_of
 from flashnorm_cli.proof.result import Finding, LevelResult
-from flashnorm_cli.proof.stream import ShardReader, blocks
-from flashnorm_cli.rewrite import TORCH_DTYPE
 
 BLOCK_ELEMENTS = 2**21
 # Outputs that an error is taken over: a gate with one row gets more activations than a matrix with thousands.

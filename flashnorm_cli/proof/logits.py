@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 
-from flashnorm_cli import runtime
-from flashnorm_cli.checkpoint import Checkpoint, Progress
+from flashnorm_cli.checkpoint.open import Checkpoint, Progress
 from flashnorm_cli.errors import UsageError
+from flashnorm_cli.folding.rewrite import TORCH_DTYPE
+from flashnorm_cli.modeling import build
 from flashnorm_cli.proof.pairing import Pair
 from flashnorm_cli.proof.result import Finding, LevelResult
-from flashnorm_cli.rewrite import TORCH_DTYPE
 
 PROMPTS = Path(__file__).parent / "prompts.txt"
 # Many short prompts rather than a few long ones: what happens to one token is carried on to those that follow it.
@@ -154,10 +154,10 @@ def check_logits(
             reason=f"the model takes {need / 1e9:.0f} GB in {_name(wide)}, {room / 1e9:.0f} GB are free on {device}; "
             "--level logits runs it all the same, spread over devices, memory and disk",
         )
-    config = runtime.load_config(pair.source.folder, trust_remote_code)
+    config = build.load_config(pair.source.folder, trust_remote_code)
     if hasattr(config, "quantization_config"):
         return LevelResult("logits", "skipped", reason="the checkpoint is quantized; its float32 self does not exist")
-    cls = runtime.model_class(config, pair.source.folder, trust_remote_code)
+    cls = build.model_class(config, pair.source.folder, trust_remote_code)
     notes: list[str] = []
     with TemporaryDirectory() as offload, _deterministic():
         device_map = {"": device} if fits else "auto"
@@ -173,7 +173,7 @@ def check_logits(
             greedy = _generate(run, model, notes)
             del model
         except Exception as error:  # a model's own code may raise anything
-            why = f"the source itself cannot be run in {_name(dtype)}: {runtime.first_line(error)}"
+            why = f"the source itself cannot be run in {_name(dtype)}: {build.first_line(error)}"
             return LevelResult("logits", "skipped", reason=why)
         if not math.isfinite(floor.error()):
             why = f"the source itself computes NaN or inf in {_name(dtype)}; try another --dtype"
@@ -194,7 +194,7 @@ def check_logits(
                 continued = _generate(run, model, notes)
             del model
         except Exception as error:  # it is the folded files that make the difference
-            finding = Finding("logits", f"the folded checkpoint cannot be run: {runtime.first_line(error)}")
+            finding = Finding("logits", f"the folded checkpoint cannot be run: {build.first_line(error)}")
             return LevelResult("logits", "failed", findings=(finding,))
         run.free()
     least = torch.finfo(dtype).eps / 16
@@ -296,7 +296,7 @@ def read_prompts(source: Checkpoint, text: Path | None, ids: Path | None, trust_
 
     Without a tokenizer, random ids. Long texts are cut into prompts that the model's positions allow.
     """
-    config = runtime.load_config(source.folder, trust_remote_code).get_text_config()
+    config = build.load_config(source.folder, trust_remote_code).get_text_config()
     vocabulary = int(getattr(config, "vocab_size", 0) or 256)
     positions = getattr(config, "max_position_embeddings", None)
     length, budget = (TEXT_PROMPT_TOKENS, TEXT_TOKENS) if text else (PROMPT_TOKENS, ALL_TOKENS)
@@ -319,7 +319,7 @@ def read_prompts(source: Checkpoint, text: Path | None, ids: Path | None, trust_
         words = (text or PROMPTS).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{text}: cannot be read as text: {error}") from error
-    with runtime.quiet_transformers():
+    with build.quiet_transformers():
         # The built-in text is made of paragraphs on different matters; a file of the user's is one text.
         parts = [words] if text else [p for p in words.split("\n\n") if p.strip()]
         rows = [tokenizer(part)["input_ids"] for part in parts]
@@ -361,7 +361,7 @@ def _tokenizer(source: Checkpoint, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with runtime.quiet_transformers():
+        with build.quiet_transformers():
             return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     except Exception:  # a tokenizer that this environment cannot load (a missing package, say): random ids do
         return None
@@ -382,7 +382,7 @@ def _random_ids(source: Checkpoint, vocabulary: int, length: int) -> tuple[tuple
             special.add(value)
 
     collect(
-        runtime.load_config(source.folder, False).to_dict() if "auto_map" not in source.config else source.config, ""
+        build.load_config(source.folder, False).to_dict() if "auto_map" not in source.config else source.config, ""
     )
     plain = torch.tensor([i for i in range(vocabulary) if i not in special] or [0])
     generator = torch.Generator().manual_seed(0)
@@ -430,7 +430,7 @@ def _baseline(run: _Run, wide: torch.dtype, dtype: torch.dtype) -> tuple[torch.d
 def _load(run: _Run, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     more = {"offload_folder": run.offload} if run.offload else {}
     run.free()
-    with runtime.quiet_transformers():
+    with build.quiet_transformers():
         return run.cls.from_pretrained(
             checkpoint.folder,
             dtype=dtype,
@@ -447,7 +447,7 @@ def _weightless(model: Any, device: str) -> Iterator[int]:
     if not device.startswith("cuda"):
         yield 0
         return
-    from flashnorm_cli.norms.modules import norms_replaced
+    from flashnorm_cli.norms.detect import norms_replaced
 
     with norms_replaced(model) as names:
         yield len(names)
@@ -471,8 +471,8 @@ def _fold_in_memory(run: _Run, config: Any, dtype: torch.dtype) -> Any:
         state[name] = origin * factor.view([-1 if d == reader.dim else 1 for d in range(origin.ndim)])
     config = copy.deepcopy(config)
     if pair.plan.untie and pair.expected_added:
-        runtime.set_tie(config, False)
-    with runtime.quiet_transformers():
+        build.set_tie(config, False)
+    with build.quiet_transformers():
         return run.cls.from_pretrained(
             None,
             config=config,
@@ -553,12 +553,12 @@ def _generate(run: _Run, model: Any, notes: list[str]) -> list[list[int]] | None
         new = int(min(NEW_TOKENS, positions - len(start)))
         tokens = torch.tensor([start], device=_device_of(run, model))
         try:
-            with runtime.quiet_transformers():
+            with build.quiet_transformers():
                 found = model.generate(
                     input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, do_sample=False
                 )
         except Exception as error:  # generation has its own requirements, some of which no text meets
-            notes.append(f"no greedy continuation: {runtime.first_line(error)}")
+            notes.append(f"no greedy continuation: {build.first_line(error)}")
             return None
         out.append(found[0, len(start) :].tolist())
     return out

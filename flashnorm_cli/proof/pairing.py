@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from flashnorm_cli.checkpoint import RECORD, Checkpoint, read_json
+from flashnorm_cli.checkpoint.open import RECORD, Checkpoint, read_json
 from flashnorm_cli.errors import PlanError
-from flashnorm_cli.plan import Norm, Plan, Reader, make_plan
+from flashnorm_cli.folding.rewrite import TORCH_DTYPE
+from flashnorm_cli.plan.planner import Norm, Plan, Reader, make_plan
 from flashnorm_cli.proof.result import Finding
-from flashnorm_cli.rewrite import TORCH_DTYPE
 
 IDENTITY, DROPPED, SOURCE, OTHER = "identity", "dropped", "source", "other"
 

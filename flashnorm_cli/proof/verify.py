@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 
-from flashnorm_cli import __version__
-from flashnorm_cli import record as records
-from flashnorm_cli.adapter import CONFIG as ADAPTER
-from flashnorm_cli.checkpoint import CONFIG, RECORD, Checkpoint, Progress, Source, open_checkpoint, read_json
+from flashnorm_cli._version import __version__
+from flashnorm_cli.adapters.fold import CONFIG as ADAPTER
+from flashnorm_cli.checkpoint.open import CONFIG, RECORD, Checkpoint, Progress, Source, open_checkpoint, read_json
 from flashnorm_cli.errors import CheckpointError, UsageError
-from flashnorm_cli.folding import write_text
-from flashnorm_cli.plan import Plan
+from flashnorm_cli.folding.fold import write_text
+from flashnorm_cli.plan.planner import Plan
 from flashnorm_cli.proof.contract import json_equal
 from flashnorm_cli.proof.files import changed_files, hashed_files
 from flashnorm_cli.proof.pairing import DROPPED, Pair, pair
@@ -35,6 +34,7 @@ from flashnorm_cli.proof.result import (
     Verification,
     level_json,
 )
+from flashnorm_cli.record import write as records
 
 RUNTIMES = ("vllm", "gguf")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -297,8 +297,8 @@ class _Levels:
         return check_kernels(self.pair, self.dtype or own_dtype(self.pair.source), self.device)
 
     def _runtime(self, name: str) -> LevelResult:
+        from flashnorm_cli.proof.engines import compare_runtime
         from flashnorm_cli.proof.logits import read_prompts
-        from flashnorm_cli.proof.runtimes import compare_runtime
 
         prompts = read_prompts(self.pair.source, self.text, self.token_ids, self.trust_remote_code)
         return compare_runtime(

@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
-from flashnorm_cli.checkpoint import Progress
+from flashnorm_cli.checkpoint.header import TensorEntry
+from flashnorm_cli.checkpoint.open import Progress
 from flashnorm_cli.errors import CheckpointError
+from flashnorm_cli.folding.rewrite import TORCH_DTYPE
 from flashnorm_cli.proof import contract
+from flashnorm_cli.proof.blocks import BLOCK_BYTES, Block, ShardReader, blocks
 from flashnorm_cli.proof.diagnose import diagnose
 from flashnorm_cli.proof.pairing import DROPPED, Pair
 from flashnorm_cli.proof.result import Finding, LevelResult
-from flashnorm_cli.proof.stream import BLOCK_BYTES, Block, ShardReader, blocks
-from flashnorm_cli.rewrite import TORCH_DTYPE
-from flashnorm_cli.safetensors_file import TensorEntry
 
 # Another tool may round the gain, and then the product: two units in the last place of the coarser dtype. A fold that
 # carries our record has to hold the very bits.

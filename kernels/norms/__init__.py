@@ -1,1 +1,1 @@
-"""The CUDA sources of the norms, shipped as `flashnorm_cli.kernels`; `flashnorm_cli.norms` compiles and calls them."""
+"""The CUDA sources of the norms, shipped as `flashnorm_cli.kernels`; `flashnorm_cli.cuda` compiles and calls them."""

@@ -1,7 +1,7 @@
 // What both norms share: how a row is found, read, summed and written. The host puts this file in front of an
 // operation's own, so nothing is included and NVRTC needs no headers.
 //
-// One kernel is compiled per set of choices, given as -D options (flashnorm_cli/norms/launch.py chooses):
+// One kernel is compiled per set of choices, given as -D options (flashnorm_cli/cuda/variants.py chooses):
 //   DTYPE    0 bfloat16, 1 float16, 2 float32
 //   GAIN     0 none, 1 w, 2 1 + w
 //   HIDDEN   elements in a row, known to the compiler: no bounds checks where the threads divide it

@@ -16,15 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from flashnorm_cli.checkpoint.header import LENGTH_BYTES, Header, TensorEntry, header_size, parse_header, read_header
 from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
-from flashnorm_cli.safetensors_file import (
-    LENGTH_BYTES,
-    Header,
-    TensorEntry,
-    header_size,
-    parse_header,
-    read_header,
-)
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"

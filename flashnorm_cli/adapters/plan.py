@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flashnorm_cli import runtime
-from flashnorm_cli.adapter import FITTING_TYPES
-from flashnorm_cli.checkpoint import Checkpoint, read_bytes
+from flashnorm_cli.adapters.fold import FITTING_TYPES
+from flashnorm_cli.checkpoint.header import Header, TensorEntry
+from flashnorm_cli.checkpoint.open import Checkpoint, read_bytes
 from flashnorm_cli.errors import FlashNormError, PlanError
-from flashnorm_cli.plan import traced
-from flashnorm_cli.rewrite import TORCH_DTYPE, GainOverflowError
-from flashnorm_cli.safetensors_file import Header, TensorEntry
+from flashnorm_cli.folding.rewrite import TORCH_DTYPE, GainOverflowError
+from flashnorm_cli.modeling import build
+from flashnorm_cli.plan.planner import traced
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -215,7 +215,7 @@ class FoldedModel:
     ) -> None:
         self.source, self.base, self.record = source, base, record
         self.untied = bool(record.get("untie"))
-        config = runtime.load_config(source.folder, trust_remote_code)
+        config = build.load_config(source.folder, trust_remote_code)
         cls = _class_for(task, config, source, trust_remote_code)
         has_head = task not in TASK_HEADS
         if not has_head:  # to classify more than one text at a time
@@ -229,7 +229,7 @@ class FoldedModel:
         self.parameters = dict(self.model.named_parameters())
         self.modules = dict(self.model.named_modules())
         names = list(dict.fromkeys([*source.tensors, *base.tensors]))
-        self.loads = runtime.loader_names(self.model, names)
+        self.loads = build.loader_names(self.model, names)
         self._read_norms()
 
     def _read_norms(self) -> None:
@@ -302,7 +302,7 @@ class FoldedModel:
         """The weight that a name means: of the model, or on disk as older versions of transformers name it."""
         if name in self.first:
             return self._parameter(name)
-        loads, pattern = self.loads.get(name) or runtime.loader_names(self.model, [name])[name]
+        loads, pattern = self.loads.get(name) or build.loader_names(self.model, [name])[name]
         if loads in self.first and pattern is None:
             return self._parameter(loads)
         if name in self.base.tensors:
@@ -342,7 +342,7 @@ def _class_for(task: str | None, config: PretrainedConfig, source: Checkpoint, t
     import transformers
 
     if task not in TASK_HEADS:
-        return runtime.model_class(config, source.folder, trust_remote_code)
+        return build.model_class(config, source.folder, trust_remote_code)
     mapping = getattr(transformers, TASK_HEADS[task])
     if type(config) not in mapping:
         raise PlanError(f"the adapter's task_type is {task}, and transformers has no such {config.model_type}")

@@ -36,10 +36,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from flashnorm_cli.companions import constant_along, coordinates, profile, resized, small, varying_dims
 from flashnorm_cli.errors import PlanError
-from flashnorm_cli.outcomes import outcome
-from flashnorm_cli.values import SHAPE_ONLY, Values, tensors_in
+from flashnorm_cli.trace.companions import constant_along, coordinates, profile, resized, small, varying_dims
+from flashnorm_cli.trace.outcomes import outcome
+from flashnorm_cli.trace.values import SHAPE_ONLY, Values, tensors_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from flashnorm_cli.checkpoint import Checkpoint
-from flashnorm_cli.companions import small, varying_dims
+from flashnorm_cli.checkpoint.open import Checkpoint
 from flashnorm_cli.errors import PlanError
-from flashnorm_cli.rewrite import TORCH_DTYPE
-from flashnorm_cli.trace import Trace
+from flashnorm_cli.folding.rewrite import TORCH_DTYPE
+from flashnorm_cli.trace.companions import small, varying_dims
+from flashnorm_cli.trace.tracer import Trace
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -332,7 +332,7 @@ def parameters_named(model: PreTrainedModel, patterns: Iterable[str]) -> dict[st
     Numbers are tried as the model's own parameters have them, and each name is followed through the conversions that
     loaded the model; what is left then is asked for the name under which it would be saved.
     """
-    from flashnorm_cli.plan import pattern_of
+    from flashnorm_cli.plan.planner import pattern_of
 
     parameters = dict(model.named_parameters(remove_duplicate=False))
     numbers = {(), *(tuple(re.findall(r"(?:^|(?<=\.))\d+(?=\.|$)", name)) for name in parameters)}

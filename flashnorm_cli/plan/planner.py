@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from flashnorm_cli import __version__
-from flashnorm_cli.checkpoint import RECORD, Checkpoint
+from flashnorm_cli._version import __version__
+from flashnorm_cli.checkpoint.header import tensor_nbytes
+from flashnorm_cli.checkpoint.open import RECORD, Checkpoint
 from flashnorm_cli.errors import CheckpointError, FlashNormError, PlanError
-from flashnorm_cli.safetensors_file import tensor_nbytes
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from flashnorm_cli.trace import Trace
+    from flashnorm_cli.trace.tracer import Trace
 
 FORMAT = 1
 FOLDABLE_DTYPES = ("BF16", "F16", "F32", "F64")
@@ -196,11 +196,11 @@ def make_plan(checkpoint: Checkpoint, final_norm: str = "auto", trust_remote_cod
         FlashNormError: the checkpoint is folded already.
         PlanError: the architecture cannot be built, traced, or matched with the tensors on disk.
     """
-    from flashnorm_cli import runtime
+    from flashnorm_cli.modeling import build
 
     refuse_folded(checkpoint)
-    config = runtime.load_config(checkpoint.folder, trust_remote_code)
-    cls = runtime.model_class(config, checkpoint.folder, trust_remote_code)
+    config = build.load_config(checkpoint.folder, trust_remote_code)
+    cls = build.model_class(config, checkpoint.folder, trust_remote_code)
     return trace_plan(checkpoint, config, cls, final_norm).plan
 
 
@@ -218,13 +218,13 @@ def traced(
 
     Attention and experts have several implementations; the plainest that runs is the one to follow.
     """
-    from flashnorm_cli import runtime
-    from flashnorm_cli.trace import trace_forward
+    from flashnorm_cli.modeling import build
+    from flashnorm_cli.trace.tracer import trace_forward
 
     first_error = None
     for attention, experts in (("eager", "batched_mm"), ("eager", "eager"), ("sdpa", "eager")):
         try:
-            model, missing = runtime.build(checkpoint, config, cls, attention, experts, untied)
+            model, missing = build.build(checkpoint, config, cls, attention, experts, untied)
             return model, missing, trace_forward(model)
         except PlanError as error:
             first_error = first_error or error
@@ -250,7 +250,7 @@ class _Planner:
         self.untied: tuple[str, str] | None = None  # runtime names of the head and of the embedding
 
     def plan(self) -> TracedPlan:
-        from flashnorm_cli import runtime
+        from flashnorm_cli.modeling import build
 
         self.model, missing, self.trace = self._traced()
         self.kept.update(self.trace.kept)
@@ -259,7 +259,7 @@ class _Planner:
             self.notes.append(f"what the model computes depends on its data in {where}; both ways were followed")
         lm_head = self._final_norm(missing)
         self._keep_where_a_branch_was_not_seen()
-        self._match(runtime.ids_on_disk(self.model, self.trace))
+        self._match(build.ids_on_disk(self.model, self.trace))
         self._find_norms()
         lm_head = self._keep_for_unread_tensors(lm_head)
         found = self._find_readers()
@@ -284,7 +284,7 @@ class _Planner:
 
     def _final_norm(self, missing: set[str]) -> str:
         """Decide about the norm before the head; returns the state of `lm_head`."""
-        from flashnorm_cli import runtime
+        from flashnorm_cli.modeling import build
 
         gains = [g for g in self._head_gains() if g not in self.kept]
         tied = bool(self.trace.tied_conflicts)
@@ -293,7 +293,7 @@ class _Planner:
                 self.kept.setdefault(gain, f"`{min(embeddings)}`, which reads it, is an embedding too")
         if not gains:
             return "kept" if self._head_gains() else "none"
-        declared = runtime.tie_declared(self.config)
+        declared = build.tie_declared(self.config)
         text_type = self.config.get_text_config(decoder=True).model_type
         why = None
         if self.final_norm == "keep":
@@ -311,7 +311,7 @@ class _Planner:
                 raise PlanError(f"the output head cannot be untied: {why}")
         elif why is None and declared and self._head() in self.model.all_tied_weights_keys:
             # Its own tensor is on disk already: only the config has to say so.
-            _, missing_untied = runtime.build(self.checkpoint, self.config, self.cls, "eager", "eager", untied=True)
+            _, missing_untied = build.build(self.checkpoint, self.config, self.cls, "eager", "eager", untied=True)
             if missing_untied <= missing:
                 self.untied = (self._head() or "", self._head() or "")
             else:
@@ -431,8 +431,8 @@ class _Planner:
 
         Fills `on_disk` (disk name -> ids) and `lost` (canonical names that are not there).
         """
-        from flashnorm_cli import runtime
-        from flashnorm_cli.companions import count_nonzero
+        from flashnorm_cli.modeling import build
+        from flashnorm_cli.trace.companions import count_nonzero
 
         copies = Counter(id(p) for _, p in self.model.named_parameters(remove_duplicate=False))
         expected = 0
@@ -450,7 +450,7 @@ class _Planner:
         self.on_disk = {name: ids for name, ids in canonical.items() if name in tensors}
         self.lost = {name: ids for name, ids in canonical.items() if name not in tensors}
         left = [name for name in tensors if name not in self.on_disk]
-        loads = runtime.loader_names(self.model, [*self.lost, *left])
+        loads = build.loader_names(self.model, [*self.lost, *left])
         if left:
             self._refuse_doubles(left)
         by_target: dict[Any, list[str]] = {}
@@ -465,7 +465,7 @@ class _Planner:
 
         # A shared parameter needs only one of its names on disk. An untied head has none yet: it is added.
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        there = runtime.loader_names(self.model, list(self.on_disk)) if self.lost else {}
+        there = build.loader_names(self.model, list(self.on_disk)) if self.lost else {}
         holds = {id(parameters[target]): name for name, (target, _) in there.items() if target in parameters}
         for name in list(self.lost):
             target = loads[name][0]
@@ -475,16 +475,16 @@ class _Planner:
                 embedding = holds[id(parameters[self.untied[1]])]
                 entry = tensors[embedding]
                 ids = self.lost.pop(name)
-                name = runtime.saved_names(self.model, [target]).get(target, name)
+                name = build.saved_names(self.model, [target]).get(target, name)
                 self.lost[name] = ids
                 self.added[name] = (entry.dtype, entry.shape)
                 self.values_from[name] = embedding
 
     def _refuse_doubles(self, left: list[str]) -> None:
         """Two tensors for one parameter: which one counts, the loader decides by its order, and we must not guess."""
-        from flashnorm_cli import runtime
+        from flashnorm_cli.modeling import build
 
-        loads = runtime.loader_names(self.model, [*self.on_disk, *left])
+        loads = build.loader_names(self.model, [*self.on_disk, *left])
         plain = {loads[name][0]: name for name in self.on_disk if loads[name][1] is None}
         for name in left:
             target, pattern = loads[name]
@@ -495,7 +495,7 @@ class _Planner:
         """Fill `norm_tensors`: the tensor on disk of each gain, which holds its elements in their order."""
         import torch
 
-        from flashnorm_cli.companions import count_nonzero, small
+        from flashnorm_cli.trace.companions import count_nonzero, small
 
         own = {name: small(ids) for name, ids in self.on_disk.items() if count_nonzero(ids) and small(ids).max() < 0}
         by_first: dict[int, tuple[str, torch.Tensor]] = {}
@@ -528,7 +528,7 @@ class _Planner:
 
     def _find_readers(self) -> list[tuple[str, int, torch.Tensor]]:
         """Readers as (tensor on disk, dim, ids along dim); the gains of a tensor that cannot take them are kept."""
-        from flashnorm_cli.companions import profile, small, varying_dims
+        from flashnorm_cli.trace.companions import profile, small, varying_dims
 
         readers = []
         gains_of: dict[bytes, list[str]] = {}  # thousands of experts share few patterns
@@ -649,12 +649,12 @@ class _Planner:
 
     def _not_traced(self) -> list[str]:
         """Norms that no forward reached, by their names on disk."""
-        from flashnorm_cli import runtime
+        from flashnorm_cli.modeling import build
 
         names = [name for name, _ in self._norm_modules() if name not in self.trace.reached]
         if not names:
             return []
-        loads = runtime.loader_names(self.model, list(self.checkpoint.tensors))
+        loads = build.loader_names(self.model, list(self.checkpoint.tensors))
         on_disk = {target: disk for disk, (target, _) in loads.items()}
         return [on_disk.get(name, name) for name in names]
 

@@ -16,8 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashnorm_cli import __version__, record
-from flashnorm_cli.checkpoint import (
+from flashnorm_cli._version import __version__
+from flashnorm_cli.checkpoint.header import Header, build_header, read_header
+from flashnorm_cli.checkpoint.open import (
     OTHER_WEIGHTS,
     RECORD,
     Checkpoint,
@@ -28,14 +29,14 @@ from flashnorm_cli.checkpoint import (
     read_json,
 )
 from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
-from flashnorm_cli.plan import FORMAT, grouped
-from flashnorm_cli.safetensors_file import Header, build_header, read_header
+from flashnorm_cli.plan.planner import FORMAT, grouped
+from flashnorm_cli.record import write as record
 
 if TYPE_CHECKING:
     import torch
 
-    from flashnorm_cli.adapter_check import AdapterCheck
-    from flashnorm_cli.adapter_plan import AdapterPlan
+    from flashnorm_cli.adapters.check import AdapterCheck
+    from flashnorm_cli.adapters.plan import AdapterPlan
 
 # These read no norm, or commute with its gain: they run on source and folded base alike (adapter_plan.py).
 FITTING_TYPES = ("IA3", "PROMPT_TUNING", "P_TUNING", "CPT", "PREFIX_TUNING")
@@ -152,9 +153,9 @@ def fold_adapter(
     said = _record_of(folded)
     _refuse_folded(mine, folded)
 
-    from flashnorm_cli.adapter_check import check_adapter, check_base
-    from flashnorm_cli.adapter_plan import FoldedModel, plan_adapter, refuse_unfoldable
-    from flashnorm_cli.folding import check_output, disk_errors, flush, publish, write_text
+    from flashnorm_cli.adapters.check import check_adapter, check_base
+    from flashnorm_cli.adapters.plan import FoldedModel, plan_adapter, refuse_unfoldable
+    from flashnorm_cli.folding.fold import check_output, disk_errors, flush, publish, write_text
 
     refuse_unfoldable(mine.config)
     name = mine.source.name.rsplit("/", 1)[-1] if mine.commit else mine.folder.resolve().name
@@ -361,7 +362,7 @@ def _about_names(adapter: Adapter, source: Checkpoint, base: Checkpoint) -> list
 
 def _write_weights(adapter: Adapter, plan: AdapterPlan, path: Path, report: Progress) -> tuple[dict[str, int], int]:
     """Write the folded tensors in the order of the original, added ones at the end. Returns flushes and bytes."""
-    from flashnorm_cli.adapter_plan import apply
+    from flashnorm_cli.adapters.plan import apply
 
     entries = [(e.name, e.dtype, e.shape) for e in adapter.header.tensors.values()]
     tensors = adapter.header.tensors

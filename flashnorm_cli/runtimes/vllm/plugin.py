@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from flashnorm_cli.checkpoint import RECORD
-from flashnorm_cli.plan import FORMAT, pattern_of
+from flashnorm_cli.checkpoint.open import RECORD
+from flashnorm_cli.plan.planner import FORMAT, pattern_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -364,7 +364,7 @@ def _register_kernels() -> None:
     from vllm import ir
 
     if KERNEL not in ir.ops.rms_norm.impls:
-        import flashnorm_cli.vllm_kernels  # noqa: F401
+        import flashnorm_cli.runtimes.vllm.kernels  # noqa: F401
 
 
 @contextmanager

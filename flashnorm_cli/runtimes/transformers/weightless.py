@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from flashnorm_cli import runtime
-from flashnorm_cli.adapter import adapter_warnings
-from flashnorm_cli.checkpoint import RECORD
+from flashnorm_cli.adapters.fold import adapter_warnings
+from flashnorm_cli.checkpoint.open import RECORD
 from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
-from flashnorm_cli.norms.modules import (
+from flashnorm_cli.modeling import build
+from flashnorm_cli.norms.detect import (
     PlainNorm,
     is_weightless,
     make_weighted,
@@ -29,7 +29,7 @@ from flashnorm_cli.norms.modules import (
     own_forward,
     weightless_ways,
 )
-from flashnorm_cli.plan import FORMAT
+from flashnorm_cli.plan.planner import FORMAT
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -161,7 +161,7 @@ class _Recorded(NamedTuple):
 
 
 def _recorded(model: PreTrainedModel) -> Iterator[_Recorded]:
-    named = runtime.parameters_named(model, record_of(model.config)["folded"])
+    named = build.parameters_named(model, record_of(model.config)["folded"])
     if not named:
         raise FlashNormError(
             f"{type(model).__name__} has none of the norms that its record names; was it loaded as another class?"
@@ -221,12 +221,12 @@ def from_pretrained(name: str | Path, **arguments: Any) -> Any:
     where = str(path) if path.is_dir() else str(name)
     trust = bool(arguments.get("trust_remote_code"))
     hub = {key: arguments[key] for key in HUB_ARGUMENTS if key in arguments}
-    config = runtime.load_config(where, trust, **hub)
+    config = build.load_config(where, trust, **hub)
     try:
         said = record_of(config)
     except FlashNormError as error:
         raise type(error)(f"{name}: {error}") from error
-    cls = runtime.model_class(config, where, trust, **hub)
+    cls = build.model_class(config, where, trust, **hub)
     filled: dict[str, float] = {}
     if said.get("layout") == "dropped":
         cls = _filling(cls, said["folded"], _identities(where, hub), filled)
@@ -271,7 +271,7 @@ def _filling(
     def fill(self: Any, info: Any) -> None:
         cls._adjust_missing_and_unexpected_keys(self, info)
         read = norm_reader()
-        for name, disk in runtime.parameters_named(self, patterns).items():
+        for name, disk in build.parameters_named(self, patterns).items():
             if name in info.missing_keys:
                 norm = read(self.get_submodule(name.rpartition(".")[0]))
                 value = identities.get(disk, 1 - norm.offset if norm is not None else None)

@@ -14,7 +14,7 @@ from vllm import ir  # type: ignore[import-not-found]
 from vllm.platforms import current_platform  # type: ignore[import-not-found]
 
 import flashnorm_cli.norms.ops  # noqa: F401  defines torch.ops.flashnorm
-from flashnorm_cli.vllm_plugin import KERNEL
+from flashnorm_cli.runtimes.vllm.plugin import KERNEL
 
 SUPPORTED = current_platform.is_cuda() or current_platform.is_cpu()
 

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flashnorm_cli import __version__, record
-from flashnorm_cli.checkpoint import CONFIG, Checkpoint, Progress, Source, open_checkpoint, read_tensors
-from flashnorm_cli.engine import Engine, any_executor, dask_engine, in_turn, processors, results
+from flashnorm_cli._version import __version__
+from flashnorm_cli.checkpoint.open import CONFIG, Checkpoint, Progress, Source, open_checkpoint, read_tensors
 from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
-from flashnorm_cli.plan import FINAL_NORM_CHOICES, Plan, make_plan, refuse_folded
-from flashnorm_cli.rewrite import TORCH_DTYPE, GainOverflowError
-from flashnorm_cli.shards import JOURNAL, FolderJob, ShardEdits, do_folder_job, shard_edits
+from flashnorm_cli.folding.engine import Engine, any_executor, dask_engine, in_turn, processors, results
+from flashnorm_cli.folding.jobs import JOURNAL, FolderJob, ShardEdits, do_folder_job, shard_edits
+from flashnorm_cli.folding.rewrite import TORCH_DTYPE, GainOverflowError
+from flashnorm_cli.plan.planner import FINAL_NORM_CHOICES, Plan, make_plan, refuse_folded
+from flashnorm_cli.record import write as record
 
 if TYPE_CHECKING:
     import numpy as np

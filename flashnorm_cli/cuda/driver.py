@@ -21,10 +21,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from flashnorm_cli.norms import launch
-from flashnorm_cli.norms.launch import Device, Launch, Operation
+from flashnorm_cli.cuda import variants
+from flashnorm_cli.cuda.variants import Device, Launch, Operation
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order of launch.DTYPES
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order of variants.DTYPES
 MIN_ARCH = 75
 
 _CONFIG = "<7I4xQQI4x"  # CUlaunchConfig of cuda.h
@@ -190,7 +190,7 @@ def run(
     a_bytes, b_bytes = [s * size for s in a_strides], [s * size for s in b_strides]
     steps = a.stride(-1), b.stride(-1)
     if steps == (1, 1) or hidden == 1:
-        width = launch.width_of(hidden * size, a.data_ptr(), b.data_ptr(), gain_at, *a_bytes, *b_bytes)
+        width = variants.width_of(hidden * size, a.data_ptr(), b.data_ptr(), gain_at, *a_bytes, *b_bytes)
     else:
         width = size
     inside = _meet(a, b)  # blocks that share a row would read what others have written
@@ -198,7 +198,8 @@ def run(
     plan = _plans.get(key) or _plan(operation, a, code, width, len(sizes), inside, key)
     if plan is None:
         return False
-    if remember and width == launch.width_of(hidden * size) and not inside and a.is_contiguous() and b.is_contiguous():
+    whole = width == variants.width_of(hidden * size) and not inside
+    if remember and whole and a.is_contiguous() and b.is_contiguous():
         _make_ready(plan, index, operation, a, b if remember == "b" else None, eps, gain, offset)
     layout = struct.Struct(f"{_CONFIG}{_ARGUMENTS}{len(sizes)}Q{2 * len(sizes)}q")
     more = (steps[0] * size, steps[1] * size, *sizes, *a_bytes, *b_bytes)
@@ -244,7 +245,7 @@ def _plan(
     rows = a.numel() // hidden
     if a.dtype not in DTYPES or why_not(index):
         return None
-    choice = launch.choose(operation, hidden, size, width, rows, device(index), dims, weighted=code > 0)
+    choice = variants.choose(operation, hidden, size, width, rows, device(index), dims, weighted=code > 0)
     if inside and operation == "rms_norm":
         choice = replace(choice, split=1)
     plan = plan_of(operation, choice, DTYPES.index(a.dtype), code, hidden, rows, index)
@@ -258,8 +259,8 @@ def _plan(
 def plan_of(
     operation: Operation, choice: Launch, dtype: int, gain: int, hidden: int, rows: int, index: int
 ) -> Plan | None:
-    """A variant, compiled for a GPU. `dtype` and `gain` are positions in DTYPES and launch.GAINS."""
-    if choice.blocks(rows) > launch.MAX_BLOCKS:
+    """A variant, compiled for a GPU. `dtype` and `gain` are positions in DTYPES and variants.GAINS."""
+    if choice.blocks(rows) > variants.MAX_BLOCKS:
         return None
     found = kernel(operation, choice, dtype, gain, hidden, index)
     if found is None:
@@ -280,7 +281,7 @@ def kernel(
         if key not in _kernels:
             package = cupy()
             try:
-                raw = package.RawKernel(launch.source(operation), operation, choice.options(dtype, gain, hidden))
+                raw = package.RawKernel(variants.source(operation), operation, choice.options(dtype, gain, hidden))
                 with package.cuda.Device(index):
                     raw.compile()
                     _kernels[key] = (raw, raw.kernel.ptr)

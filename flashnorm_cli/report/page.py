@@ -17,8 +17,8 @@ from typing import Any
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup
 
-from flashnorm_cli import __version__
-from flashnorm_cli.plan import Norm, Plan, grouped, pattern_of
+from flashnorm_cli._version import __version__
+from flashnorm_cli.plan.planner import Norm, Plan, grouped, pattern_of
 from flashnorm_cli.proof.result import MAX_ALGEBRA_ERROR, MAX_NOISE_RATIO, Finding, LevelResult, Verification
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")

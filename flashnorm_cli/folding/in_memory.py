@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from flashnorm_cli import record, runtime
-from flashnorm_cli.checkpoint import Checkpoint, Source
+from flashnorm_cli.checkpoint.header import Header, TensorEntry
+from flashnorm_cli.checkpoint.open import Checkpoint, Source
 from flashnorm_cli.errors import FlashNormError, UsageError
-from flashnorm_cli.plan import FINAL_NORM_CHOICES, TracedPlan, trace_plan
-from flashnorm_cli.rewrite import TORCH_DTYPE, GainOverflowError
-from flashnorm_cli.safetensors_file import Header, TensorEntry
+from flashnorm_cli.folding.rewrite import TORCH_DTYPE, GainOverflowError
+from flashnorm_cli.modeling import build
+from flashnorm_cli.plan.planner import FINAL_NORM_CHOICES, TracedPlan, trace_plan
+from flashnorm_cli.record import write as record
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -77,7 +78,7 @@ def fold_model_(model: Model, final_norm: str = "auto") -> Model:
     if traced.plan.untie:
         _untie(model, head)
         for name in traced.plan.added:
-            runtime.save_as(model, head, name)
+            build.save_as(model, head, name)
     for config in _levels(model.config, traced.plan.text_config):
         for key, value in record.config_keys(traced.plan, "identity", in_memory=True).items():
             setattr(config, key, value)
@@ -113,7 +114,7 @@ def _as_checkpoint(model: PreTrainedModel) -> Checkpoint:
     names = {dtype: name for name, dtype in TORCH_DTYPE.items()}
     entries: dict[str, TensorEntry] = {}
     end = 0
-    for name, tensor in runtime.tensors_on_disk(model).items():
+    for name, tensor in build.tensors_on_disk(model).items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         entries[name] = TensorEntry(name, names.get(tensor.dtype, "U8"), tuple(tensor.shape), start, end)
     name = str(getattr(model, "name_or_path", "") or type(model).__name__)
@@ -230,7 +231,7 @@ def _own_config(model: PreTrainedModel) -> None:
 
 def _untie(model: PreTrainedModel, head: str) -> None:
     """Make the tie undeclared, so that neither `tie_weights` nor `save_pretrained` restores it."""
-    runtime.set_tie(model.config, False)
+    build.set_tie(model.config, False)
     for path, module in model.named_modules():
         tied = getattr(module, "all_tied_weights_keys", None)
         if tied is not None:

@@ -26,7 +26,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from flashnorm_cli.checkpoint import Progress
+from flashnorm_cli.checkpoint.open import Progress
 from flashnorm_cli.errors import FlashNormError
 from flashnorm_cli.proof.result import Finding, LevelResult
 
@@ -243,7 +243,7 @@ def _vllm(job: dict[str, Any]) -> Callable[[list[list[int]]], Tops]:
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # apply_model sends a function to the engine's process
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
-    from flashnorm_cli.vllm_plugin import norm_states
+    from flashnorm_cli.runtimes.vllm.plugin import norm_states
 
     longest = max(map(len, job["prompts"])) + NEW_TOKENS + 1
     engine = LLM(

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, TypeVar
 
-from flashnorm_cli import __version__
-from flashnorm_cli.checkpoint import Progress
+from flashnorm_cli._version import __version__
+from flashnorm_cli.checkpoint.open import Progress
 from flashnorm_cli.errors import FlashNormError
 
 DISTRIBUTION = "flashnorm-cli"

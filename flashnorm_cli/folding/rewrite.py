@@ -36,8 +36,8 @@ from pathlib import Path
 
 import torch
 
+from flashnorm_cli.checkpoint.header import Header, TensorEntry, build_header
 from flashnorm_cli.errors import CheckpointError, FlashNormError, PlanError
-from flashnorm_cli.safetensors_file import Header, TensorEntry, build_header
 
 CHUNK_BYTES = 2**20
 RANGE_BYTES = 8 * CHUNK_BYTES  # what a worker takes from the queue at a time

@@ -9,10 +9,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from flashnorm_cli import __version__
-from flashnorm_cli.checkpoint import CONFIG, INDEX, RECORD, Checkpoint, Source
+from flashnorm_cli._version import __version__
+from flashnorm_cli.checkpoint.open import CONFIG, INDEX, RECORD, Checkpoint, Source
 from flashnorm_cli.errors import UsageError
-from flashnorm_cli.plan import FORMAT, Plan, pattern_of
+from flashnorm_cli.plan.planner import FORMAT, Plan, pattern_of
 
 LAYOUTS = ("identity", "dropped")
 # Small files are hashed whole. A shard's sha256 is written where the Hub cache knows it already: hashing gigabytes

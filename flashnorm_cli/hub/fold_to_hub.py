@@ -23,8 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from flashnorm_cli import __version__, record
-from flashnorm_cli.checkpoint import (
+from flashnorm_cli._version import __version__
+from flashnorm_cli.checkpoint.header import build_header
+from flashnorm_cli.checkpoint.open import (
     CONFIG,
     RECORD,
     Checkpoint,
@@ -35,9 +36,9 @@ from flashnorm_cli.checkpoint import (
     progress_bar,
     read_json,
 )
-from flashnorm_cli.engine import Engine, Stopped, any_executor, dask_engine, overlapping, results
 from flashnorm_cli.errors import FlashNormError, UsageError
-from flashnorm_cli.folding import (
+from flashnorm_cli.folding.engine import Engine, Stopped, any_executor, dask_engine, overlapping, results
+from flashnorm_cli.folding.fold import (
     check_options,
     give_back_memory,
     plan_fingerprint,
@@ -46,12 +47,12 @@ from flashnorm_cli.folding import (
     work_folder,
     write_text,
 )
+from flashnorm_cli.folding.jobs import ShardEdits, check_version, fold_shard, shard_edits
 from flashnorm_cli.hub.errors import push_errors, status_of
-from flashnorm_cli.hub.patience import RETRY_STATUS, quiet_hub, wait_after, watched
 from flashnorm_cli.hub.push import NO_TOKEN, Push, PushResult, check_call, file_hashes
-from flashnorm_cli.plan import Plan, refuse_folded
-from flashnorm_cli.safetensors_file import build_header
-from flashnorm_cli.shards import ShardEdits, check_version, fold_shard, shard_edits
+from flashnorm_cli.hub.retry import RETRY_STATUS, quiet_hub, wait_after, watched
+from flashnorm_cli.plan.planner import Plan, refuse_folded
+from flashnorm_cli.record import write as record
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
