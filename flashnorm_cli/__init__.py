@@ -12,12 +12,14 @@ from flashnorm_cli._version import __version__
 
 if TYPE_CHECKING:
     from flashnorm_cli.adapters.fold import AdapterResult, fold_adapter
-    from flashnorm_cli.checkpoint.open import Checkpoint, Source, open_checkpoint
+    from flashnorm_cli.checkpoint.model import Checkpoint, Source
+    from flashnorm_cli.checkpoint.open import open_checkpoint
     from flashnorm_cli.errors import FlashNormError
     from flashnorm_cli.folding.fold import FoldResult, fold
     from flashnorm_cli.folding.in_memory import fold_model_
     from flashnorm_cli.hub.push import PushResult, push_to_hub
-    from flashnorm_cli.plan.planner import Plan, make_plan
+    from flashnorm_cli.plan.model import Plan
+    from flashnorm_cli.plan.planner import make_plan
     from flashnorm_cli.proof.result import Verification
     from flashnorm_cli.proof.verify import verify
     from flashnorm_cli.runtimes.transformers.weightless import from_pretrained, weighted, weightless, weightless_norms

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flashnorm_cli.folding.fold import FoldResult, fold
-from flashnorm_cli.modeling.build import quiet_transformers
+from flashnorm_cli.modeling.quiet import quiet_transformers
 from flashnorm_cli.proof.result import Verification
 from flashnorm_cli.proof.verify import verify
 

@@ -26,3 +26,7 @@ class CheckpointError(FlashNormError):
 
 class PlanError(FlashNormError):
     """The architecture cannot be planned: it cannot be built, traced, or matched with the tensors on disk."""
+
+
+class GainOverflowError(FlashNormError):
+    """A finite weight times its gain is beyond the largest finite value of the tensor's dtype."""

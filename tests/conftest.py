@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parent))  # the helper modules beside the tests
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 
 def pytest_configure() -> None:

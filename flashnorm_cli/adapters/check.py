@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from flashnorm_cli.adapters.plan import AdapterPlan, FoldedModel, LoraModule, read_tensor
+from flashnorm_cli.adapters.base import FoldedModel
+from flashnorm_cli.adapters.plan import AdapterPlan, LoraModule
+from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE, read_tensor
 from flashnorm_cli.errors import FlashNormError
-from flashnorm_cli.folding.rewrite import TORCH_DTYPE
 
 ROWS = 32  # of each weight: enough to tell, and a small ranged request on the Hub
 SAMPLES = 32  # random activations

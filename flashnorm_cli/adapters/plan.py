@@ -19,62 +19,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flashnorm_cli.adapters.fold import FITTING_TYPES
+from flashnorm_cli.adapters.base import FoldedModel, Target
+from flashnorm_cli.adapters.edits import Edit, Ratio, Scale
+from flashnorm_cli.adapters.kinds import INSTEAD, PROMPT_TYPES, AdapterError
 from flashnorm_cli.checkpoint.header import Header, TensorEntry
-from flashnorm_cli.checkpoint.open import Checkpoint, read_bytes
-from flashnorm_cli.errors import FlashNormError, PlanError
-from flashnorm_cli.folding.rewrite import TORCH_DTYPE, GainOverflowError
-from flashnorm_cli.modeling import build
-from flashnorm_cli.plan.planner import traced
+from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE, read_tensor
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    pass
 
 PREFIX = "base_model.model."
-# The update is linear in what the layer reads, and one factor of it holds the input dimension.
-LINEAR_TYPES = ("LORA", "ADALORA", "LOHA")
-# Inputs or outputs are scaled channel by channel, which a gain per channel commutes with; or norms are replaced.
-OTHER_TYPES = (FITTING_TYPES[0], "LN_TUNING", "TRAINABLE_TOKENS")
-# Vectors in front of the embedded text, or keys and values in front of the computed ones.
-PROMPT_TYPES = FITTING_TYPES[1:]
-_ROTATES = "it rotates what the layer reads, and a gain per channel does not commute with a rotation"
-_SHARES = "its matrices are shared by layers that read different norms"
-REFUSED_TYPES = {
-    "LOKR": "its update is a Kronecker product, and that times a gain per channel is none",
-    "OFT": _ROTATES,
-    "BOFT": _ROTATES,
-    "HRA": _ROTATES,
-    "PSOFT": _ROTATES,
-    "VERA": _SHARES,
-    "PVERA": _SHARES,
-    "VBLORA": _SHARES,
-    "RANDLORA": _SHARES,
-    "UNILORA": _SHARES,
-    "ADAPTION_PROMPT": "its prompts go through the layers' weights without passing their norm",
-}
-REFUSED_VARIANTS = {
-    "use_qalora": "QALoRA averages groups of channels before its A, which no longer tells their gains apart",
-    "use_bdlora": "the blocks of BD-LoRA are not handled",
-    "arrow_config": "Arrow chooses adapters by the directions of their A matrices, which the fold changes",
-    "kasa_config": "KaSA changes the base's weights by their singular values, which the fold changes",
-    "monteclora_config": "MonteCLoRA's samples are not handled",
-}
-# These replace the base's weights by what is left of them, derived from the weights themselves.
-MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-INSTEAD = "merge it into the source (merge_and_unload of peft) and fold the merged model instead"
-TASK_HEADS = {
-    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
-    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
-    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
-    "FEATURE_EXTRACTION": "MODEL_MAPPING",
-}
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_E|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|"
     r"lora_velora_embed|ranknum|hada_w[12]_[ab]|hada_t[12]|ia3_l|trainable_tokens_delta)"
@@ -82,51 +41,7 @@ _PART = re.compile(
 )
 
 
-class AdapterError(FlashNormError):
-    """The adapter cannot be folded exactly; the message names the tensor or the setting, and the reason."""
-
-
 # ---- what is done to a tensor ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Multiply a tensor by `factor` (1-D, float32 or float64) along `dim`; computed in its dtype, rounded once."""
-
-    dim: int
-    factor: torch.Tensor
-
-    def apply(self, values: torch.Tensor) -> torch.Tensor:
-        wide = torch.promote_types(values.dtype, self.factor.dtype)
-        factor = self.factor.view([-1 if d == self.dim else 1 for d in range(values.ndim)])
-        return (values.to(wide) * factor.to(wide)).to(values.dtype)
-
-    def flushed(self, before: torch.Tensor, after: torch.Tensor) -> int:
-        """How many products became zero although neither weight nor factor is."""
-        factor = self.factor.view([-1 if d == self.dim else 1 for d in range(before.ndim)])
-        return int(((before != 0) & (factor != 0) & (after == 0)).sum())
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Divide a norm's own gain, `scale * weight + offset`, by the one that its readers hold already.
-
-    `gain` is float32 of the norm's shape. Where both are zero nothing comes through: the identity is as good as any.
-    """
-
-    gain: torch.Tensor
-    scale: float
-    offset: float
-
-    def apply(self, values: torch.Tensor) -> torch.Tensor:
-        mine, folded = values.double() * self.scale + self.offset, self.gain.double()
-        if bool(((folded == 0) & (mine != 0)).any()):
-            raise AdapterError("the source's norm is zero where this one is not, so the folded base lost the channel")
-        ratio = torch.where(folded == 0, torch.ones_like(mine), mine / folded)
-        return ((ratio - self.offset) / self.scale).to(values.dtype)
-
-
-Edit = Scale | Ratio
 
 
 @dataclass
@@ -169,216 +84,7 @@ class LoraModule:
 # ---- the model that adapter and base share ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class FoldedNorm:
-    """A norm that the base has folded: its gain `scale * weight + offset` in the source, float32, of its shape."""
-
-    gain: torch.Tensor
-    scale: float
-    offset: float
-
-
-@dataclass(frozen=True)
-class Target:
-    """A weight that an adapter speaks of.
-
-    `factor` (float32, 1-D) is what the fold multiplied it by along `dim`, None for nothing; `norm` is set for a folded
-    norm. `disk` are its tensors in source and base, where there is one of the same shape.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dim: int = 0
-    factor: torch.Tensor | None = None
-    norm: FoldedNorm | None = None
-    disk: tuple[str, str] | None = None
-
-
-class FoldedModel:
-    """The source's model on the meta device, and what folding the norms of the base's record did to each parameter.
-
-    Args:
-        source, base: opened with or without their weights; of the source only norms are read.
-        record: content of the base's flashnorm.json.
-        task: `task_type` of the adapter's config; heads for classification read the final norm, too.
-    Raises:
-        PlanError: the model cannot be traced, or the trace does not allow what the record says was folded.
-    """
-
-    def __init__(
-        self,
-        source: Checkpoint,
-        base: Checkpoint,
-        record: dict[str, Any],
-        task: str | None,
-        trust_remote_code: bool = False,
-    ) -> None:
-        self.source, self.base, self.record = source, base, record
-        self.untied = bool(record.get("untie"))
-        config = build.load_config(source.folder, trust_remote_code)
-        cls = _class_for(task, config, source, trust_remote_code)
-        has_head = task not in TASK_HEADS
-        if not has_head:  # to classify more than one text at a time
-            for each in (config, config.get_text_config(decoder=True)):
-                each.pad_token_id = 0 if each.pad_token_id is None else each.pad_token_id
-        self.model, _, self.trace = traced(source, config, cls, untied=self.untied and has_head)
-        self.first: dict[str, str] = {}
-        first_name: dict[int, str] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            self.first[name] = first_name.setdefault(id(parameter), name)
-        self.parameters = dict(self.model.named_parameters())
-        self.modules = dict(self.model.named_modules())
-        names = list(dict.fromkeys([*source.tensors, *base.tensors]))
-        self.loads = build.loader_names(self.model, names)
-        self._read_norms()
-
-    def _read_norms(self) -> None:
-        """Gains of the folded norms, from the source; and one table from the trace's ids to factors."""
-        folded = [norm for norm in self.record["norms"] if norm.get("folded") is True]
-        for norm in folded:
-            name = norm["tensor"]
-            entry = self.source.tensors.get(name)
-            if entry is None or entry.dtype not in TORCH_DTYPE or list(entry.shape) != norm["shape"]:
-                raise PlanError(f"{name}: the base's record says that it is folded, but the source has no such norm")
-        with ThreadPoolExecutor(8) as pool:
-            weights = list(pool.map(lambda norm: read_tensor(self.source, norm["tensor"]), folded))
-        self.norms: dict[str, FoldedNorm] = {}
-        self.by_tensor: dict[str, torch.Tensor] = {}
-        last = max((g.first_id + g.size for g in self.trace.gains.values()), default=1)
-        table = torch.ones(last)
-        for norm, weight in zip(folded, weights, strict=True):
-            name = norm["tensor"]
-            parameter = self.first.get(self.loads[name][0], "")
-            gain = self.trace.gains.get(parameter)
-            if gain is None or (gain.scale, gain.offset) != (norm["scale"], norm["offset"]):
-                raise PlanError(
-                    f"{name}: is folded in the base, but the forward of {type(self.model).__name__} does not show "
-                    "it as a norm's weight"
-                )
-            if parameter in self.trace.kept:
-                raise PlanError(
-                    f"{name}: is folded in the base, but {type(self.model).__name__} uses it in another way: "
-                    f"{self.trace.kept[parameter]}"
-                )
-            values = weight.float() * gain.scale + gain.offset
-            self.norms[parameter] = FoldedNorm(values, gain.scale, gain.offset)
-            self.by_tensor[name] = values.flatten()
-            table[gain.first_id : gain.first_id + gain.size] = values.flatten()
-        self._table = table
-
-    @cached_property
-    def _disk_of(self) -> dict[str, list[str]]:
-        """Tensors of the base that are loaded into each parameter as they are."""
-        found: dict[str, list[str]] = {}
-        for name, (target, pattern) in self.loads.items():
-            if pattern is None and target in self.first and name in self.base.tensors:
-                found.setdefault(self.first[target], []).append(name)
-        return found
-
-    @cached_property
-    def _readers_on_disk(self) -> dict[str, dict[str, Any]]:
-        return {reader["tensor"]: reader for reader in self.record["readers"]}
-
-    @cached_property
-    def head(self) -> str | None:
-        """The module of the output head."""
-        return self._path_of(self.model.get_output_embeddings())
-
-    @cached_property
-    def embedding(self) -> str | None:
-        """The module of the input embedding."""
-        return self._path_of(self.model.get_input_embeddings())
-
-    def _path_of(self, wanted: Any) -> str | None:
-        return next((path for path, module in self.modules.items() if wanted is not None and module is wanted), None)
-
-    def is_untouched(self, module: str) -> bool:
-        """Whether the fold changed no parameter in a module of the model."""
-        inside = [name for name in self.first if name.startswith(f"{module}.")]
-        targets = [self._parameter(name) for name in inside]
-        return module in self.modules and all(t.factor is None and t.norm is None for t in targets)
-
-    def target(self, name: str) -> Target | None:
-        """The weight that a name means: of the model, or on disk as older versions of transformers name it."""
-        if name in self.first:
-            return self._parameter(name)
-        loads, pattern = self.loads.get(name) or build.loader_names(self.model, [name])[name]
-        if loads in self.first and pattern is None:
-            return self._parameter(loads)
-        if name in self.base.tensors:
-            entry = self.base.tensors[name]
-            reader = self._readers_on_disk.get(name)
-            factor = self.factor_on_disk(reader) if reader is not None else None
-            return Target(name, entry.shape, reader["dim"] if reader else 0, factor, disk=(name, name))
-        return None
-
-    def factor_on_disk(self, reader: dict[str, Any]) -> torch.Tensor:
-        """What the fold multiplied a reader of the record by: float32 of shape (shape[dim],)."""
-        parts = []
-        for norm, start, length, repeat in reader["runs"]:
-            gain = self.by_tensor.get(norm) if norm else None
-            part = torch.ones(length) if gain is None else gain[start : start + length]
-            parts.append(part.repeat(repeat))
-        return torch.cat(parts)
-
-    def _parameter(self, name: str) -> Target:
-        first = self.first[name]
-        shape = tuple(self.parameters[first].shape)
-        reader = self.trace.readers.get(first)
-        dim, factor = 0, None
-        if reader is not None:
-            dim, factor = reader.dim, self._table[reader.ids.clamp(min=0)]
-            if bool((factor == 1).all()):
-                factor = None
-        disk = None
-        candidates = self._disk_of.get(first, [])
-        if len(candidates) == 1 and self.base.tensors[candidates[0]].shape == shape:
-            values_from = self._readers_on_disk.get(candidates[0], {}).get("values_from")
-            disk = (values_from or candidates[0], candidates[0])
-        return Target(first, shape, dim, factor, self.norms.get(first), disk)
-
-
-def _class_for(task: str | None, config: PretrainedConfig, source: Checkpoint, trust_remote_code: bool) -> Any:
-    import transformers
-
-    if task not in TASK_HEADS:
-        return build.model_class(config, source.folder, trust_remote_code)
-    mapping = getattr(transformers, TASK_HEADS[task])
-    if type(config) not in mapping:
-        raise PlanError(f"the adapter's task_type is {task}, and transformers has no such {config.model_type}")
-    return mapping[type(config)]
-
-
-def read_tensor(checkpoint: Checkpoint, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-    """A tensor's values in its own dtype, or those of its first dimension from rows[0] to rows[1]."""
-    entry = checkpoint.tensors[name]
-    dtype = TORCH_DTYPE[entry.dtype]
-    start, end = rows or (0, entry.shape[0])
-    row = math.prod(entry.shape[1:]) * dtype.itemsize
-    raw = read_bytes(checkpoint, name, start * row, end * row)
-    return torch.frombuffer(raw, dtype=dtype).view(end - start, *entry.shape[1:])
-
-
 # ---- the plan --------------------------------------------------------------------------------------------------------
-
-
-def refuse_unfoldable(config: dict[str, Any]) -> None:
-    """Raise AdapterError for a kind of adapter that cannot be folded exactly, whatever its tensors are."""
-    kind = config.get("peft_type")
-    if kind not in (*LINEAR_TYPES, *OTHER_TYPES, *PROMPT_TYPES):
-        why = REFUSED_TYPES.get(str(kind), "how it reads the norms' output is not known here")
-        raise AdapterError(f"peft type {kind} cannot be folded: {why}; {INSTEAD}")
-    for key, why in REFUSED_VARIANTS.items():
-        if config.get(key):
-            raise AdapterError(f"{key} is set in adapter_config.json: {why}; {INSTEAD}")
-    init = config.get("init_lora_weights")
-    if kind == "LORA" and isinstance(init, str) and init.lower().startswith(MUTATING_INITS):
-        raise AdapterError(
-            f"init_lora_weights is {init!r}: such an adapter belongs to what its initialisation left of the source's "
-            "weights, and peft would derive that afresh from the folded ones; convert it to plain LoRA first, with "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=<the adapter as it was initialised>), or "
-            f"{INSTEAD}"
-        )
 
 
 def plan_adapter(
@@ -688,22 +394,3 @@ def _blocks(weight: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
     """Rows in groups, so that float64 copies stay small."""
     step = max(1, 2**22 // max(weight.shape[1], 1))
     return [(start, weight[start : start + step]) for start in range(0, weight.shape[0], step)]
-
-
-def apply(name: str, values: torch.Tensor, edit: Edit) -> tuple[torch.Tensor, int]:
-    """A tensor after its edit, and how many of its values became zero.
-
-    Raises GainOverflowError if a finite value would become inf, AdapterError if it cannot be folded.
-    """
-    if not bool(values.isfinite().all()):
-        raise AdapterError(f"{name}: holds inf or NaN; this adapter is broken")
-    try:
-        result = edit.apply(values)
-    except AdapterError as error:
-        raise AdapterError(f"{name}: {error}; {INSTEAD}") from None
-    if not bool(result.isfinite().all()):
-        raise GainOverflowError(
-            f"{name}: a weight times its gain is beyond the largest {values.dtype} value, "
-            f"{torch.finfo(values.dtype).max:g}"
-        )
-    return result, edit.flushed(values, result) if isinstance(edit, Scale) else 0

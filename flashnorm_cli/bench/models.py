@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashnorm_cli.errors import FlashNormError
-from flashnorm_cli.modeling.build import first_line, quiet_transformers
+from flashnorm_cli.modeling.quiet import first_line, quiet_transformers
 from flashnorm_cli.norms import fused_add_rms_norm
-from flashnorm_cli.norms.detect import PlainNorm, norms_replaced, on_kernel, plain_norms
+from flashnorm_cli.norms.detect import PlainNorm, plain_norms
+from flashnorm_cli.runtimes.transformers.swap import norms_replaced, on_kernel
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

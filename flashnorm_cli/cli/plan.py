@@ -9,7 +9,7 @@ from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output, size
 
 if TYPE_CHECKING:
-    from flashnorm_cli.plan.planner import Norm, Plan
+    from flashnorm_cli.plan.model import Norm, Plan
 
 
 def plan(
@@ -28,7 +28,8 @@ def plan(
     output = Output(json, quiet)
     with output.progress() as report:
         report(0, 0, "Reading headers")
-        from flashnorm_cli.checkpoint.open import Source, open_checkpoint
+        from flashnorm_cli.checkpoint.model import Source
+        from flashnorm_cli.checkpoint.open import open_checkpoint
         from flashnorm_cli.plan.planner import make_plan
 
         source = Source(model, revision, token, cache_dir, local_files_only)
@@ -42,7 +43,7 @@ def plan(
 
 def plan_lines(plan: Plan) -> list[str]:
     """One line for each kind of norm: what happens, its name with `*` for numbers, how many, and into what or why."""
-    from flashnorm_cli.plan.planner import pattern_of
+    from flashnorm_cli.checkpoint.names import pattern_of
 
     kinds: dict[tuple[str, str, str], list[Norm]] = {}
     for norm in plan.norms:
@@ -61,7 +62,7 @@ def plan_lines(plan: Plan) -> list[str]:
 
 def plan_summary(plan: Plan) -> list[str]:
     """The sentences below the table."""
-    from flashnorm_cli.plan.planner import grouped
+    from flashnorm_cli.checkpoint.names import grouped
 
     head = {
         "folded": "the final norm is folded into the output head",

@@ -16,7 +16,7 @@ from importlib import metadata
 from typing import Any, TypeVar
 
 from flashnorm_cli._version import __version__
-from flashnorm_cli.checkpoint.open import Progress
+from flashnorm_cli.checkpoint.model import Progress
 from flashnorm_cli.errors import FlashNormError
 
 DISTRIBUTION = "flashnorm-cli"

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from flashnorm_cli.checkpoint.header import Header, TensorEntry
-from flashnorm_cli.checkpoint.open import Checkpoint, Source
-from flashnorm_cli.errors import FlashNormError, UsageError
-from flashnorm_cli.folding.rewrite import TORCH_DTYPE, GainOverflowError
-from flashnorm_cli.modeling import build
+from flashnorm_cli.checkpoint.model import Checkpoint, Source
+from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
+from flashnorm_cli.errors import FlashNormError, GainOverflowError, UsageError
+from flashnorm_cli.modeling import build, disk_names
 from flashnorm_cli.plan.planner import FINAL_NORM_CHOICES, TracedPlan, trace_plan
 from flashnorm_cli.record import write as record
 
@@ -78,7 +78,7 @@ def fold_model_(model: Model, final_norm: str = "auto") -> Model:
     if traced.plan.untie:
         _untie(model, head)
         for name in traced.plan.added:
-            build.save_as(model, head, name)
+            disk_names.save_as(model, head, name)
     for config in _levels(model.config, traced.plan.text_config):
         for key, value in record.config_keys(traced.plan, "identity", in_memory=True).items():
             setattr(config, key, value)
@@ -114,7 +114,7 @@ def _as_checkpoint(model: PreTrainedModel) -> Checkpoint:
     names = {dtype: name for name, dtype in TORCH_DTYPE.items()}
     entries: dict[str, TensorEntry] = {}
     end = 0
-    for name, tensor in build.tensors_on_disk(model).items():
+    for name, tensor in disk_names.tensors_on_disk(model).items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         entries[name] = TensorEntry(name, names.get(tensor.dtype, "U8"), tuple(tensor.shape), start, end)
     name = str(getattr(model, "name_or_path", "") or type(model).__name__)

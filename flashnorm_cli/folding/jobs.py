@@ -15,18 +15,16 @@ from typing import TYPE_CHECKING
 
 from flashnorm_cli._version import __version__
 from flashnorm_cli.checkpoint.header import Header, read_header
-from flashnorm_cli.checkpoint.open import Checkpoint
+from flashnorm_cli.checkpoint.model import Checkpoint
+from flashnorm_cli.checkpoint.output import JOURNAL
 from flashnorm_cli.errors import CheckpointError, FlashNormError
-from flashnorm_cli.plan.planner import Plan, Reader, Run
+from flashnorm_cli.plan.model import Plan, Reader, Run
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from flashnorm_cli.folding.rewrite import Edit, Scale
-
-# In a work folder: the fingerprint of the fold that it belongs to.
-JOURNAL = "journal"
+    from flashnorm_cli.folding.edits import Edit, Scale
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,8 @@ def fold_shard(
     Returns how many values of each tensor were flushed to zero. Raises what `rewrite_shard` raises, and
     CheckpointError if a file is not the one that the fold was planned with.
     """
-    from flashnorm_cli.folding.rewrite import Fill, ShardJob, rewrite_shard
+    from flashnorm_cli.folding.edits import Fill
+    from flashnorm_cli.folding.rewrite import ShardJob, rewrite_shard
 
     header = _checked_header(source, edits.header_sha256)
     scales = _scales(edits, origins)
@@ -138,7 +137,7 @@ def _scales(edits: ShardEdits, origins: Mapping[str, Path]) -> dict[str, Scale]:
     """The gain of each reader; readers of the same norm (the experts of a layer) share one."""
     import torch
 
-    from flashnorm_cli.folding.rewrite import Scale
+    from flashnorm_cli.folding.edits import Scale
 
     made: dict[tuple[Run, ...], torch.Tensor] = {}
     scales = {}

@@ -21,12 +21,9 @@ on ext4 (Linux 6.18, 2 cores), where `cp` takes 250 us; docs/benchmarks/fold_spe
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import math
 import mmap
 import os
-import stat
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -36,47 +33,19 @@ from pathlib import Path
 
 import torch
 
-from flashnorm_cli.checkpoint.header import Header, TensorEntry, build_header
-from flashnorm_cli.errors import CheckpointError, FlashNormError, PlanError
+from flashnorm_cli.checkpoint.header import Header, build_header
+from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
+from flashnorm_cli.errors import GainOverflowError, PlanError
+from flashnorm_cli.folding.edits import Edit, Fill, Scale, _Scaling
+from flashnorm_cli.folding.shard_files import SourceFile, SourceFiles, new_file, read_into, write_at
 
 CHUNK_BYTES = 2**20
 RANGE_BYTES = 8 * CHUNK_BYTES  # what a worker takes from the queue at a time
 
-# What can be scaled or filled, and the integers that show its bits.
-TORCH_DTYPE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # The file system, or the pair of them, cannot do it: copy through memory instead.
 _NO_COPY_FILE_RANGE = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
-
-
-class GainOverflowError(FlashNormError):
-    """A finite weight times its gain is beyond the largest finite value of the tensor's dtype."""
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Multiply a tensor by a gain along one dimension.
-
-    The product is computed in float32 (float64 for F64) and rounded once, to nearest even, to the tensor's
-    dtype: BF16, F16, F32 or F64. `gain` is float32, finite, of shape (shape[dim],). `origin` (a file, its
-    header, the name of a tensor in it with the same dtype and shape) says where the values come from, if not
-    from the tensor itself: an untied head is the embedding times a gain.
-    """
-
-    dim: int
-    gain: torch.Tensor
-    origin: tuple[Path, Header, str] | None = None
-
-
-@dataclass(frozen=True)
-class Fill:
-    """Set every element of a BF16, F16, F32 or F64 tensor to `value`: the identity of a folded norm."""
-
-    value: float
-
-
-Edit = Scale | Fill
 
 
 @dataclass(frozen=True)
@@ -124,11 +93,11 @@ def rewrite_shard(
     target exists or cannot be written. On any error what was written is removed again.
     """
     with ExitStack() as stack:
-        files = _Sources(stack)
+        files = SourceFiles(stack)
         header = job.target_header()
         ranges, scalings = _plan(job, header, files)
-        with _new_file(job.target, header.file_size) as target:
-            _write(target, 0, memoryview(header.raw))
+        with new_file(job.target, header.file_size) as target:
+            write_at(target, 0, memoryview(header.raw))
             if on_bytes is not None:
                 on_bytes(len(header.raw))
             _run(ranges, target, workers, on_bytes)
@@ -141,68 +110,6 @@ def rewrite_shard(
 # --- what to do with which bytes ----------------------------------------------------------------------------
 
 
-class _Scaling:
-    """One tensor's gain, ready to be multiplied to any stretch of the flattened tensor.
-
-    A tensor of shape (outer..., channels, inner...) is flattened to (outer * channels * inner,); element i
-    takes gain[i // inner % channels].
-    """
-
-    def __init__(self, entry: TensorEntry, scale: Scale) -> None:
-        self.name = entry.name
-        self.dtype_name = entry.dtype
-        self.flushed = 0
-        gain, dim = scale.gain.contiguous(), scale.dim
-        if entry.dtype not in TORCH_DTYPE:
-            raise PlanError(f"tensor {entry.name!r}: {entry.dtype} cannot take a gain")
-        if not 0 <= dim < len(entry.shape) or gain.dtype != torch.float32 or gain.shape != (entry.shape[dim],):
-            raise PlanError(
-                f"tensor {entry.name!r}: a {gain.dtype} gain of shape {list(gain.shape)} does not fit"
-                f" dimension {dim} of {list(entry.shape)}"
-            )
-        if not gain.isfinite().all():
-            raise PlanError(f"tensor {entry.name!r}: its gain holds NaN or inf")
-        self.dtype = TORCH_DTYPE[entry.dtype]
-        self.itemsize = self.dtype.itemsize
-        # A gain that the tensor's own dtype holds exactly needs no wider copy of the tensor (see the top).
-        exact = bool((gain.to(self.dtype).float() == gain).all())
-        self.product_dtype = self.dtype if exact else torch.float32
-        # |gain| <= 1 cannot overflow, and only about half of the smallest nonzero value or less rounds to 0.
-        magnitudes = gain[gain != 0].abs()
-        self.needs_check = bool(((magnitudes > 1) | (magnitudes < 0.75)).any())
-        inner = math.prod(entry.shape[dim + 1 :])
-        self.gain, self.inner = _without_short_loops(gain.to(self.product_dtype), inner)
-
-    def multiply(self, values: torch.Tensor, first: int, gain: torch.Tensor) -> None:
-        """values *= gain in place; `values` is 1-D and begins at element `first` of the flattened tensor."""
-        channels, inner = len(gain), self.inner
-        period = channels * inner
-        done, count = 0, len(values)
-        while done < count:
-            channel, offset = divmod((first + done) % period, inner)
-            left = count - done
-            if channel == 0 and offset == 0 and left >= period:  # as many whole periods as there are
-                n = left // period * period
-                values[done : done + n].view(-1, channels, inner).mul_(gain[:, None])
-            elif offset == 0 and left >= inner:  # whole channels up to the end of the period
-                whole = min(left // inner, channels - channel)
-                n = whole * inner
-                values[done : done + n].view(whole, inner).mul_(gain[channel : channel + whole, None])
-            else:  # the rest of one channel
-                n = min(left, inner - offset)
-                values[done : done + n].mul_(gain[channel])
-            done += n
-
-
-def _without_short_loops(gain: torch.Tensor, inner: int) -> tuple[torch.Tensor, int]:
-    """An equivalent (gain, inner) whose innermost loop is long, because torch is slow at short ones."""
-    if inner < 64:
-        gain, inner = gain.repeat_interleave(inner), 1
-    if inner == 1 and 0 < len(gain) < 1024:
-        gain = gain.repeat(1024 // len(gain))
-    return gain, inner
-
-
 @dataclass(frozen=True)
 class _Range:
     """A stretch of the target, in bytes. `action` is None to copy it, a gain, or the value to fill it with.
@@ -210,7 +117,7 @@ class _Range:
     `first` is the number of its first element within the tensor. What is filled is not read.
     """
 
-    source: _Source
+    source: SourceFile
     source_offset: int
     target_offset: int
     length: int
@@ -218,7 +125,7 @@ class _Range:
     first: int = 0
 
 
-def _plan(job: ShardJob, header: Header, files: _Sources) -> tuple[list[_Range], list[_Scaling]]:
+def _plan(job: ShardJob, header: Header, files: SourceFiles) -> tuple[list[_Range], list[_Scaling]]:
     """Every byte of the target's data section in ranges, in the order of the target."""
     for name in (*job.edits, *job.drop):
         if name not in job.header.tensors:
@@ -350,10 +257,10 @@ class _Worker:
             if isinstance(chunk.action, torch.Tensor):
                 _tensor(self.chunk, chunk.action.dtype, chunk.length).copy_(chunk.action)
             else:
-                _read_into(chunk.source, chunk.source_offset, view)
+                read_into(chunk.source, chunk.source_offset, view)
                 if chunk.action is not None:
                     self._scale(chunk, chunk.action)
-            _write(self.target, chunk.target_offset, view)
+            write_at(self.target, chunk.target_offset, view)
 
     def _scale(self, chunk: _Range, scaling: _Scaling) -> None:
         """Multiply the values in `self.chunk` in place."""
@@ -384,7 +291,7 @@ class _Worker:
 
     def _count(self, chunk: _Range, scaling: _Scaling, product: torch.Tensor) -> None:
         """Raise at a new inf, and count what was flushed. Only chunks with a zero or inf get here."""
-        _read_into(chunk.source, chunk.source_offset, memoryview(self.scratch)[: chunk.length])
+        read_into(chunk.source, chunk.source_offset, memoryview(self.scratch)[: chunk.length])
         before = _tensor(self.scratch, scaling.dtype, chunk.length)
         if not product.sum(dtype=torch.float64).isfinite():
             new_inf = before.isfinite() & ~product.isfinite()
@@ -408,83 +315,6 @@ def _tensor(buffer: mmap.mmap, dtype: torch.dtype, nbytes: int) -> torch.Tensor:
 # --- files --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Source:
-    path: Path
-    fd: int
-    size: int
-    mtime_ns: int
-
-
-class _Sources:
-    """Source files, each opened and compared with its header once, closed with `stack`."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
-        self._files: dict[Path, _Source] = {}
-
-    def open(self, path: Path, header: Header) -> _Source:
-        if path in self._files:
-            return self._files[path]
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror}") from error
-        self._stack.callback(os.close, fd)
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path}: not a regular file")
-        source = _Source(path, fd, status.st_size, status.st_mtime_ns)
-        raw = bytearray(header.data_start)
-        if source.size == header.file_size:
-            _read_into(source, 0, memoryview(raw))
-        if raw != header.raw:
-            raise CheckpointError(f"{path}: changed since its header was read")
-        self._files[path] = source
-        return source
-
-    def check_unchanged(self) -> None:
-        for source in self._files.values():
-            status = os.fstat(source.fd)
-            if (status.st_size, status.st_mtime_ns) != (source.size, source.mtime_ns):
-                raise CheckpointError(f"{source.path}: changed while it was being read")
-
-
-@contextmanager
-def _new_file(path: Path, size: int) -> Iterator[int]:
-    """A new file of `size` bytes, removed again on any error. Never follows or replaces what is there."""
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise FlashNormError(f"{path}: {error.strerror}") from error
-    try:
-        try:
-            _reserve(fd, size)
-            yield fd
-        finally:
-            os.close(fd)
-    except BaseException as error:
-        path.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise FlashNormError(f"{path}: {error.strerror}") from error
-        raise
-
-
-def _reserve(fd: int, size: int) -> None:
-    """Make the file `size` bytes long, with its blocks reserved where the file system can do that.
-
-    Not os.posix_fallocate: where the file system cannot, glibc writes a byte into every block instead.
-    """
-    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
-    if fallocate is not None:
-        fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-        if fallocate(fd, 0, 0, size) != 0:
-            code = ctypes.get_errno()
-            if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise OSError(code, os.strerror(code))
-    os.ftruncate(fd, size)
-
-
 def _copy_file_range(part: _Range, target: int) -> _Range:
     """Copy within the kernel as far as that goes, and return what is left to copy.
 
@@ -501,22 +331,3 @@ def _copy_file_range(part: _Range, target: int) -> _Range:
             break
         part = _after(part, n)
     return part
-
-
-def _read_into(source: _Source, offset: int, buffer: memoryview) -> None:
-    """Fill the buffer from `offset` of the source."""
-    done = 0
-    while done < len(buffer):  # a read may be short; one that a signal interrupts is repeated by Python
-        try:
-            n = os.preadv(source.fd, [buffer[done:]], offset + done)
-        except OSError as error:
-            raise CheckpointError(f"{source.path}: {error.strerror}") from error
-        if n == 0:
-            raise CheckpointError(f"{source.path}: truncated while it was being read")
-        done += n
-
-
-def _write(fd: int, offset: int, data: memoryview) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)

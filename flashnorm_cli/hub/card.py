@@ -14,11 +14,12 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flashnorm_cli.checkpoint.names import pattern_of
 from flashnorm_cli.errors import CheckpointError
 from flashnorm_cli.hub.published import Base
-from flashnorm_cli.plan.planner import Plan, pattern_of
+from flashnorm_cli.plan.model import Plan
 from flashnorm_cli.proof.result import Verification
-from flashnorm_cli.report import page
+from flashnorm_cli.report import formats, page
 
 if TYPE_CHECKING:
     from huggingface_hub import CardData, ModelCard
@@ -176,10 +177,12 @@ def _proof(facts: CardFacts) -> list[str]:
     figures = logits.figures if logits else {}
     folded, source = figures.get("folded"), figures.get("source")
     if isinstance(folded, dict) and isinstance(source, dict) and folded.get("perplexity") and source.get("perplexity"):
-        beside = f"the source: {page.perplexity(source['perplexity'])}"
+        beside = f"the source: {formats.perplexity(source['perplexity'])}"
         if figures.get("reference_perplexity"):
-            beside += f", in {figures.get('reference')}: {page.perplexity(figures['reference_perplexity'])}"
-        lines.append(f"| Perplexity | {page.perplexity(folded['perplexity'])} | {beside}; on {figures.get('text')} |")
+            beside += f", in {figures.get('reference')}: {formats.perplexity(figures['reference_perplexity'])}"
+        lines.append(
+            f"| Perplexity | {formats.perplexity(folded['perplexity'])} | {beside}; on {figures.get('text')} |"
+        )
     for level in result.levels:
         if level.status == "skipped":
             lines.append(f"| {page.title_of(level)} | not run | {_cell(level.reason or '')} |")
@@ -187,7 +190,7 @@ def _proof(facts: CardFacts) -> list[str]:
     with_what = ", ".join(f"{key} {value}" if key != "device" else value for key, value in made.items())
     lines += [
         "",
-        f"Checked on {page.date(result.environment.get('date'))} with {with_what}, against "
+        f"Checked on {formats.date(result.environment.get('date'))} with {with_what}, against "
         f"{_source(facts, commit=True)}. `flashnorm.json` holds every figure and the hash of every file; "
         f"[{REPORT}]({REPORT}) shows them on a page (download it: the Hub does not display HTML). To check it again:",
         "",
@@ -330,7 +333,7 @@ def _source(facts: CardFacts, commit: bool = False) -> str:
 
 
 def _size(n: int) -> str:
-    return page.size(n).replace(page.SPACE, " ")
+    return formats.size(n).replace(formats.SPACE, " ")
 
 
 def _count(n: int, what: str) -> str:
@@ -343,4 +346,4 @@ def _sentence(words: str) -> str:
 
 def _cell(value: Any) -> str:
     """Text that stays inside its cell of a table, and is no markup."""
-    return re.sub(r"([|<])", r"\\\1", " ".join(str(value).replace(page.SPACE, " ").split()))
+    return re.sub(r"([|<])", r"\\\1", " ".join(str(value).replace(formats.SPACE, " ").split()))

@@ -13,63 +13,36 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import socket
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from flashnorm_cli._version import __version__
-from flashnorm_cli.checkpoint.header import build_header
-from flashnorm_cli.checkpoint.open import (
-    CONFIG,
-    RECORD,
-    Checkpoint,
-    Progress,
-    Source,
-    hub_reader,
-    open_checkpoint,
-    progress_bar,
-    read_json,
-)
+from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, Progress, Source, read_json, refuse_folded
+from flashnorm_cli.checkpoint.open import open_checkpoint
+from flashnorm_cli.checkpoint.output import work_folder, write_text
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.folding.engine import Engine, Stopped, any_executor, dask_engine, overlapping, results
-from flashnorm_cli.folding.fold import (
-    check_options,
-    give_back_memory,
-    plan_fingerprint,
-    plan_fold,
-    read_gains,
-    work_folder,
-    write_text,
-)
-from flashnorm_cli.folding.jobs import ShardEdits, check_version, fold_shard, shard_edits
-from flashnorm_cli.hub.errors import push_errors, status_of
+from flashnorm_cli.folding.fold import check_options, give_back_memory, plan_fingerprint, plan_fold, read_gains
+from flashnorm_cli.folding.jobs import ShardEdits, shard_edits
+from flashnorm_cli.hub.errors import push_errors
 from flashnorm_cli.hub.push import NO_TOKEN, Push, PushResult, check_call, file_hashes
-from flashnorm_cli.hub.retry import RETRY_STATUS, quiet_hub, wait_after, watched
-from flashnorm_cli.plan.planner import Plan, refuse_folded
+from flashnorm_cli.hub.retry import persistently, quiet_hub
+from flashnorm_cli.hub.shard_job import AT_ONCE, HubJob, RemoteTensor, do_hub_job
+from flashnorm_cli.plan.model import Plan
 from flashnorm_cli.record import write as record
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
 
-T = TypeVar("T")
 
 # In the work folder: what has been uploaded.
 UPLOADED = "uploaded.json"
 # The Hub removes uploads that no commit names, after a day or so; huggingface_hub trusts them for as long, too.
 TRUSTED = 20 * 3600
-# Per process: one shard may come in while another goes out, and only one is there twice, as source and as result.
-AT_ONCE = 2
-_slots, _folding = threading.BoundedSemaphore(AT_ONCE), threading.Lock()
-_uploading = threading.Lock()  # hf_xet takes 250 MB for each upload
-# Seconds before a transfer is tried again, after huggingface_hub has given up on it.
-WAITS = (2.0, 8.0)
-PIECE = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -94,230 +67,7 @@ class StreamResult:
 # ---- one shard -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class RemoteTensor:
-    """The bytes [start, end) of a shard on the Hub, which are one tensor."""
-
-    tensor: str
-    shard: str
-    start: int
-    end: int
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class HubJob:
-    """A shard to be downloaded, folded and uploaded. The token is left out wherever a job is printed or logged.
-
-    `sizes` are the bytes of its source and of its result; `scratch` is the folder for them (None: the worker's own).
-    """
-
-    edits: ShardEdits
-    source: str
-    commit: str
-    sizes: tuple[int, int]
-    origins: Mapping[str, RemoteTensor]
-    target: str
-    create_pr: bool
-    endpoint: str
-    token: str = field(repr=False)
-    cache_dir: Path | None
-    scratch: Path | None
-    threads: int
-    version: str = __version__
-
-
-@dataclass(frozen=True)
-class Uploaded:
-    """A finished shard, as the commit will name it; `downloaded` counts bytes, `flushed` products by tensor."""
-
-    sha256: str
-    size: int
-    downloaded: int
-    flushed: dict[str, int]
-
-
-def do_hub_job(job: HubJob, on_bytes: Callable[[int], None] = lambda n: None) -> Uploaded:
-    """Download, fold and upload one shard.
-
-    `on_bytes` is told how many bytes came in or went out since it was last called; what it raises ends the job.
-    """
-    check_version(job.version)
-    with (
-        _slots,
-        quiet_hub(),
-        _local_trouble(job),
-        tempfile.TemporaryDirectory(prefix="flashnorm-", dir=_scratch(job)) as name,
-    ):
-        folder = Path(name)
-        free = shutil.disk_usage(folder).free
-        if free + _held_beside(folder) < sum(job.sizes):
-            raise FlashNormError(
-                f"{folder.parent}: a shard needs {sum(job.sizes):,} bytes there for a while, but only {free:,} are "
-                "free; free some space and run the same command again"
-            )
-        source, cached = _download(job, folder, on_bytes)
-        downloaded = 0 if cached else job.sizes[0]
-        with _folding:
-            origins = {}
-            for tensor, remote in job.origins.items():
-                origins[tensor] = source
-                if remote.shard != job.edits.name:
-                    origins[tensor] = _download_tensor(job, remote, folder / "origin.safetensors")
-                    downloaded += remote.end - remote.start
-            on_bytes(0)
-            target = folder / "folded.safetensors"
-            flushed = fold_shard(job.edits, source, target, origins, job.threads, lambda n: on_bytes(0), fsync=False)
-            for path in {source, *origins.values()} if not cached else {*origins.values()} - {source}:
-                path.unlink()
-        with _uploading:
-            on_bytes(0)
-            sha256 = _upload(job, target, on_bytes)
-    return Uploaded(sha256, job.sizes[1], downloaded, {tensor: n for tensor, n in flushed.items() if n})
-
-
-def _held_beside(folder: Path) -> int:
-    """Bytes of the job that runs at the same time, which it gives back: three shards at most are there at once."""
-    held = 0
-    for path in folder.parent.glob("flashnorm-*/**/*"):
-        with contextlib.suppress(OSError):  # deleted meanwhile
-            held += path.stat().st_size
-    return held
-
-
-def _scratch(job: HubJob) -> Path:
-    if job.scratch is not None:
-        return job.scratch
-    with contextlib.suppress(ImportError, ValueError):  # ValueError: this is no dask worker
-        from distributed import get_worker
-
-        return Path(get_worker().local_directory)  # dask clears it when the worker is gone
-    return Path(tempfile.gettempdir())
-
-
-def _download(job: HubJob, folder: Path, on_bytes: Callable[[int], None]) -> tuple[Path, bool]:
-    """The source shard, and whether it was in the Hub cache, where it stays."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-    name, came = job.edits.name, 0
-    cached = try_to_load_from_cache(job.source, name, cache_dir=job.cache_dir, revision=job.commit)
-    if isinstance(cached, str):
-        on_bytes(job.sizes[0])
-        return Path(cached), True
-
-    def progress(done: int, total: int, what: str) -> None:
-        nonlocal came
-        step, came = done - came, done
-        on_bytes(step)
-
-    def download() -> str:
-        return hf_hub_download(
-            job.source,
-            name,
-            revision=job.commit,
-            endpoint=job.endpoint,
-            token=job.token,
-            cache_dir=job.cache_dir,
-            local_dir=folder,
-            tqdm_class=progress_bar("", progress),
-        )
-
-    path = Path(_persistently(f"{job.source}/{name}", download))
-    progress(job.sizes[0], job.sizes[0], "")  # what the bar did not tell
-    return path, False
-
-
-def _download_tensor(job: HubJob, remote: RemoteTensor, path: Path) -> Path:
-    """A safetensors file that holds a single tensor of another shard."""
-    read = hub_reader(job.source, job.commit, job.token, job.endpoint)
-    what = f"{job.source}/{remote.shard}"
-    with path.open("wb") as file:
-        file.write(build_header([(remote.tensor, remote.dtype, remote.shape)], None).raw)
-        for start in range(remote.start, remote.end, PIECE):
-            end = min(start + PIECE, remote.end)
-
-            def piece(start: int = start, end: int = end) -> bytes:
-                data = read(remote.shard, start, end)
-                if len(data) != end - start:
-                    raise ConnectionError(f"{len(data)} of {end - start} bytes arrived")
-                return data
-
-            file.write(_persistently(what, piece))
-    return path
-
-
-def _upload(job: HubJob, path: Path, on_bytes: Callable[[int], None]) -> str:
-    """Store a file's content on the Hub, without a name as yet. Returns its sha256."""
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    api, name, went = HfApi(endpoint=job.endpoint, token=job.token), job.edits.name, 0
-
-    def progress(done: int) -> None:
-        nonlocal went
-        step, went = done - went, done
-        with contextlib.suppress(Stopped):  # an upload that has begun is worth finishing
-            on_bytes(step)
-
-    def upload() -> str:
-        addition = CommitOperationAdd(name, path)
-        with watched(path, job.sizes[1], progress):
-            api.preupload_lfs_files(job.target, [addition], create_pr=job.create_pr)
-        if not addition._is_uploaded:
-            raise FlashNormError(f"{job.target}: its .gitattributes or .gitignore does not let {name} be a large file")
-        return addition.upload_info.sha256.hex()
-
-    sha256 = _persistently(f"{job.target}/{name}", upload)
-    progress(job.sizes[1])
-    return sha256
-
-
 # ---- trouble ---------------------------------------------------------------------------------------------------------
-
-
-def _persistently(what: str, transfer: Callable[[], T]) -> T:
-    """Do it, and again if the trouble may pass. Raises FlashNormError; errors of the disk as they are."""
-    for wait in (*WAITS, None):
-        try:
-            return transfer()
-        except (FlashNormError, Stopped):
-            raise
-        except Exception as error:
-            if wait is None or not _may_pass(error):
-                if _of_the_disk(error):
-                    raise
-                with push_errors(what):
-                    raise
-            time.sleep(wait_after(error, wait))
-    raise AssertionError  # the last turn returns or raises
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether the Hub was busy, or the connection broke; whatever hf_xet raises is one of them."""
-    status = status_of(error)
-    if status is not None:
-        return status in RETRY_STATUS
-    if _of_the_disk(error):
-        return False
-    chain: list[BaseException] = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-    # RuntimeError: of hf_xet, and of a client that was closed because another thread could not connect.
-    return any(isinstance(e, (OSError, RuntimeError)) or type(e).__module__.startswith("http") for e in chain)
-
-
-def _of_the_disk(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError)
-
-
-@contextlib.contextmanager
-def _local_trouble(job: HubJob) -> Iterator[None]:
-    """Errors of the disk, with the machine that it belongs to."""
-    try:
-        yield
-    except OSError as error:
-        where = f" on {socket.gethostname()}" if job.scratch is None else ""
-        raise FlashNormError(f"{job.edits.name}: {error.strerror or error}{where}") from error
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------------
@@ -516,7 +266,7 @@ def _hashes(api: HfApi, checkpoint: Checkpoint) -> dict[str, str]:
         def ask(batch: list[str] = names[start : start + 500]) -> list[Any]:
             return api.get_paths_info(checkpoint.source.name, batch, revision=checkpoint.commit)
 
-        for file in _persistently(checkpoint.source.name, ask):
+        for file in persistently(checkpoint.source.name, ask):
             if isinstance(file, RepoFile) and file.lfs:
                 found[file.path] = file.lfs.sha256
     return found
@@ -590,7 +340,7 @@ def _still_there(api: HfApi, repo_id: str, uploads: dict[str, dict[str, Any]]) -
         return uploads
     infos = [UploadInfo(u["size"], b"", bytes.fromhex(u["sha256"])) for u in uploads.values()]
     headers = build_hf_headers(token=api.token)
-    actions, _, _ = _persistently(
+    actions, _, _ = persistently(
         repo_id,
         lambda: post_lfs_batch_info(infos, None, "model", repo_id, endpoint=api.endpoint, headers=headers),
     )

@@ -19,22 +19,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashnorm_cli.checkpoint.open import (
-    CONFIG,
-    INDEX,
-    RECORD,
-    Checkpoint,
-    Progress,
-    Source,
-    hub_errors,
-    open_checkpoint,
-    read_json,
-)
+from flashnorm_cli.checkpoint.hub import hub_errors
+from flashnorm_cli.checkpoint.model import CONFIG, INDEX, RECORD, Checkpoint, Progress, Source, read_json
+from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.hub.card import REPORT, CardFacts, build_card, read_card
 from flashnorm_cli.hub.errors import push_errors, status_of
 from flashnorm_cli.hub.licence import check_licence, gate_of, terms
 from flashnorm_cli.hub.published import Base, dump, published_record, same_fold
+from flashnorm_cli.hub.repository import SHOWN_FILES, Upload, _Remote
 from flashnorm_cli.hub.retry import RETRY_STATUS, WAITS, patiently, quiet_hub, wait_after, watched
 from flashnorm_cli.proof.files import CLAIMS, changed_files, is_paper
 from flashnorm_cli.proof.result import Verification
@@ -49,21 +42,6 @@ NO_TOKEN = (
     "there is no Hub token: log in with `hf auth login`, or pass --token (make one that may write at "
     "https://huggingface.co/settings/tokens)"
 )
-SHOWN_FILES = 3
-
-
-@dataclass(frozen=True)
-class Upload:
-    """A file to publish: its path in the repository, where its bytes are, and their hashes.
-
-    `oid` is the file's id in git, which the Hub tells for files that are no LFS files.
-    """
-
-    path: str
-    content: Path | bytes
-    size: int
-    sha256: str
-    oid: str
 
 
 @dataclass(frozen=True)
@@ -251,18 +229,6 @@ def _why_unverified(record: dict[str, Any], hashes: dict[str, tuple[str, str]], 
 
 
 # ---- the Hub ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Remote:
-    """What the repository holds at the revision that will be written: sha256 or git id of each file by path."""
-
-    exists: bool = False
-    branch: bool = False
-    head: str | None = None
-    private: bool = False
-    gated: str | bool = False
-    files: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from flashnorm_cli.hub.errors import status_of
+from flashnorm_cli.errors import FlashNormError
+from flashnorm_cli.folding.engine import Stopped
+from flashnorm_cli.hub.errors import push_errors, status_of
 
 # A request that the Hub could not answer is asked again; the waits are seconds.
 RETRY_STATUS = (429, 500, 502, 503, 504)
@@ -100,3 +102,42 @@ def _read_so_far(path: Path | None) -> int | None:
         except (OSError, ValueError, IndexError):  # closed meanwhile
             continue
     return None
+
+
+# Seconds before a transfer is tried again, after huggingface_hub has given up on it.
+LASTING_WAITS = (2.0, 8.0)
+
+
+def persistently(what: str, transfer: Callable[[], T]) -> T:
+    """Do it, and again if the trouble may pass. Raises FlashNormError; errors of the disk as they are."""
+    for wait in (*LASTING_WAITS, None):
+        try:
+            return transfer()
+        except (FlashNormError, Stopped):
+            raise
+        except Exception as error:
+            if wait is None or not _may_pass(error):
+                if _of_the_disk(error):
+                    raise
+                with push_errors(what):
+                    raise
+            time.sleep(wait_after(error, wait))
+    raise AssertionError  # the last turn returns or raises
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the Hub was busy, or the connection broke; whatever hf_xet raises is one of them."""
+    status = status_of(error)
+    if status is not None:
+        return status in RETRY_STATUS
+    if _of_the_disk(error):
+        return False
+    chain: list[BaseException] = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    # RuntimeError: of hf_xet, and of a client that was closed because another thread could not connect.
+    return any(isinstance(e, (OSError, RuntimeError)) or type(e).__module__.startswith("http") for e in chain)
+
+
+def _of_the_disk(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError)

@@ -9,23 +9,22 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from flashnorm_cli._version import __version__
 from flashnorm_cli.checkpoint.header import tensor_nbytes
-from flashnorm_cli.checkpoint.open import RECORD, Checkpoint
-from flashnorm_cli.errors import CheckpointError, FlashNormError, PlanError
+from flashnorm_cli.checkpoint.model import Checkpoint, refuse_folded
+from flashnorm_cli.checkpoint.names import any_layer, grouped, layer_numbers, layer_of, list_of, pattern_of
+from flashnorm_cli.errors import PlanError
+from flashnorm_cli.plan.model import Norm, Plan, Reader, Run
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from flashnorm_cli.trace.tracer import Trace
+    from flashnorm_cli.trace.result import Trace
 
-FORMAT = 1
 FOLDABLE_DTYPES = ("BF16", "F16", "F32", "F64")
 FINAL_NORM_CHOICES = ("auto", "keep", "untie")
 # Runtimes that tie head and embedding whatever the files say: llama.cpp drops the separate head of these without a
@@ -35,138 +34,6 @@ HARD_WIRED_TIES = ("gemma", "gemma2", "cohere", "cohere2")
 WEIGHTLESS_BY_FLAG = re.compile(
     r"(^|\.)layers\.\d+\.(input_layernorm|post_attention_layernorm)\.weight$|^(?!.*\.\d+\.)(.*\.)?norm\.weight$"
 )
-
-
-@dataclass(frozen=True)
-class Run:
-    """`length` channels scaled by the norm's elements from `start` on, `repeat` times over. No norm: unscaled."""
-
-    norm: str | None
-    start: int
-    length: int
-    repeat: int = 1
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A norm's weight on disk. Its gain is `scale * weight + offset`; `reason` says why it is kept (None: folded)."""
-
-    tensor: str
-    shape: tuple[int, ...]
-    scale: float
-    offset: float
-    readers: tuple[str, ...]
-    reason: str | None
-
-    @property
-    def folded(self) -> bool:
-        return self.reason is None
-
-    @property
-    def identity(self) -> float:
-        """The weight with which the norm scales by one: 1 for `w`, 0 for `1 + w`."""
-        return (1.0 - self.offset) / self.scale
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A tensor on disk that takes gains along `dim`; `runs` cover the dimension in order.
-
-    `values_from` names the tensor whose values are scaled, where that is another one: an untied head starts from
-    the embedding.
-    """
-
-    tensor: str
-    dim: int
-    runs: tuple[Run, ...]
-    values_from: str | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that `fold` does to a checkpoint.
-
-    `added` maps tensors that the source does not have to (dtype, shape). `lm_head` is "folded", "untied", "kept" or
-    "none"; `untie` says that `tie_word_embeddings` becomes false. `text_config` are the keys that lead to the text
-    model's nested config. `not_traced` are norms that the forward did not reach, `unread` tensors on disk that the
-    model does not read.
-    """
-
-    source: str
-    commit: str | None
-    architecture: str
-    model_type: str
-    text_config: tuple[str, ...]
-    transformers: str
-    norms: tuple[Norm, ...]
-    readers: tuple[Reader, ...]
-    lm_head: str
-    untie: bool
-    added: dict[str, tuple[str, tuple[int, ...]]]
-    folded_flag: bool
-    not_traced: tuple[str, ...]
-    unread: tuple[str, ...]
-    notes: tuple[str, ...]
-    bytes_total: int
-    bytes_changed: int
-    bytes_added: int
-
-    @property
-    def folded(self) -> tuple[Norm, ...]:
-        return tuple(n for n in self.norms if n.folded)
-
-    @property
-    def kept(self) -> tuple[Norm, ...]:
-        return tuple(n for n in self.norms if not n.folded)
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values; runs become [norm, start, length, repeat]."""
-        plain = dataclasses.asdict(self)
-        for reader in plain["readers"]:
-            reader["runs"] = [list(run.values()) for run in reader["runs"]]
-        for norm, mine in zip(plain["norms"], self.norms, strict=True):
-            norm["folded"] = mine.folded
-        return {"format": FORMAT, "tool": f"flashnorm-cli {__version__}", **plain}
-
-    @classmethod
-    def from_json(cls, said: dict[str, Any]) -> Plan:
-        """The plan that `to_json` wrote, from flashnorm.json say. Raises CheckpointError where it is none."""
-        try:
-            fields = {field.name: said[field.name] for field in dataclasses.fields(cls)}
-            norms = [{key: value for key, value in norm.items() if key != "folded"} for norm in said["norms"]]
-            fields["norms"] = tuple(
-                Norm(**{**norm, "shape": tuple(norm["shape"]), "readers": tuple(norm["readers"])}) for norm in norms
-            )
-            fields["readers"] = tuple(
-                Reader(**{**reader, "runs": tuple(Run(*run) for run in reader["runs"])}) for reader in said["readers"]
-            )
-            fields["added"] = {name: (dtype, tuple(shape)) for name, (dtype, shape) in said["added"].items()}
-            for name in ("text_config", "not_traced", "unread", "notes"):
-                fields[name] = tuple(said[name])
-            return cls(**fields)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{RECORD}: holds no plan ({type(error).__name__}: {error})") from error
-
-
-def pattern_of(name: str) -> str:
-    """A name with its layer and expert numbers replaced by `*`."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)
-
-
-def grouped(names: Iterable[str]) -> list[tuple[str, int]]:
-    """Patterns of names with how many each stands for, in order of first appearance."""
-    return list(Counter(pattern_of(name) for name in names).items())
-
-
-def refuse_folded(checkpoint: Checkpoint) -> None:
-    """Raise FlashNormError for a checkpoint that says it has been folded already."""
-    has_record = (checkpoint.folder / RECORD).exists()
-    if has_record or checkpoint.config.get("flashnorm_folded") or "flashnorm" in checkpoint.config:
-        where = RECORD if has_record else "config.json"
-        raise FlashNormError(
-            f"{checkpoint.source.name}: is folded already ({where} says so); folding twice would do nothing good. "
-            "Fold its source instead"
-        )
 
 
 @dataclass(frozen=True)
@@ -219,7 +86,7 @@ def traced(
     Attention and experts have several implementations; the plainest that runs is the one to follow.
     """
     from flashnorm_cli.modeling import build
-    from flashnorm_cli.trace.tracer import trace_forward
+    from flashnorm_cli.trace.forward import trace_forward
 
     first_error = None
     for attention, experts in (("eager", "batched_mm"), ("eager", "eager"), ("sdpa", "eager")):
@@ -250,7 +117,7 @@ class _Planner:
         self.untied: tuple[str, str] | None = None  # runtime names of the head and of the embedding
 
     def plan(self) -> TracedPlan:
-        from flashnorm_cli.modeling import build
+        from flashnorm_cli.modeling import disk_names
 
         self.model, missing, self.trace = self._traced()
         self.kept.update(self.trace.kept)
@@ -259,7 +126,7 @@ class _Planner:
             self.notes.append(f"what the model computes depends on its data in {where}; both ways were followed")
         lm_head = self._final_norm(missing)
         self._keep_where_a_branch_was_not_seen()
-        self._match(build.ids_on_disk(self.model, self.trace))
+        self._match(disk_names.ids_on_disk(self.model, self.trace))
         self._find_norms()
         lm_head = self._keep_for_unread_tensors(lm_head)
         found = self._find_readers()
@@ -355,15 +222,15 @@ class _Planner:
         matrices = {name for name, p in self.model.named_parameters() if p.ndim > 1}
         reached = matrices & self.trace.reached
         unreached = sorted(matrices - reached)
-        used = {_any_layer(name) for name in reached}
-        layers = {_list_of(name) for name, _ in self._norm_modules()}
-        lists_used = {_list_of(name) for name in reached}
-        outer = {_list_of(f"{_layer_of(name)}.") for name, _ in self._norm_modules() if _layer_of(name)}
-        in_layer = {_layer_of(n): n for n in reversed(unreached) if _layer_of(n) and _any_layer(n) not in used}
+        used = {any_layer(name) for name in reached}
+        layers = {list_of(name) for name, _ in self._norm_modules()}
+        lists_used = {list_of(name) for name in reached}
+        outer = {list_of(f"{layer_of(name)}.") for name, _ in self._norm_modules() if layer_of(name)}
+        in_layer = {layer_of(n): n for n in reversed(unreached) if layer_of(n) and any_layer(n) not in used}
         in_list = {
-            _list_of(n): n
+            list_of(n): n
             for n in reversed(unreached)
-            if _list_of(n) in lists_used - layers - {None} and _list_of(f"{_layer_of(n)}.") not in outer
+            if list_of(n) in lists_used - layers - {None} and list_of(f"{layer_of(n)}.") not in outer
         }
         heads = {
             f"{path}.weight": module.in_features
@@ -375,13 +242,13 @@ class _Planner:
         readers = {gain: name for name, r in self.trace.readers.items() for gain in self.trace.gains_of(r.ids)}
         for name, gain in self.trace.gains.items():
             parent = name.rsplit(".", 2)[0] + "." if name.count(".") > 1 else ""
-            if layer := _layer_of(name):
+            if layer := layer_of(name):
                 unseen = in_layer.get(layer)
             elif parent and readers.get(name, "").startswith(parent):
                 unseen = next((n for n in unreached if n.startswith(parent)), None)
             else:
                 unseen = next((n for m, n in in_list.items() if m and m.startswith(parent)), None) or next(
-                    (n for n in unreached if heads.get(n) == gain.size and not _layer_of(n)), None
+                    (n for n in unreached if heads.get(n) == gain.size and not layer_of(n)), None
                 )
             if unseen:
                 self.kept.setdefault(name, f"`{unseen}` was not reached by a text forward and may read it")
@@ -409,9 +276,9 @@ class _Planner:
             for name in self.unread
             if len(tensors[name].shape) > 1 and not stems & {name[: m.start()] for m in re.finditer(r"\.", name)}
         ]
-        by_layer = {_layer_of(name): name for name in reversed(heads)}
+        by_layer = {layer_of(name): name for name in reversed(heads)}
         for gain, tensor in self.norm_tensors.items():
-            layer = _layer_of(tensor)
+            layer = layer_of(tensor)
             if layer in by_layer and layer is not None:
                 self.kept.setdefault(gain, f"`{by_layer[layer]}` is on disk but not read by {self.cls.__name__}")
         gains = [g for g in self._head_gains() if g not in self.kept]
@@ -431,7 +298,7 @@ class _Planner:
 
         Fills `on_disk` (disk name -> ids) and `lost` (canonical names that are not there).
         """
-        from flashnorm_cli.modeling import build
+        from flashnorm_cli.modeling import disk_names
         from flashnorm_cli.trace.companions import count_nonzero
 
         copies = Counter(id(p) for _, p in self.model.named_parameters(remove_duplicate=False))
@@ -450,14 +317,14 @@ class _Planner:
         self.on_disk = {name: ids for name, ids in canonical.items() if name in tensors}
         self.lost = {name: ids for name, ids in canonical.items() if name not in tensors}
         left = [name for name in tensors if name not in self.on_disk]
-        loads = build.loader_names(self.model, [*self.lost, *left])
+        loads = disk_names.loader_names(self.model, [*self.lost, *left])
         if left:
             self._refuse_doubles(left)
         by_target: dict[Any, list[str]] = {}
         for name in left:
-            by_target.setdefault((loads[name], _numbers(name)), []).append(name)
+            by_target.setdefault((loads[name], layer_numbers(name)), []).append(name)
         for name in list(self.lost):
-            candidates = by_target.get((loads[name], _numbers(name)), [])
+            candidates = by_target.get((loads[name], layer_numbers(name)), [])
             if len(candidates) == 1:
                 self.on_disk[candidates[0]] = self.lost.pop(name)
         state = self.model.state_dict()
@@ -465,7 +332,7 @@ class _Planner:
 
         # A shared parameter needs only one of its names on disk. An untied head has none yet: it is added.
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        there = build.loader_names(self.model, list(self.on_disk)) if self.lost else {}
+        there = disk_names.loader_names(self.model, list(self.on_disk)) if self.lost else {}
         holds = {id(parameters[target]): name for name, (target, _) in there.items() if target in parameters}
         for name in list(self.lost):
             target = loads[name][0]
@@ -475,16 +342,16 @@ class _Planner:
                 embedding = holds[id(parameters[self.untied[1]])]
                 entry = tensors[embedding]
                 ids = self.lost.pop(name)
-                name = build.saved_names(self.model, [target]).get(target, name)
+                name = disk_names.saved_names(self.model, [target]).get(target, name)
                 self.lost[name] = ids
                 self.added[name] = (entry.dtype, entry.shape)
                 self.values_from[name] = embedding
 
     def _refuse_doubles(self, left: list[str]) -> None:
         """Two tensors for one parameter: which one counts, the loader decides by its order, and we must not guess."""
-        from flashnorm_cli.modeling import build
+        from flashnorm_cli.modeling import disk_names
 
-        loads = build.loader_names(self.model, [*self.on_disk, *left])
+        loads = disk_names.loader_names(self.model, [*self.on_disk, *left])
         plain = {loads[name][0]: name for name in self.on_disk if loads[name][1] is None}
         for name in left:
             target, pattern = loads[name]
@@ -649,12 +516,12 @@ class _Planner:
 
     def _not_traced(self) -> list[str]:
         """Norms that no forward reached, by their names on disk."""
-        from flashnorm_cli.modeling import build
+        from flashnorm_cli.modeling import disk_names
 
         names = [name for name, _ in self._norm_modules() if name not in self.trace.reached]
         if not names:
             return []
-        loads = build.loader_names(self.model, list(self.checkpoint.tensors))
+        loads = disk_names.loader_names(self.model, list(self.checkpoint.tensors))
         on_disk = {target: disk for disk, (target, _) in loads.items()}
         return [on_disk.get(name, name) for name in names]
 
@@ -696,24 +563,3 @@ def _path_to(config: PretrainedConfig, nested: PretrainedConfig) -> tuple[str, .
         if path is not None:
             return (key, *path)
     return None
-
-
-def _layer_of(name: str) -> str | None:
-    """The outermost numbered module that a parameter belongs to: `model.layers.3` of `model.layers.3.mlp.up.weight`."""
-    found = re.match(r"(.*?(?:^|\.)\d+)\.", name)
-    return found.group(1) if found else None
-
-
-def _any_layer(name: str) -> str:
-    """A name with the number of its layer, but not of its expert, replaced."""
-    return re.sub(r"(?:^|(?<=\.))\d+(?=\.)", "*", name, count=1)
-
-
-def _list_of(name: str) -> str | None:
-    """The innermost numbered list that a parameter belongs to: `mlp.experts` of `mlp.experts.3.up.weight`."""
-    found = re.match(r"(.*(?:^|\.))\d+\.", name)
-    return found.group(1) if found else None
-
-
-def _numbers(name: str) -> tuple[str, ...]:
-    return tuple(re.findall(r"(?:^|(?<=\.))\d+(?=\.)", name))

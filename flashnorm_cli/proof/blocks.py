@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashnorm_cli.checkpoint.open import Checkpoint
+from flashnorm_cli.checkpoint.model import Checkpoint
 from flashnorm_cli.errors import CheckpointError
 
 BLOCK_BYTES = 2**20

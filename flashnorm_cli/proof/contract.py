@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flashnorm_cli.adapters.fold import CONFIG as ADAPTER
-from flashnorm_cli.checkpoint.open import CONFIG, INDEX, RECORD, Checkpoint, read_json
+from flashnorm_cli.adapters.files import CONFIG as ADAPTER
+from flashnorm_cli.checkpoint.model import CONFIG, INDEX, RECORD, Checkpoint, read_json
+from flashnorm_cli.checkpoint.names import pattern_of
 from flashnorm_cli.errors import CheckpointError, PlanError
-from flashnorm_cli.plan.planner import pattern_of
 from flashnorm_cli.proof.files import CLAIMS, is_paper
 from flashnorm_cli.proof.pairing import DROPPED, SOURCE, Pair
 from flashnorm_cli.proof.result import Finding

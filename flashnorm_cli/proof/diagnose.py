@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import torch
 
 from flashnorm_cli.checkpoint.header import TensorEntry
-from flashnorm_cli.checkpoint.open import Checkpoint
-from flashnorm_cli.folding.rewrite import TORCH_DTYPE
-from flashnorm_cli.plan.planner import Norm
+from flashnorm_cli.checkpoint.model import Checkpoint
+from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
+from flashnorm_cli.plan.model import Norm
 from flashnorm_cli.proof.pairing import SOURCE, Pair, values
 
 MAX_SAMPLE = 1 << 20  # elements that are looked at

@@ -17,33 +17,21 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
-from collections.abc import Callable
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from flashnorm_cli.checkpoint.open import Progress
-from flashnorm_cli.errors import FlashNormError
+from flashnorm_cli.checkpoint.model import Progress
 from flashnorm_cli.proof.result import Finding, LevelResult
+from flashnorm_cli.runtimes.llama_cpp import CONVERTER, LLAMA_CPP, converted, run_llama_cpp
+from flashnorm_cli.runtimes.process import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, EngineError, Tops, call
+from flashnorm_cli.runtimes.vllm.engine import run_vllm
 
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS, TOP = 6, 48, 12, 20
 NOISE_FACTOR, FLOAT32_TOLERANCE = 2.0, 1e-4
-SECONDS = 3600.0  # for one model
-LLAMA_CPP = "FLASHNORM_LLAMA_CPP"
-CONVERTER = "convert_hf_to_gguf.py"
 PACKAGES = {"vllm": ("vllm", "vLLM"), "gguf": ("xllamacpp", "llama.cpp")}
-OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-
-# After each prefix, the most likely next tokens with their log-probabilities.
-Tops = list[dict[int, float]]
-
-
-class EngineError(FlashNormError):
-    """The engine did not run a model; the message is its own last word."""
 
 
 def compare_runtime(
@@ -78,7 +66,7 @@ def compare_runtime(
             report(0, 0, f"{title}: the {what} in {dtype}")
             job = {
                 "engine": name,
-                "model": str(_converted(folder, dtype, Path(scratch)) if name == "gguf" else folder.resolve()),
+                "model": str(converted(folder, dtype, Path(scratch)) if name == "gguf" else folder.resolve()),
                 "dtype": dtype,
                 "prompts": asked,
                 "follow": follow,
@@ -169,18 +157,6 @@ def _version(package: str) -> str:
     return version(names[0]) if names else "?"
 
 
-def _converted(folder: Path, dtype: str, scratch: Path) -> Path:
-    """A checkpoint as GGUF, by llama.cpp's own converter."""
-    out = scratch / "model.gguf"
-    out.unlink(missing_ok=True)
-    converter = Path(os.environ[LLAMA_CPP]).expanduser() / CONVERTER
-    command = [sys.executable, str(converter), str(folder), "--outfile", str(out), "--outtype", OUTTYPES[dtype]]
-    call(command, os.environ.copy())
-    if not out.is_file():
-        raise EngineError(f"{CONVERTER} wrote nothing")
-    return out
-
-
 def _in_a_process(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
     """Run one model in a process of its own: a crash of the engine is a message, and its memory is given back."""
     paths = scratch / "job.json", scratch / "result.json"
@@ -196,31 +172,9 @@ def _in_a_process(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
     return result
 
 
-def call(command: list[str], environment: dict[str, str]) -> None:
-    """Run a command; EngineError with its last words, in one line, if it fails."""
-    try:
-        done = subprocess.run(
-            command,
-            env=environment or None,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise EngineError(f"it took longer than {SECONDS:.0f} s") from None
-    if done.returncode:
-        lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        # The engines' own words come before the traceback's last line, which only says that it failed.
-        words = next((line for line in lines if "error" in line.lower() and "Error(" not in line), "")
-        last = lines[-1] if lines else f"exit code {done.returncode}"
-        raise EngineError(last if not words or words == last else f"{words}; {last}")
-
-
 def _answer(job: dict[str, Any]) -> dict[str, Any]:
     """In the process: the reference continues the prompts, the others follow its tokens."""
-    top = {"vllm": _vllm, "gguf": _llama_cpp}[job["engine"]](job)
+    top = {"vllm": run_vllm, "gguf": run_llama_cpp}[job["engine"]](job)
     prompts: list[list[int]] = job["prompts"]
     tokens: list[list[int]] = job["follow"] or [[] for _ in prompts]
     tops: list[Tops] = [[] for _ in prompts]
@@ -234,78 +188,6 @@ def _answer(job: dict[str, Any]) -> dict[str, Any]:
                 tops[i].append(found)
                 tokens[i].append(max(found, key=lambda token: found[token]))
     return {"tokens": tokens, "tops": tops, "facts": job.get("facts", {})}
-
-
-def _vllm(job: dict[str, Any]) -> Callable[[list[list[int]]], Tops]:
-    # Settings that its CPU build needs on small machines; others ignore them.
-    for name, value in {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}.items():
-        os.environ.setdefault(name, value)
-    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # apply_model sends a function to the engine's process
-    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
-
-    from flashnorm_cli.runtimes.vllm.plugin import norm_states
-
-    longest = max(map(len, job["prompts"])) + NEW_TOKENS + 1
-    engine = LLM(
-        model=job["model"],
-        dtype=job["dtype"],
-        max_model_len=longest,
-        max_logprobs=TOP,
-        enforce_eager=True,
-        skip_tokenizer_init=not Path(job["model"], "tokenizer_config.json").exists(),
-        enable_prefix_caching=False,
-        trust_remote_code=job["trust_remote_code"],
-    )
-    states = engine.apply_model(norm_states)[0]
-    job["facts"] = {"norms": len(states), "norms_without_weight": sum(states.values())}
-    settings = SamplingParams(temperature=0.0, max_tokens=1, logprobs=TOP, detokenize=False)
-
-    def top(prefixes: list[list[int]]) -> Tops:
-        asked = [{"prompt_token_ids": prefix} for prefix in prefixes]
-        outputs = engine.generate(asked, settings, use_tqdm=False)
-        return [{token: found.logprob for token, found in out.outputs[0].logprobs[0].items()} for out in outputs]
-
-    return top
-
-
-def llama_cpp_settings(model: str, context: int) -> Any:
-    """xllamacpp's settings for a GGUF on the CPU, with `context` tokens, as exact as llama.cpp computes."""
-    import xllamacpp  # type: ignore[import-not-found]
-
-    settings = xllamacpp.CommonParams()
-    settings.model.path = model
-    settings.n_ctx = context
-    settings.n_parallel = 1
-    settings.warmup = False
-    settings.n_gpu_layers = 0
-    # Keys, values and attention in float32: float16 would hide what is looked for.
-    settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    return settings
-
-
-def llama_cpp_top(engine: Any, prefix: list[int], count: int) -> dict[int, float]:
-    """The `count` most likely next tokens with their log-probabilities."""
-    asked = {"prompt": prefix, "n_predict": 1, "n_probs": count, "cache_prompt": False}
-    # Where the next token is a part of a character, the server answers without probabilities. They come from the
-    # logits as they are, so the token itself may be any other: a letter.
-    answer = engine.handle_completions(asked | {"temperature": 0.0, "logit_bias": [["e", 1000.0]]})
-    (place,) = answer["choices"][0]["logprobs"]["content"]
-    return {entry["id"]: entry["logprob"] for entry in place["top_logprobs"]}
-
-
-def _llama_cpp(job: dict[str, Any]) -> Callable[[list[list[int]]], Tops]:
-    import xllamacpp
-
-    engine = xllamacpp.Server(llama_cpp_settings(job["model"], max(map(len, job["prompts"])) + NEW_TOKENS + 1))
-
-    def top(prefixes: list[list[int]]) -> Tops:
-        found = []
-        for prefix in prefixes:
-            found.append(llama_cpp_top(engine, prefix, TOP))
-        return found
-
-    return top
 
 
 if __name__ == "__main__":

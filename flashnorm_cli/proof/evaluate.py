@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from flashnorm_cli.checkpoint.open import Progress
+from flashnorm_cli.checkpoint.model import Progress
 from flashnorm_cli.errors import UsageError
-from flashnorm_cli.modeling import build
+from flashnorm_cli.modeling.quiet import quiet_transformers
 from flashnorm_cli.proof.result import Finding, LevelResult
 
 # Both runs see the same items, so their errors are not independent: two combined standard errors are generous.
@@ -99,7 +99,7 @@ def _evaluate(tasks: list[str], folder: Path, dtype: str, device: str, limit: in
     manager = TaskManager(include_path=[str(folder) for folder in {file.resolve().parent for file in files}] or None)
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise UsageError(f"lm-evaluation-harness has no task {', '.join(unknown)}")
-    with build.quiet_transformers(), contextlib.redirect_stdout(io.StringIO()):
+    with quiet_transformers(), contextlib.redirect_stdout(io.StringIO()):
         found = simple_evaluate(
             model="hf",
             model_args={"pretrained": str(folder), "dtype": dtype},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flashnorm_cli.checkpoint.open import CONFIG, INDEX, RECORD, Checkpoint
+from flashnorm_cli.checkpoint.model import CONFIG, INDEX, RECORD, Checkpoint
 
 # Written for readers and for git, not for the model.
 PAPERS = (".gitattributes", ".gitignore", "LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY")

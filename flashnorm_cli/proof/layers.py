@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from flashnorm_cli.checkpoint.open import Checkpoint, Progress
-from flashnorm_cli.folding.rewrite import TORCH_DTYPE
-from flashnorm_cli.plan.planner import Norm, Reader
+from flashnorm_cli.checkpoint.model import Checkpoint, Progress
+from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
+from flashnorm_cli.plan.model import Norm, Reader
 from flashnorm_cli.proof.blocks import ShardReader, blocks
 from flashnorm_cli.proof.pairing import Pair, gain_of
 from flashnorm_cli.proof.result import Finding, LevelResult

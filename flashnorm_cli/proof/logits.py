@@ -7,55 +7,38 @@ folded checkpoint in its own dtype (how much more?). The reference is float32, o
 
 from __future__ import annotations
 
-import copy
-import gc
-import inspect
-import json
 import math
 import random
 import statistics
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, groupby
-from pathlib import Path
+from itertools import chain
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from flashnorm_cli.checkpoint.open import Checkpoint, Progress
-from flashnorm_cli.errors import UsageError
-from flashnorm_cli.folding.rewrite import TORCH_DTYPE
+from flashnorm_cli.checkpoint.model import Progress
+from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
 from flashnorm_cli.modeling import build
+from flashnorm_cli.modeling.quiet import first_line, quiet_transformers
+from flashnorm_cli.proof.models import (
+    LARGE,
+    _deterministic,
+    _device_of,
+    _fold_in_memory,
+    _load,
+    _logits,
+    _memory,
+    _name,
+    _Run,
+    _weightless,
+)
 from flashnorm_cli.proof.pairing import Pair
+from flashnorm_cli.proof.prompts import Prompts
 from flashnorm_cli.proof.result import Finding, LevelResult
 
-PROMPTS = Path(__file__).parent / "prompts.txt"
-# Many short prompts rather than a few long ones: what happens to one token is carried on to those that follow it.
-PROMPT_TOKENS, ALL_TOKENS = 64, 1024
-TEXT_PROMPT_TOKENS, TEXT_TOKENS = 256, 4096  # of a file that the user gives
-MIN_TOKENS = 64
 DRAWS = 300
 NEW_TOKENS, GREEDY_PROMPTS = 24, 2
-BATCH_TOKENS = 256  # in one forward
-RANDOM_PROMPTS, RANDOM_TOKENS = 32, 16  # where there is no tokenizer
-LOGITS_BYTES = 512 << 20  # that the reference's logits may take
-LARGE = 256 << 20  # bytes of a model whose memory is worth a search for what is not used any more
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Token ids of each prompt, where they come from, and what turns them into text (None without a tokenizer).
-
-    `random` ids have no continuation that would mean anything.
-    """
-
-    ids: tuple[tuple[int, ...], ...]
-    origin: str
-    tokenizer: Any = None
-    random: bool = False
 
 
 @dataclass
@@ -88,29 +71,6 @@ class _Score:
             "top1": self.same_top / max(self.positions, 1),
             "perplexity": self.perplexity(),
         }
-
-
-@dataclass
-class _Run:
-    """Settings of the four models."""
-
-    pair: Pair
-    cls: Any
-    trust_remote_code: bool
-    device: str
-    device_map: Any
-    offload: str | None
-    prompts: Prompts
-    large: bool
-    reference: list[torch.Tensor] = field(default_factory=list)
-
-    def free(self) -> None:
-        """Give back the memory of models that are not used any more: they hold themselves, by cycles.
-
-        Looking for cycles walks through all of transformers, which takes longer than to run a small model.
-        """
-        if self.large:
-            gc.collect()
 
 
 def check_logits(
@@ -173,7 +133,7 @@ def check_logits(
             greedy = _generate(run, model, notes)
             del model
         except Exception as error:  # a model's own code may raise anything
-            why = f"the source itself cannot be run in {_name(dtype)}: {build.first_line(error)}"
+            why = f"the source itself cannot be run in {_name(dtype)}: {first_line(error)}"
             return LevelResult("logits", "skipped", reason=why)
         if not math.isfinite(floor.error()):
             why = f"the source itself computes NaN or inf in {_name(dtype)}; try another --dtype"
@@ -194,7 +154,7 @@ def check_logits(
                 continued = _generate(run, model, notes)
             del model
         except Exception as error:  # it is the folded files that make the difference
-            finding = Finding("logits", f"the folded checkpoint cannot be run: {build.first_line(error)}")
+            finding = Finding("logits", f"the folded checkpoint cannot be run: {first_line(error)}")
             return LevelResult("logits", "failed", findings=(finding,))
         run.free()
     least = torch.finfo(dtype).eps / 16
@@ -275,145 +235,10 @@ def _certain_ratio(mine: _Score, floor: _Score, least: float) -> float:
     return sorted(ratios)[DRAWS // 100]
 
 
-def own_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that most of a checkpoint's float weights are stored in."""
-    sizes: Counter[str] = Counter()
-    for entry in checkpoint.tensors.values():
-        if entry.dtype in TORCH_DTYPE:
-            sizes[entry.dtype] += math.prod(entry.shape)
-    return TORCH_DTYPE[sizes.most_common(1)[0][0]] if sizes else torch.float32
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def read_prompts(source: Checkpoint, text: Path | None, ids: Path | None, trust_remote_code: bool) -> Prompts:
-    """The prompts: token ids from a JSON file, or a text of the user's or the built-in one, by the source's tokenizer.
-
-    Without a tokenizer, random ids. Long texts are cut into prompts that the model's positions allow.
-    """
-    config = build.load_config(source.folder, trust_remote_code).get_text_config()
-    vocabulary = int(getattr(config, "vocab_size", 0) or 256)
-    positions = getattr(config, "max_position_embeddings", None)
-    length, budget = (TEXT_PROMPT_TOKENS, TEXT_TOKENS) if text else (PROMPT_TOKENS, ALL_TOKENS)
-    length = min(length, positions) if isinstance(positions, int) and positions > 0 else length
-    budget = max(min(budget, LOGITS_BYTES // (vocabulary * 8)), MIN_TOKENS)
-    if ids is not None:
-        rows = _rows_of_ids(ids, vocabulary)
-        _enough(rows, ids)
-        return Prompts(tuple(tuple(row) for row in rows), str(ids), _tokenizer(source, trust_remote_code))
-    tokenizer = _tokenizer(source, trust_remote_code)
-    if tokenizer is None:
-        if text is not None:
-            raise UsageError("--text needs a tokenizer, and the source has none; pass --token-ids instead")
-        return Prompts(
-            _random_ids(source, vocabulary, min(length, RANDOM_TOKENS)),
-            "random token ids (there is no tokenizer)",
-            random=True,
-        )
-    try:
-        words = (text or PROMPTS).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{text}: cannot be read as text: {error}") from error
-    with build.quiet_transformers():
-        # The built-in text is made of paragraphs on different matters; a file of the user's is one text.
-        parts = [words] if text else [p for p in words.split("\n\n") if p.strip()]
-        rows = [tokenizer(part)["input_ids"] for part in parts]
-    cut = [row[i : i + length] for row in rows for i in range(0, len(row), length)]
-    kept: list[tuple[int, ...]] = []
-    for row in cut:
-        if len(row) > 1 and sum(map(len, kept)) < budget:
-            kept.append(tuple(row[: budget - sum(map(len, kept))]))
-    _enough(kept, text or PROMPTS)
-    return Prompts(tuple(kept), str(text) if text else "the text that comes with flashnorm", tokenizer)
-
-
-def _enough(rows: Sequence[Sequence[int]], path: Path) -> None:
-    """A median over a handful of positions would call a right fold wrong."""
-    if (tokens := sum(map(len, rows))) < MIN_TOKENS:
-        raise UsageError(
-            f"{path}: holds {tokens} tokens; at least {MIN_TOKENS} are needed to tell rounding from a mistake"
-        )
-
-
-def _rows_of_ids(path: Path, vocabulary: int) -> list[list[int]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read as JSON: {error}") from error
-    if isinstance(rows, list) and rows and all(type(i) is int for i in rows):
-        rows = [rows]
-    good = isinstance(rows, list) and rows and all(isinstance(r, list) and r for r in rows)
-    if not good or not all(type(i) is int and 0 <= i < vocabulary for r in rows for i in r):
-        raise UsageError(f"{path}: holds no lists of token ids below {vocabulary}")
-    return [list(row) for row in rows]
-
-
-def _tokenizer(source: Checkpoint, trust_remote_code: bool) -> Any:
-    """The source's tokenizer, or None where it has none."""
-    names = {Path(name).name for name in source.others}
-    if not names & {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"}:
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        with build.quiet_transformers():
-            return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-    except Exception:  # a tokenizer that this environment cannot load (a missing package, say): random ids do
-        return None
-
-
-def _random_ids(source: Checkpoint, vocabulary: int, length: int) -> tuple[tuple[int, ...], ...]:
-    """Ids without a special meaning: none that the config names."""
-    special: set[int] = set()
-
-    def collect(value: Any, key: str) -> None:
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                collect(inner, str(name))
-        elif isinstance(value, list) and "token" in key:
-            for inner in value:
-                collect(inner, key)
-        elif type(value) is int and ("token" in key or key.endswith("_id")):
-            special.add(value)
-
-    collect(
-        build.load_config(source.folder, False).to_dict() if "auto_map" not in source.config else source.config, ""
-    )
-    plain = torch.tensor([i for i in range(vocabulary) if i not in special] or [0])
-    generator = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(plain), (RANDOM_PROMPTS, length), generator=generator)
-    return tuple(tuple(row) for row in plain[picks].tolist())
-
-
 # ---- models ----------------------------------------------------------------------------------------------------------
-
-
-def _memory(device: str) -> float:
-    """Bytes that are free on a device."""
-    if device.startswith("cuda"):
-        return float(torch.cuda.mem_get_info(torch.device(device))[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return float(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
-    except (OSError, StopIteration):
-        return math.inf
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """float32 products in float32, and no gradients."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _baseline(run: _Run, wide: torch.dtype, dtype: torch.dtype) -> tuple[torch.dtype, _Score]:
@@ -425,92 +250,6 @@ def _baseline(run: _Run, wide: torch.dtype, dtype: torch.dtype) -> tuple[torch.d
             raise
     run.reference.clear()
     return torch.float32, _score(run, _load(run, run.pair.source, torch.float32), keep=True)
-
-
-def _load(run: _Run, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    more = {"offload_folder": run.offload} if run.offload else {}
-    run.free()
-    with build.quiet_transformers():
-        return run.cls.from_pretrained(
-            checkpoint.folder,
-            dtype=dtype,
-            device_map=run.device_map,
-            trust_remote_code=run.trust_remote_code,
-            experts_implementation="eager",  # the others know no float64
-            **more,
-        ).eval()
-
-
-@contextmanager
-def _weightless(model: Any, device: str) -> Iterator[int]:
-    """On a GPU, run the model's norms on this project's kernels; yields how many."""
-    if not device.startswith("cuda"):
-        yield 0
-        return
-    from flashnorm_cli.norms.detect import norms_replaced
-
-    with norms_replaced(model) as names:
-        yield len(names)
-
-
-def _fold_in_memory(run: _Run, config: Any, dtype: torch.dtype) -> Any:
-    """The source, folded in the reference dtype without rounding to its own."""
-    from safetensors import safe_open
-
-    pair, state = run.pair, {}
-    for shard in pair.source.shards:
-        with safe_open(pair.source.folder / shard, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                tensor = file.get_tensor(name)
-                if name in pair.gains:
-                    tensor = torch.full_like(tensor, pair.norms[name].identity)
-                state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    for name, reader in pair.readers.items():
-        factor = pair.factor(reader).to(dtype)
-        origin = state[reader.values_from or name]
-        state[name] = origin * factor.view([-1 if d == reader.dim else 1 for d in range(origin.ndim)])
-    config = copy.deepcopy(config)
-    if pair.plan.untie and pair.expected_added:
-        build.set_tie(config, False)
-    with build.quiet_transformers():
-        return run.cls.from_pretrained(
-            None,
-            config=config,
-            state_dict=state,
-            dtype=dtype,
-            device_map=run.device_map,
-            experts_implementation="eager",
-        ).eval()
-
-
-def _batches(prompts: Prompts) -> Iterator[tuple[tuple[int, ...], ...]]:
-    """Neighbouring prompts of the same length, so that nothing has to be padded."""
-    for _, same in groupby(prompts.ids, key=len):
-        rows = list(same)
-        step = max(BATCH_TOKENS // len(rows[0]), 1)
-        for i in range(0, len(rows), step):
-            yield tuple(rows[i : i + step])
-
-
-def _logits(run: _Run, model: Any) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
-    """Each prompt with its logits, on the CPU: (tokens, vocabulary)."""
-    for rows in _batches(run.prompts):
-        tokens = torch.tensor(rows, device=_device_of(run, model))
-        accepted = inspect.signature(model.forward).parameters
-        inputs: dict[str, Any] = {
-            "input_ids": tokens,
-            "attention_mask": torch.ones_like(tokens),
-            "decoder_input_ids": tokens,
-            "use_cache": False,
-        }
-        output = model(**{name: value for name, value in inputs.items() if name in accepted})
-        found = (output.logits if "logits" in output else output.last_hidden_state).cpu()
-        yield from zip(rows, found, strict=True)
-
-
-def _device_of(run: _Run, model: Any) -> torch.device:
-    """Where a model takes its input: the weights of one that is spread over devices may not be there yet."""
-    return torch.device(run.device) if model.device.type == "meta" else model.device
 
 
 def _score(run: _Run, model: Any, keep: bool = False) -> _Score:
@@ -553,12 +292,12 @@ def _generate(run: _Run, model: Any, notes: list[str]) -> list[list[int]] | None
         new = int(min(NEW_TOKENS, positions - len(start)))
         tokens = torch.tensor([start], device=_device_of(run, model))
         try:
-            with build.quiet_transformers():
+            with quiet_transformers():
                 found = model.generate(
                     input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, do_sample=False
                 )
         except Exception as error:  # generation has its own requirements, some of which no text meets
-            notes.append(f"no greedy continuation: {build.first_line(error)}")
+            notes.append(f"no greedy continuation: {first_line(error)}")
             return None
         out.append(found[0, len(start) :].tolist())
     return out

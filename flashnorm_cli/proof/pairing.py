@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from flashnorm_cli.checkpoint.open import RECORD, Checkpoint, read_json
+from flashnorm_cli.checkpoint.model import RECORD, Checkpoint, read_json
+from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
 from flashnorm_cli.errors import PlanError
-from flashnorm_cli.folding.rewrite import TORCH_DTYPE
-from flashnorm_cli.plan.planner import Norm, Plan, Reader, make_plan
+from flashnorm_cli.plan.model import Norm, Plan, Reader
+from flashnorm_cli.plan.planner import make_plan
 from flashnorm_cli.proof.result import Finding
 
 IDENTITY, DROPPED, SOURCE, OTHER = "identity", "dropped", "source", "other"

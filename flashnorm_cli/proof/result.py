@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flashnorm_cli.errors import CheckpointError
-from flashnorm_cli.plan.planner import Plan
+from flashnorm_cli.plan.model import Plan
 
 LEVELS = ("weights", "layers", "logits")
 # What counts as equivalent: exact algebra in float32, and rounding no worse than the dtype's own.

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
-import hashlib
-import json
 import os
-import time
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from flashnorm_cli._version import __version__
-from flashnorm_cli.adapters.fold import CONFIG as ADAPTER
-from flashnorm_cli.checkpoint.open import CONFIG, RECORD, Checkpoint, Progress, Source, open_checkpoint, read_json
+from flashnorm_cli.adapters.files import CONFIG as ADAPTER
+from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, Progress, Source, read_json
+from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.errors import CheckpointError, UsageError
-from flashnorm_cli.folding.fold import write_text
-from flashnorm_cli.plan.planner import Plan
-from flashnorm_cli.proof.contract import json_equal
-from flashnorm_cli.proof.files import changed_files, hashed_files
-from flashnorm_cli.proof.pairing import DROPPED, Pair, pair
+from flashnorm_cli.proof.levels import DTYPES, Levels, environment
+from flashnorm_cli.proof.pairing import pair
+from flashnorm_cli.proof.recording import record_result
 from flashnorm_cli.proof.result import (
     LEVELS,
     MAX_ALGEBRA_ERROR,
@@ -32,12 +22,10 @@ from flashnorm_cli.proof.result import (
     Finding,
     LevelResult,
     Verification,
-    level_json,
 )
-from flashnorm_cli.record import write as records
+from flashnorm_cli.record.read import recorded_source
 
 RUNTIMES = ("vllm", "gguf")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def verify(
@@ -111,7 +99,7 @@ def verify(
     except CheckpointError as error:
         if not _was_checkpoint(folder):
             raise
-        return _broken(str(folded), origin, error, _environment(device, command))
+        return _broken(str(folded), origin, error, environment(device, command))
     if origin is None:
         origin = _recorded_source(mine, token, where, local_files_only)
     theirs = open_checkpoint(origin, on_progress=report)
@@ -120,7 +108,7 @@ def verify(
     report(0, 0, f"Tracing {', '.join(theirs.config.get('architectures') or ['the model'])}")
     both = pair(theirs, mine, trust_remote_code)
 
-    run = _Levels(both, report, workers or min(os.cpu_count() or 1, 8), device, max_algebra, max_ratio)
+    run = Levels(both, report, workers or min(os.cpu_count() or 1, 8), device, max_algebra, max_ratio)
     run.trust_remote_code = trust_remote_code
     run.dtype = DTYPES[dtype] if dtype else None
     run.text = Path(text).expanduser() if text else None
@@ -136,9 +124,9 @@ def verify(
         plan=both.plan,
         levels=tuple(results),
         thresholds={"max_algebra_error": max_algebra, "max_noise_ratio": max_ratio},
-        environment=_environment(device, command),
+        environment=environment(device, command),
     )
-    return _record(both, result, run, adopt, record)
+    return record_result(both, result, run, adopt, record)
 
 
 # ---- before the work -------------------------------------------------------------------------------------------------
@@ -207,7 +195,7 @@ def _source_of(
         raise UsageError(
             f"{target.name}: has no {RECORD} that names its source; add --source <the model it was made from>"
         )
-    return records.recorded_source(read_json(folder / RECORD), target.name, folder, token, cache_dir, local_files_only)
+    return recorded_source(read_json(folder / RECORD), target.name, folder, token, cache_dir, local_files_only)
 
 
 def _recorded_source(
@@ -217,110 +205,10 @@ def _recorded_source(
     path = checkpoint.folder / RECORD
     if not path.exists():
         raise UsageError(f"{name}: has no {RECORD} that names its source; add --source <the model it was made from>")
-    return records.recorded_source(read_json(path), name, checkpoint.folder, token, cache_dir, local_files_only)
+    return recorded_source(read_json(path), name, checkpoint.folder, token, cache_dir, local_files_only)
 
 
 # ---- the levels ------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class _Levels:
-    """Runs levels; `hashes` holds the sha256 of each folded shard once one has read it."""
-
-    pair: Pair
-    report: Progress
-    workers: int
-    device: str
-    max_algebra: float
-    max_ratio: float
-    trust_remote_code: bool = False
-    dtype: torch.dtype | None = None
-    text: Path | None = None
-    token_ids: Path | None = None
-    insist: bool = False
-    hashes: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    def all(
-        self, levels: Collection[str], runtimes: Sequence[str], tasks: Sequence[str], limit: int | None
-    ) -> list[LevelResult]:
-        results: list[LevelResult] = []
-        for level in LEVELS:
-            if level not in levels:
-                continue
-            if level == "logits" and not self.insist and any(r.status == "failed" for r in results):
-                reason = "the files are not right; --level logits runs it all the same"
-                results.append(LevelResult(level, "skipped", reason=reason))
-                continue
-            results.append(self._timed(level, getattr(self, f"_{level}")))
-        if "logits" in levels and self.device.startswith("cuda"):
-            results.append(self._timed("kernels", self._kernels))
-        results += [self._timed(f"runtime:{name}", partial(self._runtime, name)) for name in runtimes]
-        if tasks:
-            results.append(self._timed("eval", partial(self._eval, tasks, limit)))
-        return results
-
-    def _timed(self, level: str, run: Callable[[], LevelResult]) -> LevelResult:
-        started = time.monotonic()
-        result = run()
-        return dataclasses.replace(result, level=level, seconds=round(time.monotonic() - started, 2))
-
-    def _weights(self) -> LevelResult:
-        from flashnorm_cli.proof.weights import check_weights
-
-        result, self.hashes = check_weights(self.pair, self.workers, self.report)
-        return result
-
-    def _layers(self) -> LevelResult:
-        from flashnorm_cli.proof.layers import check_layers
-
-        return check_layers(self.pair, self.max_ratio, self.device, self.report)
-
-    def _logits(self) -> LevelResult:
-        from flashnorm_cli.proof.logits import check_logits, own_dtype, read_prompts
-
-        return check_logits(
-            self.pair,
-            read_prompts(self.pair.source, self.text, self.token_ids, self.trust_remote_code),
-            dtype=self.dtype or own_dtype(self.pair.source),
-            device=self.device,
-            max_algebra=self.max_algebra,
-            max_ratio=self.max_ratio,
-            trust_remote_code=self.trust_remote_code,
-            insist=self.insist,
-            report=self.report,
-        )
-
-    def _kernels(self) -> LevelResult:
-        from flashnorm_cli.proof.kernels import check_kernels
-        from flashnorm_cli.proof.logits import own_dtype
-
-        return check_kernels(self.pair, self.dtype or own_dtype(self.pair.source), self.device)
-
-    def _runtime(self, name: str) -> LevelResult:
-        from flashnorm_cli.proof.engines import compare_runtime
-        from flashnorm_cli.proof.logits import read_prompts
-
-        prompts = read_prompts(self.pair.source, self.text, self.token_ids, self.trust_remote_code)
-        return compare_runtime(
-            name,
-            self.pair.source.folder,
-            self.pair.folded.folder,
-            [list(prompt) for prompt in prompts.ids],
-            self._own_dtype(),
-            self.report,
-            self.trust_remote_code,
-        )
-
-    def _own_dtype(self) -> str:
-        from flashnorm_cli.proof.logits import own_dtype
-
-        return str(self.dtype or own_dtype(self.pair.source)).removeprefix("torch.")
-
-    def _eval(self, tasks: Sequence[str], limit: int | None) -> LevelResult:
-        from flashnorm_cli.proof.evaluate import compare_eval
-
-        folders = self.pair.source.folder, self.pair.folded.folder
-        return compare_eval(list(tasks), *folders, self._own_dtype(), self.device, limit, self.report)
 
 
 def _broken(folded: str, source: Source | None, error: CheckpointError, environment: dict[str, str]) -> Verification:
@@ -338,126 +226,4 @@ def _broken(folded: str, source: Source | None, error: CheckpointError, environm
     )
 
 
-def _environment(device: str, command: str | None) -> dict[str, str]:
-    import platform
-
-    import transformers
-
-    name = torch.cuda.get_device_name(torch.device(device)) if device.startswith("cuda") else platform.machine()
-    return {
-        "flashnorm": __version__,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": f"{device} ({name})",
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "command": command or "",
-    }
-
-
 # ---- the record ------------------------------------------------------------------------------------------------------
-
-
-def _record(both: Pair, result: Verification, run: _Levels, adopt: bool, wanted: bool) -> Verification:
-    """Write the result into the folded checkpoint, where it has a record or gets one now."""
-    notes = []
-    said = both.record
-    hashes = _hashes(both.folded, run)
-    before = (said or {}).get("verify")
-    if isinstance(before, dict) and (changed := changed_files(before, hashes)):
-        environment = before.get("environment")
-        when = environment.get("date") if isinstance(environment, dict) else "an earlier day"
-        notes.append(f"the verification of {when} is void: {', '.join(changed[:3])} changed since")
-    weights = result.level("weights")
-    if adopt and said is not None:
-        notes.append("nothing to adopt: it has a record already")
-    elif adopt and (weights is None or weights.status != "passed" or not result.equivalent):
-        notes.append("not adopted: only a checkpoint that passes level weights gets a record")
-    elif adopt and not both.gains:
-        notes.append("not adopted: no norm of it is folded")
-    elif adopt:
-        said = _adopt(both)
-        hashes[CONFIG] = _sha256(both.folded.folder / CONFIG)
-        notes.append(f"adopted: wrote {RECORD}, and the flag into {CONFIG}")
-    recorded = None
-    if said is not None and both.folded.commit is None and (wanted or adopt):
-        entry = _entry(both, result, hashes, said.get("verify"))
-        try:
-            write_text(both.folded.folder / RECORD, json.dumps({**said, "verify": entry}, indent=2) + "\n")
-            recorded = str(both.folded.folder / RECORD)
-        except OSError as error:
-            notes.append(f"not recorded: {both.folded.folder / RECORD}: {error.strerror}")
-    return dataclasses.replace(result, notes=tuple(notes), recorded=recorded)
-
-
-def _entry(both: Pair, result: Verification, hashes: dict[str, str], before: Any) -> dict[str, Any]:
-    """What flashnorm.json keeps: this result, and levels of an earlier one if the files are still the same."""
-    levels = {level.level: level_json(level) for level in result.levels}
-    for entry in levels.values():
-        entry["date"] = result.environment["date"]
-    if isinstance(before, dict) and before.get("files") == hashes and isinstance(before.get("levels"), dict):
-        levels = {**before["levels"], **levels}
-    statuses = {level["status"] for level in levels.values()}
-    headers = {name: header.raw for name, header in both.source.shards.items()}
-    return {
-        "equivalent": "passed" in statuses and "failed" not in statuses,
-        "levels": levels,
-        "thresholds": result.thresholds,
-        "environment": result.environment,
-        "source": {
-            "name": result.source,
-            "commit": result.commit,
-            "files": {
-                name: records.file_facts(both.source.folder / name, headers.get(name))
-                for name in (CONFIG, *both.source.shards)
-            },
-        },
-        "files": hashes,
-    }
-
-
-def _hashes(folded: Checkpoint, run: _Levels) -> dict[str, str]:
-    """sha256 of every file that a verification speaks of; shards are only read if no level has."""
-    names = hashed_files(folded)
-    missing = [name for name in names if name not in run.hashes]
-    done = 0
-    total = sum((folded.folder / name).stat().st_size for name in missing)
-    with ThreadPoolExecutor(run.workers) as pool:
-        for name, digest in zip(missing, pool.map(lambda n: _sha256(folded.folder / n), missing), strict=True):
-            run.hashes[name] = digest
-            done += (folded.folder / name).stat().st_size
-            run.report(done, total, "Hashing")
-    return {name: run.hashes[name] for name in names}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _adopt(both: Pair) -> dict[str, Any]:
-    """Give a checkpoint of another tool the flags and the record that its files deserve."""
-    folded = both.folded
-    why = "the tool that folded this checkpoint kept it"
-    norms = tuple(
-        dataclasses.replace(norm, reason=why) if norm.folded and norm.tensor not in both.gains else norm
-        for norm in both.plan.norms
-    )
-    left = [norm for norm in both.plan.norms if norm.folded and norm.tensor not in both.gains]
-    plan: Plan = dataclasses.replace(
-        both.plan,
-        norms=norms,
-        readers=tuple(both.readers.values()),
-        added=both.expected_added,
-        untie=both.plan.untie and bool(both.expected_added),
-        folded_flag=both.plan.folded_flag and not left,
-    )
-    layout = "dropped" if any(both.states[name] == DROPPED for name in both.gains) else "identity"
-    path = folded.folder / CONFIG
-    config = records.folded_config(folded.config, plan, layout)
-    if not json_equal(config, folded.config):
-        write_text(path, records.dump_like(config, path.read_text(encoding="utf-8")))
-    return {**records.full_record(both.source, plan, layout, {}), "adopted": True}

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from flashnorm_cli.checkpoint.header import TensorEntry
-from flashnorm_cli.checkpoint.open import Progress
+from flashnorm_cli.checkpoint.model import Progress
+from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
 from flashnorm_cli.errors import CheckpointError
-from flashnorm_cli.folding.rewrite import TORCH_DTYPE
 from flashnorm_cli.proof import contract
 from flashnorm_cli.proof.blocks import BLOCK_BYTES, Block, ShardReader, blocks
 from flashnorm_cli.proof.diagnose import diagnose

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from flashnorm_cli._version import __version__
-from flashnorm_cli.checkpoint.open import CONFIG, INDEX, RECORD, Checkpoint, Source
-from flashnorm_cli.errors import UsageError
-from flashnorm_cli.plan.planner import FORMAT, Plan, pattern_of
+from flashnorm_cli.checkpoint.model import CONFIG, INDEX, RECORD, Checkpoint
+from flashnorm_cli.checkpoint.names import pattern_of
+from flashnorm_cli.plan.model import FORMAT, Plan
 
 LAYOUTS = ("identity", "dropped")
 # Small files are hashed whole. A shard's sha256 is written where the Hub cache knows it already: hashing gigabytes
@@ -124,30 +124,6 @@ def full_record(checkpoint: Checkpoint, plan: Plan, layout: str, flushed: dict[s
         "flushed_to_zero": {name: flushed[name] for name in (*checkpoint.tensors, *plan.added) if flushed.get(name)},
         "verify": None,
     }
-
-
-def recorded_source(
-    said: dict[str, Any],
-    name: str,
-    folder: Path,
-    token: str | bool | None,
-    cache_dir: Path | None,
-    local_files_only: bool,
-) -> Source:
-    """The source that the record `said` of the checkpoint `name` in `folder` names.
-
-    Raises UsageError where it names none, or a folder that is not here.
-    """
-    source, commit = said.get("source"), said.get("commit")
-    if not isinstance(source, str) or not source or not isinstance(commit, (str, type(None))):
-        raise UsageError(f"{name}: its {RECORD} names no source; add --source <the model it was made from>")
-    if commit is None:
-        here = Path(source).expanduser()
-        beside = folder.resolve().parent / source
-        if not here.is_dir() and not beside.is_dir():
-            raise UsageError(f"{name}: was made from {source}, which is not here; say where it is with --source")
-        return Source(str(here if here.is_dir() else beside))
-    return Source(source, commit, token, cache_dir, local_files_only)
 
 
 def texts(checkpoint: Checkpoint, plan: Plan, layout: str, flushed: dict[str, int]) -> dict[str, str]:

@@ -24,29 +24,23 @@ The idea of folding is Graef et al., FlashNorm (arXiv 2407.09577), section 2.
 from __future__ import annotations
 
 import hashlib
-import inspect
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from flashnorm_cli.errors import PlanError
 from flashnorm_cli.trace.companions import constant_along, coordinates, profile, resized, small, varying_dims
 from flashnorm_cli.trace.outcomes import outcome
+from flashnorm_cli.trace.result import UNUSED, Gain, Reader, Trace
 from flashnorm_cli.trace.values import SHAPE_ONLY, Values, tensors_in
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
-BATCH, TOKENS = 2, 6
-# A channel of a reader that no traced use has touched: any gain is compatible with it.
-UNUSED = -1
 # A coordinate that was chosen by an index which the trace does not follow.
 UNKNOWN = -1
 # Applied to the companion exactly as to the tensor: they only move values.
@@ -66,64 +60,6 @@ PRODUCTS = frozenset("mm bmm mv dot _grouped_mm grouped_mm_fallback addmm baddbm
 # A tensor divided by one of these, or multiplied by the reciprocal, has been normalised.
 DENOMINATORS = frozenset("rsqrt sqrt linalg_vector_norm norm std".split())
 SCORES = "its output is multiplied with a computed tensor (attention scores, or a weight changed on the way)"
-
-
-@dataclass(frozen=True)
-class Gain:
-    """A parameter that scales a normalised activation channel by channel.
-
-    The factor is `scale * parameter + offset`: (1, 0) for the usual `w`, (1, 1) for the `1 + w` of Gemma.
-    `first_id` is the id of the parameter's first element; element `i` of the flattened parameter has
-    `first_id + i`.
-    """
-
-    parameter: str
-    shape: tuple[int, ...]
-    module: str
-    scale: float
-    offset: float
-    first_id: int
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-
-@dataclass
-class Reader:
-    """A parameter that contracts scaled channels along `dim`; `ids[c]` is the gain element that scales channel c.
-
-    `ids` is int64 of length `shape[dim]`: 0 where the channel is read unscaled, `UNUSED` where it is not read.
-    """
-
-    parameter: str
-    dim: int
-    ids: torch.Tensor
-    module: str
-
-
-@dataclass
-class Trace:
-    """What one forward pass showed. All names are runtime parameter names, the first one of a shared parameter."""
-
-    gains: dict[str, Gain] = field(default_factory=dict)
-    readers: dict[str, Reader] = field(default_factory=dict)
-    kept: dict[str, str] = field(default_factory=dict)  # gain -> the reason why its norm keeps its weight
-    tied_conflicts: dict[str, set[str]] = field(default_factory=dict)  # gain -> readers that are embeddings too
-    fed: set[str] = field(default_factory=set)  # gains that at least one parameter reads
-    reached: set[str] = field(default_factory=set)  # parameters that any operation touched
-    asked: tuple[str, ...] = ()  # modules in which a condition on unknown data decided what was computed
-    fingerprint: str = ""  # of the sequence of operations; equal for equal forwards
-    _firsts: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # first ids of the gains
-
-    def gains_of(self, ids: torch.Tensor) -> list[str]:
-        """Names of the gains that scale something in an ids tensor."""
-        if len(self._firsts) != len(self.gains):
-            self._firsts = torch.tensor([g.first_id for g in self.gains.values()], device="cpu")
-        present = small(ids).flatten().unique()
-        which = torch.bucketize(present[present > 0], self._firsts, right=True) - 1
-        names = list(self.gains)
-        return [names[i] for i in which.unique().tolist()]
 
 
 @dataclass
@@ -763,88 +699,3 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
             todo.extend(vars(value).values() if hasattr(value, "__dict__") else ())
             slots = [slot for cls in type(value).__mro__ for slot in getattr(cls, "__slots__", ())]
             todo.extend(getattr(value, slot, None) for slot in slots)
-
-
-_SET_DATA: Any = cast(Any, torch.Tensor.data).__set__  # `z.data = other` is no operation
-
-
-class _Literals(TorchFunctionMode):
-    """What Python sees of values without an operation: `torch.tensor(3)` as it is made, `f"expert_{index}"`."""
-
-    def __init__(self, tracer: GainTracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.__format__ and args[0].device.type == "meta" and args[0].ndim == 0:
-            known = self.tracer.values.of(args[0])
-            if known is not None:
-                return format(known.item(), *args[1:])
-        if func == _SET_DATA and not self.tracer.same_weight(*args):  # module.to(dtype) sets what was there
-            self.tracer.lose("data", args)
-        out = func(*args, **(kwargs or {}))
-        if (
-            func in (torch.tensor, torch.as_tensor)
-            and isinstance(out, torch.Tensor)
-            and out.device.type == "meta"
-            and not tensors_in(args)
-        ):
-            with torch.utils._python_dispatch._disable_current_modes():
-                self.tracer.values.set(out, torch.tensor(*args, **{**(kwargs or {}), "device": "cpu"}))
-        return out
-
-
-def _inputs(model: PreTrainedModel, tracer: GainTracer, batch: int, length: int) -> dict[str, Any]:
-    """A handful of token ids, and what else the forward cannot do without."""
-    signature = inspect.signature(model.forward).parameters
-    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 8)
-    values = (torch.arange(batch * length) * 7 + 3).view(batch, length) % vocabulary
-    tokens = torch.empty_like(values, device="meta")
-    tracer.values.set(tokens, values)
-    inputs: dict[str, Any] = {"input_ids": tokens}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = tokens
-    if "use_cache" in signature:
-        inputs["use_cache"] = False
-    return inputs
-
-
-def trace_forward(model: PreTrainedModel) -> Trace:
-    """Run text forwards of a model on the meta device and follow its gains.
-
-    The first forward decides whether the model can be traced. More of them look into branches that it may not have
-    taken, with conditions on data answered in other ways and with a single token as in decoding: they add uses.
-
-    Args:
-        model: on the meta device, in eval mode.
-    Raises:
-        PlanError: the forward cannot run on the meta device; the message names operation and module.
-    """
-    tracer = GainTracer(model)
-    _run(model, tracer, BATCH, TOKENS)
-    tracer.auxiliary = True
-    for guesses in tracer.values.other_guesses():
-        tracer.values.guesses = guesses
-        with suppress(PlanError):
-            _run(model, tracer, BATCH, TOKENS)
-    with suppress(PlanError):
-        _run(model, tracer, 1, 1)
-    return tracer.finish()
-
-
-def _run(model: PreTrainedModel, tracer: GainTracer, batch: int, length: int) -> None:
-    inputs = _inputs(model, tracer, batch, length)
-    try:
-        with torch.no_grad(), torch.device("meta"), tracer.watching_modules(), _Literals(tracer), tracer:
-            output = model(**inputs)
-    except PlanError:
-        raise
-    except Exception as error:  # anything may come out of a model's own code, remote code included
-        last = str(error).strip().splitlines() or [type(error).__name__]
-        raise PlanError(
-            f"the forward of {type(model).__name__} cannot be traced: it stopped in `{tracer.module}` "
-            f"({type(error).__name__}: {last[-1] if 'TorchScript' in last[0] else last[0]})"
-        ) from error
-    finally:
-        tracer.leave_modules()
-    tracer.returned(output)

@@ -6,7 +6,6 @@ in the process changes: not the classes of transformers, not another model.
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -16,23 +15,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from flashnorm_cli.adapters.fold import adapter_warnings
-from flashnorm_cli.checkpoint.open import RECORD
+from flashnorm_cli.adapters.files import adapter_warnings
+from flashnorm_cli.checkpoint.model import RECORD
 from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
-from flashnorm_cli.modeling import build
-from flashnorm_cli.norms.detect import (
-    PlainNorm,
-    is_weightless,
-    make_weighted,
-    make_weightless,
-    norm_reader,
-    own_forward,
-    weightless_ways,
-)
-from flashnorm_cli.plan.planner import FORMAT
+from flashnorm_cli.modeling import build, disk_names
+from flashnorm_cli.norms.detect import PlainNorm, norm_reader, own_forward
+from flashnorm_cli.record.read import identities, record_of
+from flashnorm_cli.runtimes.transformers.swap import is_weightless, make_weighted, make_weightless, weightless_ways
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
@@ -123,30 +115,6 @@ def _base(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def record_of(config: PretrainedConfig) -> dict[str, Any]:
-    """The `flashnorm` object of a config. Raises FlashNormError if it is not there or cannot be read."""
-    said: Any = getattr(config, "flashnorm", None)
-    if said is None and getattr(config, "flashnorm_folded", False):
-        raise FlashNormError(
-            "another tool has folded this model, and its config does not say which norms; `flashnorm verify <folded> "
-            "<source> --adopt` checks it and writes the record"
-        )
-    if said is None:
-        raise FlashNormError(
-            "this model is not folded: its config has no record of flashnorm; load a checkpoint that `flashnorm fold` "
-            "wrote, or fold it in memory first: flashnorm_cli.fold_model_(model)"
-        )
-    patterns = said.get("folded") if isinstance(said, dict) else None
-    if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
-        raise CheckpointError("the record of flashnorm in config.json names no list of folded norms; it was edited")
-    if said.get("format") != FORMAT:
-        raise CheckpointError(
-            f"the record of flashnorm in config.json has format {said.get('format')!r}, and this version reads "
-            f"{FORMAT}; upgrade flashnorm-cli"
-        )
-    return said
-
-
 class _Recorded(NamedTuple):
     """A norm that the record names: its parameter and the name of that on disk; what it is, and how it is swapped.
 
@@ -161,7 +129,7 @@ class _Recorded(NamedTuple):
 
 
 def _recorded(model: PreTrainedModel) -> Iterator[_Recorded]:
-    named = build.parameters_named(model, record_of(model.config)["folded"])
+    named = disk_names.parameters_named(model, record_of(model.config)["folded"])
     if not named:
         raise FlashNormError(
             f"{type(model).__name__} has none of the norms that its record names; was it loaded as another class?"
@@ -229,7 +197,7 @@ def from_pretrained(name: str | Path, **arguments: Any) -> Any:
     cls = build.model_class(config, where, trust, **hub)
     filled: dict[str, float] = {}
     if said.get("layout") == "dropped":
-        cls = _filling(cls, said["folded"], _identities(where, hub), filled)
+        cls = _filling(cls, said["folded"], identities(where, hub), filled)
     late = {} if "kernel_config" in arguments else {k: arguments.pop(k) for k in ("use_kernels",) if k in arguments}
     loaded = cls.from_pretrained(where, **arguments)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -246,23 +214,6 @@ def from_pretrained(name: str | Path, **arguments: Any) -> Any:
     return loaded
 
 
-def _identities(where: str, hub: dict[str, Any]) -> dict[str, float]:
-    """What each folded norm's weight would be, from flashnorm.json; empty if that is not there."""
-    from transformers.utils import cached_file  # type: ignore[attr-defined]
-
-    found = cached_file(
-        where,
-        RECORD,
-        _raise_exceptions_for_missing_entries=False,
-        **{k: v for k, v in hub.items() if k != "code_revision"},
-    )
-    try:
-        norms = json.loads(Path(found).read_text(encoding="utf-8"))["norms"] if found else []
-        return {n["tensor"]: (1.0 - n["offset"]) / n["scale"] for n in norms if n["folded"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{where}: {RECORD} cannot be read: {error}") from error
-
-
 def _filling(
     cls: type[PreTrainedModel], patterns: list[str], identities: dict[str, float], filled: dict[str, float]
 ) -> type[PreTrainedModel]:
@@ -271,7 +222,7 @@ def _filling(
     def fill(self: Any, info: Any) -> None:
         cls._adjust_missing_and_unexpected_keys(self, info)
         read = norm_reader()
-        for name, disk in build.parameters_named(self, patterns).items():
+        for name, disk in disk_names.parameters_named(self, patterns).items():
             if name in info.missing_keys:
                 norm = read(self.get_submodule(name.rpartition(".")[0]))
                 value = identities.get(disk, 1 - norm.offset if norm is not None else None)

@@ -10,11 +10,11 @@ They are called as torch operators (torch.ops.flashnorm), which torch.compile le
 # vLLM reads the annotations below, so they may not be strings: no `from __future__ import annotations`.
 import torch
 from torch import Tensor
-from vllm import ir  # type: ignore[import-not-found]
-from vllm.platforms import current_platform  # type: ignore[import-not-found]
+from vllm import ir
+from vllm.platforms import current_platform
 
 import flashnorm_cli.norms.ops  # noqa: F401  defines torch.ops.flashnorm
-from flashnorm_cli.runtimes.vllm.plugin import KERNEL
+from flashnorm_cli.runtimes.vllm.norms import KERNEL
 
 SUPPORTED = current_platform.is_cuda() or current_platform.is_cpu()
 

@@ -19,23 +19,20 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from flashnorm_cli.checkpoint.open import RECORD
-from flashnorm_cli.plan.planner import FORMAT, pattern_of
+from flashnorm_cli.checkpoint.model import RECORD
+from flashnorm_cli.record.read import Record, left_out, read_record
+from flashnorm_cli.runtimes.vllm.norms import KERNEL, is_identity, log, norms_of
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 # The formats of vLLM's DefaultModelLoader in which a checkpoint of transformers is loaded.
 FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
-KERNEL = "flashnorm"  # what vLLM's --ir-op-priority knows this project's kernels by
 # Passes of vLLM's compiler that hand a norm's weight to another kernel. They match a norm without one as well, and
 # pass None on to kernels that cannot do without (seen in 0.32).
 PASSES_WITH_WEIGHTS = ("fuse_norm_quant", "fuse_allreduce_rms", "fuse_act_padding", "fuse_mla_dual_rms_norm")
-
-_log = logging.getLogger("vllm.flashnorm")  # below vLLM's own logger, so that its settings hold
 
 
 def register() -> None:
@@ -46,148 +43,14 @@ def register() -> None:
             step()
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            _log.warning("flashnorm: this vLLM is not known here, so %s (%s)", otherwise, reason)
+            log.warning("flashnorm: this vLLM is not known here, so %s (%s)", otherwise, reason)
             return
 
 
 # ---- what the record says --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Record:
-    """The object `flashnorm` of a folded checkpoint's config.json, as far as it matters here.
-
-    `folded` and `kept` are patterns of tensor names; where only some layers of a kind are folded, both hold it.
-    """
-
-    layout: str
-    folded: frozenset[str]
-    kept: frozenset[str]
-    lm_head: str
-
-    def names(self, tensor: str) -> bool:
-        """Whether a tensor on disk belongs to a folded norm; in doubt, no."""
-        return pattern_of(tensor) in self.folded - self.kept
-
-    def may_name(self, module: str) -> bool:
-        """Whether a module of the runtime, whose path need not be the one on disk, may be a folded norm."""
-        return module.rsplit(".", 1)[-1] in {pattern.split(".")[-2] for pattern in self.folded if "." in pattern}
-
-
-def read_record(*configs: object) -> Record | None:
-    """The record in the first of some configs (config.json's, its text model's) that has one.
-
-    Returns:
-        None for an unfolded checkpoint, and for a record of a format that this version does not know: a line says so.
-    """
-    found = next((value for c in configs if (value := getattr(c, "flashnorm", None)) is not None), None)
-    if found is None:
-        return None
-    values = found if isinstance(found, dict) else {}
-    folded: Any = values.get("folded")
-    kept: Any = values.get("kept")
-    if values.get("format") != FORMAT or not _are_names(folded) or not _are_names(kept):
-        _log.warning(
-            "flashnorm: config.json holds a record of format %s, this version reads %s: norms keep their weights",
-            values.get("format"),
-            FORMAT,
-        )
-        return None
-    return Record(str(values.get("layout")), frozenset(folded), frozenset(kept), str(values.get("lm_head")))
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, (list, dict)) and all(isinstance(name, str) for name in value)
-
-
-def left_out(record: Record, plan: Any, seen: Iterable[str]) -> list[tuple[str, tuple[int, ...], float]]:
-    """What layout dropped left out, as (tensor, shape, value of all its elements), by the plan in flashnorm.json.
-
-    Only tensors that config.json's record names as well, and that the files did not hold. The value is the identity by
-    the norm's own convention: 1, or 0 where its gain is `1 + w`.
-
-    Raises:
-        ValueError: there is no plan, or it cannot be read.
-    """
-    there = set(seen)
-    try:
-        found = []
-        for norm in plan["norms"]:
-            name = norm["tensor"]
-            if norm["folded"] and name not in there and pattern_of(name) in record.folded:
-                value = (1.0 - norm["offset"]) / norm["scale"]
-                found.append((name, tuple(int(n) for n in norm["shape"]), value))
-    except (TypeError, KeyError, AttributeError, ValueError, ZeroDivisionError):
-        raise ValueError(
-            f"layout dropped cannot be loaded without the checkpoint's {RECORD}, which lists what was left out: "
-            "copy it beside config.json, or fold again with --layout identity"
-        ) from None
-    return found
-
-
 # ---- the norms of a model --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A class of norms of vLLM's: the weight that changes nothing, and how to run it with or without one."""
-
-    identity: float
-    is_without: Callable[[Any], bool]
-    run_without: Callable[[Any, bool], None]
-
-
-def _rms_norm_without(norm: Any, without: bool) -> None:
-    norm.pass_weight = norm.pass_weight_add = not without
-
-
-def _gemma_without(norm: Any, without: bool) -> None:
-    norm._forward_method = MethodType(_gemma_forward, norm) if without else norm.dispatch_forward(compile_native=False)
-
-
-def _gemma_forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Any:
-    """`GemmaRMSNorm.forward_native` of vLLM 0.32 with the weight that vLLM's operators take for none."""
-    from vllm import ir  # type: ignore[import-not-found]
-
-    if residual is None:
-        return ir.ops.rms_norm(x, None, self.variance_epsilon)
-    return ir.ops.fused_add_rms_norm(x, residual, None, self.variance_epsilon)
-
-
-PLAIN = Kind(1.0, lambda norm: not (norm.pass_weight or norm.pass_weight_add), _rms_norm_without)
-GEMMA = Kind(0.0, lambda norm: getattr(norm._forward_method, "__func__", None) is _gemma_forward, _gemma_without)
-
-
-def norms_of(model: nn.Module) -> Iterator[tuple[str, Any, Kind]]:
-    """The norms of a vLLM model that carry a weight and can run without, with their names and kinds."""
-    from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm  # type: ignore[import-not-found]
-    from vllm.platforms import current_platform  # type: ignore[import-not-found]
-
-    gemma_is_plain = current_platform.is_cuda_alike() or current_platform.is_cpu()  # others have kernels for 1 + w
-    for name, module in model.named_modules():
-        if isinstance(module, RMSNorm) and getattr(module, "has_weight", False) and hasattr(module, "pass_weight_add"):
-            yield name, module, PLAIN
-        elif (
-            isinstance(module, GemmaRMSNorm)
-            and type(module).forward_native is GemmaRMSNorm.forward_native  # not a platform's own
-            and hasattr(module, "_forward_method")
-            and gemma_is_plain
-        ):
-            yield name, module, GEMMA
-
-
-def is_identity(weight: Tensor, value: float) -> bool:
-    """Whether all elements of a weight that is there are exactly this value. Waits for the GPU."""
-    return not weight.is_meta and weight.numel() > 0 and bool((weight.detach() == value).all())
-
-
-def norm_states(model: nn.Module) -> dict[str, bool]:
-    """For each norm of a loaded vLLM model that carries a weight: whether it runs without.
-
-    `LLM.apply_model(norm_states)` asks a running engine; with a separate engine process that needs
-    VLLM_ALLOW_INSECURE_SERIALIZATION=1.
-    """
-    return {name: kind.is_without(norm) for name, norm, kind in norms_of(model)}
 
 
 @dataclass
@@ -203,7 +66,7 @@ class _Watch:
 
     def settle(self) -> None:
         """Read the loaded weights and run the norms accordingly."""
-        from vllm.config import CompilationMode, CUDAGraphMode  # type: ignore[import-not-found]
+        from vllm.config import CompilationMode, CUDAGraphMode
 
         compilation = self.config.compilation_config
         eager = compilation.mode == CompilationMode.NONE and compilation.cudagraph_mode == CUDAGraphMode.NONE
@@ -228,18 +91,18 @@ class _Watch:
 
     def _report(self, without: list[str]) -> None:
         if self.lies:
-            _log.warning(
+            log.warning(
                 "flashnorm: the checkpoint's record names %d norm(s) as folded that are not the identity, the first is "
                 "%s: they keep their weights",
                 len(self.lies),
                 self.lies[0],
             )
         if self.blocked:
-            _log.warning("flashnorm: norms keep their weights: %s", self.blocked)
+            log.warning("flashnorm: norms keep their weights: %s", self.blocked)
         else:
-            _log.info("flashnorm: %d norm(s) run without a weight", len(without))
+            log.info("flashnorm: %d norm(s) run without a weight", len(without))
         if self.config.lora_config is not None:
-            _log.warning(
+            log.warning(
                 "flashnorm: this checkpoint is folded: a LoRA adapter that was trained on its source does not fit, "
                 "unless flashnorm fold-adapter has folded it as well"
             )
@@ -270,7 +133,7 @@ def why_weights_are_needed(config: Any) -> str | None:
 
 
 def _register_loader() -> None:
-    from vllm.model_executor import model_loader  # type: ignore[import-not-found]
+    from vllm.model_executor import model_loader
     from vllm.model_executor.layers.layernorm import RMSNorm
 
     default = model_loader.DefaultModelLoader
@@ -288,7 +151,7 @@ def _register_loader() -> None:
             return super().load_model(vllm_config, *arguments, **more)
 
         def load_weights(self, model: Any, model_config: Any) -> None:
-            record = read_record(model_config.hf_config, model_config.hf_text_config)
+            record = read_record(model_config.hf_config, model_config.hf_text_config, warn=log.warning)
             if record is None:
                 super().load_weights(model, model_config)
                 return
@@ -304,7 +167,7 @@ def _register_loader() -> None:
 
         def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, Tensor]]:
             weights = super().get_all_weights(model_config, model)
-            record = read_record(model_config.hf_config, model_config.hf_text_config)
+            record = read_record(model_config.hf_config, model_config.hf_text_config, warn=log.warning)
             if record is None:
                 yield from weights
                 return
@@ -332,7 +195,7 @@ def _with_left_out(
             lies.append(name)
         yield name, tensor
     if record.layout == "dropped":
-        from vllm.transformers_utils.repo_utils import get_hf_file_to_dict  # type: ignore[import-not-found]
+        from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
         plan = get_hf_file_to_dict(RECORD, model_config.model, model_config.revision)
         for name, shape, value in left_out(record, plan, seen):

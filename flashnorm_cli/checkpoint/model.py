@@ -1,0 +1,107 @@
+"""A checkpoint as its files say it is: what the other parts of the package are handed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from flashnorm_cli.checkpoint.header import Header, TensorEntry
+from flashnorm_cli.errors import CheckpointError, FlashNormError
+
+CONFIG = "config.json"
+
+
+INDEX = "model.safetensors.index.json"
+
+
+SINGLE = "model.safetensors"
+
+
+RECORD = "flashnorm.json"
+
+
+# Weights in other formats would be an unfolded copy beside the folded one: they are left out, and named.
+OTHER_WEIGHTS = (
+    ".bin .bin.index.json .pt .pth .ckpt .h5 .msgpack .gguf .onnx .onnx_data .ot .tflite .mlmodel .npz .safetensors"
+).split()
+
+
+# done bytes, all bytes, what is going on
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint comes from, and how to reach it."""
+
+    name: str
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: Path | None = None
+    local_files_only: bool = False
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose headers, index and files hold together.
+
+    `folder` holds the small files (and the shards too, unless only the headers of a Hub repository were read).
+    `shards` maps the shards' file names, in the index's order, to their headers. `others` are the relative paths
+    of the files to carry over, `left_out` those of weights in other formats and of links to folders. `sha256` are the
+    shards' hashes where the Hub was asked for them.
+    """
+
+    source: Source
+    folder: Path
+    commit: str | None
+    config: dict[str, Any]
+    shards: dict[str, Header]
+    index: dict[str, Any] | None
+    others: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    sha256: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorEntry]:
+        """Every tensor's header entry, in file order."""
+        return {name: entry for header in self.shards.values() for name, entry in header.tensors.items()}
+
+    @cached_property
+    def shard_of(self) -> dict[str, str]:
+        """The file that holds each tensor."""
+        return {name: shard for shard, header in self.shards.items() for name in header.tensors}
+
+    @property
+    def name(self) -> str:
+        """The last part of the folder's or repository's name."""
+        if self.commit is not None:
+            return self.source.name.rsplit("/", 1)[-1]
+        return Path(self.source.name).expanduser().resolve().name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError if it is missing, or not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: there is no {path.name}: is this a transformers checkpoint?") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds no JSON object")
+    return value
+
+
+def refuse_folded(checkpoint: Checkpoint) -> None:
+    """Raise FlashNormError for a checkpoint that says it has been folded already."""
+    has_record = (checkpoint.folder / RECORD).exists()
+    if has_record or checkpoint.config.get("flashnorm_folded") or "flashnorm" in checkpoint.config:
+        where = RECORD if has_record else "config.json"
+        raise FlashNormError(
+            f"{checkpoint.source.name}: is folded already ({where} says so); folding twice would do nothing good. "
+            "Fold its source instead"
+        )

@@ -1,0 +1,38 @@
+"""Names of tensors for people: patterns over layers, and lists of them grouped."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+
+def pattern_of(name: str) -> str:
+    """A name with its layer and expert numbers replaced by `*`."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)
+
+
+def grouped(names: Iterable[str]) -> list[tuple[str, int]]:
+    """Patterns of names with how many each stands for, in order of first appearance."""
+    return list(Counter(pattern_of(name) for name in names).items())
+
+
+def layer_of(name: str) -> str | None:
+    """The outermost numbered module that a parameter belongs to: `model.layers.3` of `model.layers.3.mlp.up.weight`."""
+    found = re.match(r"(.*?(?:^|\.)\d+)\.", name)
+    return found.group(1) if found else None
+
+
+def any_layer(name: str) -> str:
+    """A name with the number of its layer, but not of its expert, replaced."""
+    return re.sub(r"(?:^|(?<=\.))\d+(?=\.)", "*", name, count=1)
+
+
+def list_of(name: str) -> str | None:
+    """The innermost numbered list that a parameter belongs to: `mlp.experts` of `mlp.experts.3.up.weight`."""
+    found = re.match(r"(.*(?:^|\.))\d+\.", name)
+    return found.group(1) if found else None
+
+
+def layer_numbers(name: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"(?:^|(?<=\.))\d+(?=\.)", name))

@@ -1,0 +1,144 @@
+"""The token ids that both models are run on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashnorm_cli.checkpoint.model import Checkpoint
+from flashnorm_cli.errors import UsageError
+from flashnorm_cli.modeling import build
+from flashnorm_cli.modeling.quiet import quiet_transformers
+
+PROMPTS = Path(__file__).parent / "prompts.txt"
+
+
+# Many short prompts rather than a few long ones: what happens to one token is carried on to those that follow it.
+PROMPT_TOKENS, ALL_TOKENS = 64, 1024
+
+
+TEXT_PROMPT_TOKENS, TEXT_TOKENS = 256, 4096  # of a file that the user gives
+
+
+MIN_TOKENS = 64
+
+
+RANDOM_PROMPTS, RANDOM_TOKENS = 32, 16  # where there is no tokenizer
+
+
+LOGITS_BYTES = 512 << 20  # that the reference's logits may take
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token ids of each prompt, where they come from, and what turns them into text (None without a tokenizer).
+
+    `random` ids have no continuation that would mean anything.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    origin: str
+    tokenizer: Any = None
+    random: bool = False
+
+
+def read_prompts(source: Checkpoint, text: Path | None, ids: Path | None, trust_remote_code: bool) -> Prompts:
+    """The prompts: token ids from a JSON file, or a text of the user's or the built-in one, by the source's tokenizer.
+
+    Without a tokenizer, random ids. Long texts are cut into prompts that the model's positions allow.
+    """
+    config = build.load_config(source.folder, trust_remote_code).get_text_config()
+    vocabulary = int(getattr(config, "vocab_size", 0) or 256)
+    positions = getattr(config, "max_position_embeddings", None)
+    length, budget = (TEXT_PROMPT_TOKENS, TEXT_TOKENS) if text else (PROMPT_TOKENS, ALL_TOKENS)
+    length = min(length, positions) if isinstance(positions, int) and positions > 0 else length
+    budget = max(min(budget, LOGITS_BYTES // (vocabulary * 8)), MIN_TOKENS)
+    if ids is not None:
+        rows = _rows_of_ids(ids, vocabulary)
+        _enough(rows, ids)
+        return Prompts(tuple(tuple(row) for row in rows), str(ids), _tokenizer(source, trust_remote_code))
+    tokenizer = _tokenizer(source, trust_remote_code)
+    if tokenizer is None:
+        if text is not None:
+            raise UsageError("--text needs a tokenizer, and the source has none; pass --token-ids instead")
+        return Prompts(
+            _random_ids(source, vocabulary, min(length, RANDOM_TOKENS)),
+            "random token ids (there is no tokenizer)",
+            random=True,
+        )
+    try:
+        words = (text or PROMPTS).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{text}: cannot be read as text: {error}") from error
+    with quiet_transformers():
+        # The built-in text is made of paragraphs on different matters; a file of the user's is one text.
+        parts = [words] if text else [p for p in words.split("\n\n") if p.strip()]
+        rows = [tokenizer(part)["input_ids"] for part in parts]
+    cut = [row[i : i + length] for row in rows for i in range(0, len(row), length)]
+    kept: list[tuple[int, ...]] = []
+    for row in cut:
+        if len(row) > 1 and sum(map(len, kept)) < budget:
+            kept.append(tuple(row[: budget - sum(map(len, kept))]))
+    _enough(kept, text or PROMPTS)
+    return Prompts(tuple(kept), str(text) if text else "the text that comes with flashnorm", tokenizer)
+
+
+def _enough(rows: Sequence[Sequence[int]], path: Path) -> None:
+    """A median over a handful of positions would call a right fold wrong."""
+    if (tokens := sum(map(len, rows))) < MIN_TOKENS:
+        raise UsageError(
+            f"{path}: holds {tokens} tokens; at least {MIN_TOKENS} are needed to tell rounding from a mistake"
+        )
+
+
+def _rows_of_ids(path: Path, vocabulary: int) -> list[list[int]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read as JSON: {error}") from error
+    if isinstance(rows, list) and rows and all(type(i) is int for i in rows):
+        rows = [rows]
+    good = isinstance(rows, list) and rows and all(isinstance(r, list) and r for r in rows)
+    if not good or not all(type(i) is int and 0 <= i < vocabulary for r in rows for i in r):
+        raise UsageError(f"{path}: holds no lists of token ids below {vocabulary}")
+    return [list(row) for row in rows]
+
+
+def _tokenizer(source: Checkpoint, trust_remote_code: bool) -> Any:
+    """The source's tokenizer, or None where it has none."""
+    names = {Path(name).name for name in source.others}
+    if not names & {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"}:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    except Exception:  # a tokenizer that this environment cannot load (a missing package, say): random ids do
+        return None
+
+
+def _random_ids(source: Checkpoint, vocabulary: int, length: int) -> tuple[tuple[int, ...], ...]:
+    """Ids without a special meaning: none that the config names."""
+    special: set[int] = set()
+
+    def collect(value: Any, key: str) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                collect(inner, str(name))
+        elif isinstance(value, list) and "token" in key:
+            for inner in value:
+                collect(inner, key)
+        elif type(value) is int and ("token" in key or key.endswith("_id")):
+            special.add(value)
+
+    collect(build.load_config(source.folder, False).to_dict() if "auto_map" not in source.config else source.config, "")
+    plain = torch.tensor([i for i in range(vocabulary) if i not in special] or [0])
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(plain), (RANDOM_PROMPTS, length), generator=generator)
+    return tuple(tuple(row) for row in plain[picks].tolist())

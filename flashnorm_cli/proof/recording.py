@@ -1,0 +1,125 @@
+"""What `verify` found, written into the record."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint
+from flashnorm_cli.checkpoint.output import write_text
+from flashnorm_cli.plan.model import Plan
+from flashnorm_cli.proof.contract import json_equal
+from flashnorm_cli.proof.files import changed_files, hashed_files
+from flashnorm_cli.proof.levels import Levels
+from flashnorm_cli.proof.pairing import DROPPED, Pair
+from flashnorm_cli.proof.result import Verification, level_json
+from flashnorm_cli.record import write as records
+
+
+def record_result(both: Pair, result: Verification, run: Levels, adopt: bool, wanted: bool) -> Verification:
+    """Write the result into the folded checkpoint, where it has a record or gets one now."""
+    notes = []
+    said = both.record
+    hashes = _hashes(both.folded, run)
+    before = (said or {}).get("verify")
+    if isinstance(before, dict) and (changed := changed_files(before, hashes)):
+        environment = before.get("environment")
+        when = environment.get("date") if isinstance(environment, dict) else "an earlier day"
+        notes.append(f"the verification of {when} is void: {', '.join(changed[:3])} changed since")
+    weights = result.level("weights")
+    if adopt and said is not None:
+        notes.append("nothing to adopt: it has a record already")
+    elif adopt and (weights is None or weights.status != "passed" or not result.equivalent):
+        notes.append("not adopted: only a checkpoint that passes level weights gets a record")
+    elif adopt and not both.gains:
+        notes.append("not adopted: no norm of it is folded")
+    elif adopt:
+        said = _adopt(both)
+        hashes[CONFIG] = _sha256(both.folded.folder / CONFIG)
+        notes.append(f"adopted: wrote {RECORD}, and the flag into {CONFIG}")
+    recorded = None
+    if said is not None and both.folded.commit is None and (wanted or adopt):
+        entry = _entry(both, result, hashes, said.get("verify"))
+        try:
+            write_text(both.folded.folder / RECORD, json.dumps({**said, "verify": entry}, indent=2) + "\n")
+            recorded = str(both.folded.folder / RECORD)
+        except OSError as error:
+            notes.append(f"not recorded: {both.folded.folder / RECORD}: {error.strerror}")
+    return dataclasses.replace(result, notes=tuple(notes), recorded=recorded)
+
+
+def _entry(both: Pair, result: Verification, hashes: dict[str, str], before: Any) -> dict[str, Any]:
+    """What flashnorm.json keeps: this result, and levels of an earlier one if the files are still the same."""
+    levels = {level.level: level_json(level) for level in result.levels}
+    for entry in levels.values():
+        entry["date"] = result.environment["date"]
+    if isinstance(before, dict) and before.get("files") == hashes and isinstance(before.get("levels"), dict):
+        levels = {**before["levels"], **levels}
+    statuses = {level["status"] for level in levels.values()}
+    headers = {name: header.raw for name, header in both.source.shards.items()}
+    return {
+        "equivalent": "passed" in statuses and "failed" not in statuses,
+        "levels": levels,
+        "thresholds": result.thresholds,
+        "environment": result.environment,
+        "source": {
+            "name": result.source,
+            "commit": result.commit,
+            "files": {
+                name: records.file_facts(both.source.folder / name, headers.get(name))
+                for name in (CONFIG, *both.source.shards)
+            },
+        },
+        "files": hashes,
+    }
+
+
+def _hashes(folded: Checkpoint, run: Levels) -> dict[str, str]:
+    """sha256 of every file that a verification speaks of; shards are only read if no level has."""
+    names = hashed_files(folded)
+    missing = [name for name in names if name not in run.hashes]
+    done = 0
+    total = sum((folded.folder / name).stat().st_size for name in missing)
+    with ThreadPoolExecutor(run.workers) as pool:
+        for name, digest in zip(missing, pool.map(lambda n: _sha256(folded.folder / n), missing), strict=True):
+            run.hashes[name] = digest
+            done += (folded.folder / name).stat().st_size
+            run.report(done, total, "Hashing")
+    return {name: run.hashes[name] for name in names}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _adopt(both: Pair) -> dict[str, Any]:
+    """Give a checkpoint of another tool the flags and the record that its files deserve."""
+    folded = both.folded
+    why = "the tool that folded this checkpoint kept it"
+    norms = tuple(
+        dataclasses.replace(norm, reason=why) if norm.folded and norm.tensor not in both.gains else norm
+        for norm in both.plan.norms
+    )
+    left = [norm for norm in both.plan.norms if norm.folded and norm.tensor not in both.gains]
+    plan: Plan = dataclasses.replace(
+        both.plan,
+        norms=norms,
+        readers=tuple(both.readers.values()),
+        added=both.expected_added,
+        untie=both.plan.untie and bool(both.expected_added),
+        folded_flag=both.plan.folded_flag and not left,
+    )
+    layout = "dropped" if any(both.states[name] == DROPPED for name in both.gains) else "identity"
+    path = folded.folder / CONFIG
+    config = records.folded_config(folded.config, plan, layout)
+    if not json_equal(config, folded.config):
+        write_text(path, records.dump_like(config, path.read_text(encoding="utf-8")))
+    return {**records.full_record(both.source, plan, layout, {}), "adopted": True}

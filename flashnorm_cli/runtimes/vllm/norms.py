@@ -1,0 +1,80 @@
+"""vLLM's own norm modules, without weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+KERNEL = "flashnorm"  # what vLLM's --ir-op-priority knows this project's kernels by
+
+
+log = logging.getLogger("vllm.flashnorm")  # below vLLM's own logger, so that its settings hold
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A class of norms of vLLM's: the weight that changes nothing, and how to run it with or without one."""
+
+    identity: float
+    is_without: Callable[[Any], bool]
+    run_without: Callable[[Any, bool], None]
+
+
+def _rms_norm_without(norm: Any, without: bool) -> None:
+    norm.pass_weight = norm.pass_weight_add = not without
+
+
+def _gemma_without(norm: Any, without: bool) -> None:
+    norm._forward_method = MethodType(_gemma_forward, norm) if without else norm.dispatch_forward(compile_native=False)
+
+
+def _gemma_forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Any:
+    """`GemmaRMSNorm.forward_native` of vLLM 0.32 with the weight that vLLM's operators take for none."""
+    from vllm import ir
+
+    if residual is None:
+        return ir.ops.rms_norm(x, None, self.variance_epsilon)
+    return ir.ops.fused_add_rms_norm(x, residual, None, self.variance_epsilon)
+
+
+PLAIN = Kind(1.0, lambda norm: not (norm.pass_weight or norm.pass_weight_add), _rms_norm_without)
+
+
+GEMMA = Kind(0.0, lambda norm: getattr(norm._forward_method, "__func__", None) is _gemma_forward, _gemma_without)
+
+
+def norms_of(model: nn.Module) -> Iterator[tuple[str, Any, Kind]]:
+    """The norms of a vLLM model that carry a weight and can run without, with their names and kinds."""
+    from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
+    from vllm.platforms import current_platform
+
+    gemma_is_plain = current_platform.is_cuda_alike() or current_platform.is_cpu()  # others have kernels for 1 + w
+    for name, module in model.named_modules():
+        if isinstance(module, RMSNorm) and getattr(module, "has_weight", False) and hasattr(module, "pass_weight_add"):
+            yield name, module, PLAIN
+        elif (
+            isinstance(module, GemmaRMSNorm)
+            and type(module).forward_native is GemmaRMSNorm.forward_native  # not a platform's own
+            and hasattr(module, "_forward_method")
+            and gemma_is_plain
+        ):
+            yield name, module, GEMMA
+
+
+def is_identity(weight: Tensor, value: float) -> bool:
+    """Whether all elements of a weight that is there are exactly this value. Waits for the GPU."""
+    return not weight.is_meta and weight.numel() > 0 and bool((weight.detach() == value).all())
+
+
+def norm_states(model: nn.Module) -> dict[str, bool]:
+    """For each norm of a loaded vLLM model that carries a weight: whether it runs without.
+
+    `LLM.apply_model(norm_states)` asks a running engine; with a separate engine process that needs
+    VLLM_ALLOW_INSECURE_SERIALIZATION=1.
+    """
+    return {name: kind.is_without(norm) for name, norm, kind in norms_of(model)}

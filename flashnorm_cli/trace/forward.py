@@ -1,0 +1,104 @@
+"""One forward of a model on the meta device, under the tracer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, cast
+
+import torch
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from flashnorm_cli.errors import PlanError
+from flashnorm_cli.trace.result import Trace
+from flashnorm_cli.trace.tracer import GainTracer
+from flashnorm_cli.trace.values import tensors_in
+
+BATCH, TOKENS = 2, 6
+
+
+_SET_DATA: Any = cast(Any, torch.Tensor.data).__set__  # `z.data = other` is no operation
+
+
+class _Literals(TorchFunctionMode):
+    """What Python sees of values without an operation: `torch.tensor(3)` as it is made, `f"expert_{index}"`."""
+
+    def __init__(self, tracer: GainTracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__format__ and args[0].device.type == "meta" and args[0].ndim == 0:
+            known = self.tracer.values.of(args[0])
+            if known is not None:
+                return format(known.item(), *args[1:])
+        if func == _SET_DATA and not self.tracer.same_weight(*args):  # module.to(dtype) sets what was there
+            self.tracer.lose("data", args)
+        out = func(*args, **(kwargs or {}))
+        if (
+            func in (torch.tensor, torch.as_tensor)
+            and isinstance(out, torch.Tensor)
+            and out.device.type == "meta"
+            and not tensors_in(args)
+        ):
+            with torch.utils._python_dispatch._disable_current_modes():
+                self.tracer.values.set(out, torch.tensor(*args, **{**(kwargs or {}), "device": "cpu"}))
+        return out
+
+
+def _inputs(model: PreTrainedModel, tracer: GainTracer, batch: int, length: int) -> dict[str, Any]:
+    """A handful of token ids, and what else the forward cannot do without."""
+    signature = inspect.signature(model.forward).parameters
+    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 8)
+    values = (torch.arange(batch * length) * 7 + 3).view(batch, length) % vocabulary
+    tokens = torch.empty_like(values, device="meta")
+    tracer.values.set(tokens, values)
+    inputs: dict[str, Any] = {"input_ids": tokens}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens
+    if "use_cache" in signature:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def trace_forward(model: PreTrainedModel) -> Trace:
+    """Run text forwards of a model on the meta device and follow its gains.
+
+    The first forward decides whether the model can be traced. More of them look into branches that it may not have
+    taken, with conditions on data answered in other ways and with a single token as in decoding: they add uses.
+
+    Args:
+        model: on the meta device, in eval mode.
+    Raises:
+        PlanError: the forward cannot run on the meta device; the message names operation and module.
+    """
+    tracer = GainTracer(model)
+    _run(model, tracer, BATCH, TOKENS)
+    tracer.auxiliary = True
+    for guesses in tracer.values.other_guesses():
+        tracer.values.guesses = guesses
+        with suppress(PlanError):
+            _run(model, tracer, BATCH, TOKENS)
+    with suppress(PlanError):
+        _run(model, tracer, 1, 1)
+    return tracer.finish()
+
+
+def _run(model: PreTrainedModel, tracer: GainTracer, batch: int, length: int) -> None:
+    inputs = _inputs(model, tracer, batch, length)
+    try:
+        with torch.no_grad(), torch.device("meta"), tracer.watching_modules(), _Literals(tracer), tracer:
+            output = model(**inputs)
+    except PlanError:
+        raise
+    except Exception as error:  # anything may come out of a model's own code, remote code included
+        last = str(error).strip().splitlines() or [type(error).__name__]
+        raise PlanError(
+            f"the forward of {type(model).__name__} cannot be traced: it stopped in `{tracer.module}` "
+            f"({type(error).__name__}: {last[-1] if 'TorchScript' in last[0] else last[0]})"
+        ) from error
+    finally:
+        tracer.leave_modules()
+    tracer.returned(output)
