@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from flashnorm_cli.adapters.base import FoldedModel
-from flashnorm_cli.adapters.plan import AdapterPlan, LoraModule
+from flashnorm_cli.adapters.lora import LoraModule
+from flashnorm_cli.adapters.plan import AdapterPlan
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE, read_tensor
 from flashnorm_cli.errors import FlashNormError
 
