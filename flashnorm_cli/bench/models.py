@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from statistics import median, quantiles
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashnorm_cli.bench.timing import spread
 from flashnorm_cli.errors import FlashNormError
 from flashnorm_cli.modeling.quiet import first_line, quiet_transformers
 from flashnorm_cli.norms import fused_add_rms_norm
@@ -352,12 +353,11 @@ def _timer(model: PreTrainedModel, mode: str, way: str, tokens: int, batch: int)
 
 
 def _row(mode: str, way: str, speeds: list[float], stock: list[float] | None) -> dict[str, Any]:
-    low = quantiles(speeds, n=10) if len(speeds) > 1 else speeds * 9
     row: dict[str, Any] = {
         "mode": mode,
         "way": way,
         "tok_per_s": round(median(speeds), 2),
-        "spread": [round(low[0], 2), round(low[-1], 2)],
+        "spread": list(spread(speeds, 2)),
         "trials": [round(s, 2) for s in speeds],
     }
     if stock is not None:
