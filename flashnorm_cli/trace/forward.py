@@ -76,6 +76,12 @@ def trace_forward(model: PreTrainedModel) -> Trace:
         PlanError: the forward cannot run on the meta device; the message names operation and module.
     """
     tracer = GainTracer(model)
+    run_forwards(model, tracer)
+    return judge(tracer.state)
+
+
+def run_forwards(model: PreTrainedModel, tracer: GainTracer) -> None:
+    """Run the model under a tracer, as `trace_forward` says. Raises PlanError where the first forward cannot run."""
     _run(model, tracer, BATCH, TOKENS)
     tracer.auxiliary = True
     for guesses in tracer.state.values.other_guesses():
@@ -84,7 +90,6 @@ def trace_forward(model: PreTrainedModel) -> Trace:
             _run(model, tracer, BATCH, TOKENS)
     with suppress(PlanError):
         _run(model, tracer, 1, 1)
-    return judge(tracer.state)
 
 
 def _run(model: PreTrainedModel, tracer: GainTracer, batch: int, length: int) -> None:

@@ -71,12 +71,12 @@ class State:
         self._weight_storages: dict[int, str] = {}
         self._normalised: set[int] = set()
         self._denominators: set[int] = set()
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self._next_id = 1
         self._modules: list[str] = []
         self._names = {id(m): name for name, m in model.named_modules()}
         for name, parameter in model.named_parameters():
-            self._shapes[name] = tuple(parameter.shape)
+            self.shapes[name] = tuple(parameter.shape)
             self.set_weight(parameter, Weight(name, coordinates(tuple(parameter.shape))))
 
     # ---- where we are -------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ class State:
 
     def register_gain(self, out: torch.Tensor, weight: Weight, coords: tuple[torch.Tensor, ...]) -> None:
         """`out` is a normalised activation times the gain `weight`, whose coords are broadcast to out's shape."""
-        shape = self._shapes[weight.name]
+        shape = self.shapes[weight.name]
         if weight.scale == 0.0 or any(bool((small(c) == UNKNOWN).any()) for c in coords):
             self.other_use(weight, "index" if weight.scale else "mul")
             return
@@ -188,7 +188,7 @@ class State:
             self.other_use(weight, operation)
             return False
         dim = dims[0]
-        full = torch.full((self._shapes[weight.name][dim],), UNUSED)
+        full = torch.full((self.shapes[weight.name][dim],), UNUSED)
         full[profile(weight.coords[dim], along)] = ids if ids is not None else 0
         self.uses.setdefault(weight.name, []).append((dim, full, self.module))
         self.accounted_for = True
@@ -197,12 +197,6 @@ class State:
     def other_use(self, weight: Weight, operation: str) -> None:
         """A parameter is used in a way that no gain can be folded into."""
         self.other_uses.setdefault(weight.name, (operation, self.module))
-
-    def reach(self, tensor: torch.Tensor) -> None:
-        """An operation has touched this tensor, if it is a parameter."""
-        weight = self.weight_of(tensor)
-        if weight is not None:
-            self.trace.reached.add(weight.name)
 
     def escape(self, ids: torch.Tensor, why: str) -> None:
         """The gains in `ids` cannot be folded; the first reason stands."""
@@ -250,7 +244,7 @@ class State:
 
     def on_output(self, output: Any) -> None:
         """The forward has returned `output`: gains in it have left the model."""
-        for tensor in _tensors_in_objects(output):
+        for tensor in tensors_in_objects(output):
             ids = self.ids_of(tensor)
             if ids is not None:
                 for name in self.trace.gains_of(ids):
@@ -269,7 +263,7 @@ def words(operation: str) -> str:
     return f"its output goes through `{name}`, which a per-channel gain cannot pass,"
 
 
-def _tensors_in_objects(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in_objects(value: Any) -> Iterator[torch.Tensor]:
     """Tensors in nested outputs, caches and other plain objects included."""
     seen: set[int] = set()
     todo = [value]

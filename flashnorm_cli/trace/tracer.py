@@ -47,9 +47,9 @@ _INDEXED = rules.GATHERS | frozenset("index_put index_put_ _index_put_impl_".spl
 class GainTracer(TorchDispatchMode):
     """Records into `self.state` what happens to gains while the mode is active. See the module's docstring."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, state: State | None = None) -> None:
         super().__init__()
-        self.state = State(model)
+        self.state = state or State(model)
         self.auxiliary = False  # a forward after the first
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -102,21 +102,25 @@ class GainTracer(TorchDispatchMode):
                 state.trace.reached.add(weight.name)
             elif tensor.device.type == "meta" and scaled is None:
                 state.escape_through_alias(tensor, name)
-        scaling = [i for i in ids if i is not None]
-        if (not scaling and not any(weights)) or name in SHAPE_ONLY:
+        if any(i is not None for i in ids) or any(weights):
+            self._follow(Call(func, name, args, kwargs, inputs, ids, weights, out))
+
+    def _follow(self, call: Call) -> None:
+        state, name, ids = self.state, call.name, call.ids
+        if name in SHAPE_ONLY:
             return
         state.accounted_for = False
-        call = Call(func, name, args, kwargs, inputs, ids, weights, out)
         if name not in rules.TWO_SIDED and name not in PRODUCTS:
             for i in ids[1:]:
                 if i is not None:  # a bias, a fill value: it is not what the rules look at
                     state.escape(i, words(name))
         rule = RULES.get(name)
-        if rule is None or _defies_rules(call) or not rule(state, call):
+        if rule is None or defies_rules(call) or not rule(state, call):
             _escape_unknown_op(state, call)
         if not state.accounted_for:
-            for lost in scaling:
-                state.escape(lost, words(name))
+            for lost in ids:
+                if lost is not None:
+                    state.escape(lost, words(name))
 
 
 def _name_of(func: Any) -> str:
@@ -125,7 +129,7 @@ def _name_of(func: Any) -> str:
     return str(func.overloadpacket.__name__)
 
 
-def _defies_rules(call: Call) -> bool:
+def defies_rules(call: Call) -> bool:
     """Writing into `out=`, which may have older views; and what no gain commutes with."""
     writes = any(a.kwarg_only and a.alias_info is not None for a in call.func._schema.arguments)
     return writes or bool(call.kwargs.get("rounding_mode")) or _narrows(call.name, call.out)
