@@ -7,8 +7,38 @@ from flashnorm_cli.errors import UsageError
 from flashnorm_cli.folding.rotation import hadamard, orders, rotation, signs
 
 # Hidden sizes of released models.
-SIZES = (576, 768, 896, 960, 1024, 1152, 1280, 1536, 1600, 1920, 2048, 2304, 2432, 2560, 2816, 2880, 2944, 3072, 3328)
-LARGE = (3584, 3840, 4096, 4608, 5120, 5376, 6144, 6656, 7168, 8192, 12288, 16384, 18432)
+SIZES = (48, 576, 768, 960)
+LARGE = (
+    896,
+    1024,
+    1152,
+    1280,
+    1536,
+    1600,
+    1920,
+    2048,
+    2304,
+    2432,
+    2560,
+    2816,
+    2880,
+    2944,
+    3072,
+    3328,
+    3584,
+    3840,
+    4096,
+    4608,
+    5120,
+    5376,
+    6144,
+    6656,
+    7168,
+    8192,
+    12288,
+    16384,
+    18432,
+)
 
 
 @pytest.mark.parametrize("order", [2, 12, 20, 24, 28, 36, 44, 60, 76, 84, 104])
@@ -21,8 +51,6 @@ def test_small_hadamard_matrices(order):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["hadamard", "random"])
 def test_rotations_are_orthogonal(kind, size):
-    if kind == "random" and size > 1024:
-        pytest.skip("the same code as for small sizes")
     q = rotation(kind, size, seed=size).apply(torch.eye(size, dtype=torch.float64)).T
     assert torch.allclose(q @ q.T, torch.eye(size, dtype=torch.float64), atol=1e-12)
     if kind == "hadamard":
