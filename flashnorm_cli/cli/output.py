@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+
+from flashnorm_cli.errors import FlashNormError, one_line
+
+
+def printable(text: str, stream: Any) -> str:
+    """Text in what the stream can encode: under LANG=C, everything beyond ASCII is escaped."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+@contextmanager
+def stdout_errors() -> Iterator[None]:
+    """Raise FlashNormError where stdout cannot be written: a full disk behind `> file`, a reader that went away."""
+    try:
+        yield
+    except OSError as error:
+        with suppress(OSError, ValueError, AttributeError):  # what is left in the buffer would fail again at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise FlashNormError(f"standard output: {error.strerror or error}") from error
 
 
 class Output:
@@ -18,14 +39,17 @@ class Output:
         self._err = Console(stderr=True)
 
     def text(self, *lines: str) -> None:
-        """Print for people; nothing under --json or --quiet."""
+        """Print for people, whatever files say fit for a terminal; nothing under --json or --quiet."""
         if not self.as_json and not self.quiet:
-            print("\n".join(lines))
+            safe = "\n".join(one_line(line) for text in lines for line in text.split("\n"))
+            with stdout_errors():
+                print(printable(safe, sys.stdout), flush=True)
 
     def data(self, value: dict[str, Any]) -> None:
-        """Print for scripts, under --json only."""
+        """Print for scripts, as it is (ASCII, escaped as JSON has it), under --json only."""
         if self.as_json:
-            print(json.dumps(value, indent=2))
+            with stdout_errors():
+                print(json.dumps(value, indent=2), flush=True)
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[int, int, str], None]]:
@@ -63,7 +87,9 @@ class Output:
             task = bar.add_task("", total=None)
 
             def update(done: int, total: int, what: str) -> None:
-                bar.update(task, completed=done, total=total or None, description=what, counting=bool(total))
+                bar.update(
+                    task, completed=done, total=total or None, description=one_line(what, 200), counting=bool(total)
+                )
 
             yield update
 
