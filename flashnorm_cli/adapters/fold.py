@@ -23,7 +23,7 @@ from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.plan.model import FORMAT
 from flashnorm_cli.record import write as record
-from flashnorm_cli.record.read import config_record_of, recorded_source
+from flashnorm_cli.record.read import FoldRecord, record_of_base, recorded_source
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +116,7 @@ def fold_adapter(
     report(0, 0, "Reading headers")
     mine = open_adapter(Source(str(adapter), revision, token, where, local_files_only))
     folded = open_checkpoint(Source(str(base), base_revision, token, where, local_files_only), weights=False)
-    said = config_record_of(folded)
+    said = record_of_base(folded)
     refuse_folded_adapter(mine, folded)
 
     from flashnorm_cli.adapters.base import FoldedModel
@@ -142,7 +142,7 @@ def fold_adapter(
     theirs = open_checkpoint(origin, weights=False)
     _check_source(theirs, said)
     report(0, 0, f"Tracing {', '.join(theirs.config.get('architectures') or ['the model'])}")
-    model = FoldedModel(theirs, folded, said, mine.config.get("task_type"), trust_remote_code)
+    model = FoldedModel(theirs, folded, said.plan, mine.config.get("task_type"), trust_remote_code)
     report(0, 0, "Comparing base and source")
     errors = check_base(model)
     plan = plan_adapter(mine.config, mine.header, model, mine.read, report)
@@ -196,12 +196,11 @@ def fold_adapter(
 # ---- before the work -------------------------------------------------------------------------------------------------
 
 
-def _check_source(source: Checkpoint, said: dict[str, Any]) -> None:
+def _check_source(source: Checkpoint, said: FoldRecord) -> None:
     """The source has to be the one that was folded, as far as its headers tell; its values are compared later."""
-    facts = said.get("source_files")
-    for name, fact in (facts if isinstance(facts, dict) else {}).items():
+    for name, fact in (said.source_files or {}).items():
         header = source.shards.get(name)
-        if header is None or not isinstance(fact, dict) or "header_sha256" not in fact:
+        if header is None or "header_sha256" not in fact:
             continue
         if hashlib.sha256(header.raw).hexdigest() != fact["header_sha256"]:
             raise FlashNormError(f"{source.source.name}: the base was folded from another {name} than this one")

@@ -163,4 +163,4 @@ def is_number(value: Any) -> bool:
 
 
 def is_shape(value: Any) -> bool:
-    return isinstance(value, list) and all(map(is_count, value))
+    return isinstance(value, list) and len(value) <= MAX_DEPTH and all(map(is_count, value))
