@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from flashnorm_cli.errors import FlashNormError, one_line
@@ -92,6 +94,36 @@ class Output:
                 )
 
             yield update
+
+
+def check_writable(path: Path) -> None:
+    """Before long work: a file can be written at `path` when it is done.
+
+    Raises UsageError for a path that cannot be a file's, FlashNormError where the disk says no.
+    """
+    try:
+        if path.is_dir():
+            raise UsageError(f"{path}: is a folder; name a file")
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path}: is not a regular file")
+        if not path.absolute().parent.is_dir():
+            raise UsageError(f"{path}: {path.absolute().parent}: no such folder")
+        probe = path.with_name(f".{path.name}.{token_hex(4)}")  # as long as the name that it will be written under
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise FlashNormError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def written(path: Path, write: Callable[[], object], problems: list[str]) -> bool:
+    """Whether `write` has written `path` after long work. If not, `problems` says why, and the result is not lost."""
+    try:
+        write()
+    except (OSError, FlashNormError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        problems.append(reason if str(path) in reason else f"{path}: cannot be written: {reason}")
+        return False
+    return True
 
 
 def size(n: float) -> str:
