@@ -68,6 +68,8 @@ def bench(
     """
     out = Output(json, quiet)
     for path in (plot, save):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"{path.absolute().parent}: no such folder")
         if path is not None:
             check_writable(path)
     if plot is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from flashnorm_cli.errors import FlashNormError, one_line
+from flashnorm_cli.errors import MOST_OF_A_NAME, FlashNormError, UsageError, one_line
 
 
 def printable(text: str, stream: Any) -> str:
@@ -107,7 +107,7 @@ def check_writable(path: Path) -> None:
         if path.exists() and not path.is_file():
             raise UsageError(f"{path}: is not a regular file")
         if not path.absolute().parent.is_dir():
-            raise UsageError(f"{path}: {path.absolute().parent}: no such folder")
+            raise UsageError(f"{path}: there is no folder {path.absolute().parent}")
         probe = path.with_name(f".{path.name}.{token_hex(4)}")  # as long as the name that it will be written under
         probe.touch(exist_ok=False)
         probe.unlink()
