@@ -18,6 +18,8 @@ EXIT_NOT_EQUIVALENT = 3
 MOST_OF_A_NAME = 200
 MOST_OF_A_WORD = 400  # longer than most paths
 MOST_OF_A_LINE = 2000
+_WORD = 400  # longer than most paths
+MOST_OF_A_LINE = 2000
 # Line breaks, controls (C0, C1, ESC), marks that nobody sees or that turn the direction of text, half surrogate pairs.
 _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _WORD = re.compile(rf"\S{{{MOST_OF_A_WORD + 1},}}")
@@ -27,10 +29,16 @@ _values.maxstring = _values.maxother = _values.maxlong = 80
 
 
 def escaped(text: str) -> str:
-    """Text that a terminal shows as it is and never obeys: what is unsafe there becomes `\\x1b`, `\\u202e`, ..."""
-    if text.isascii() and text.isprintable():
+    """Text that a terminal shows as it is and never obeys.
+
+    Line breaks, controls (C0, C1, ESC), marks that nobody sees or that turn the direction of text, half surrogate pairs
+    and what has no glyph become `\\x1b`, `\\u202e`, ...; letters of all scripts and spaces of any width stay.
+    """
+    if text.isprintable():
         return text
-    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in _UNSAFE else c for c in text)
+    return "".join(
+        c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def cut(text: str, most: int) -> str:

@@ -90,7 +90,11 @@ class Output:
 
             def update(done: int, total: int, what: str) -> None:
                 bar.update(
-                    task, completed=done, total=total or None, description=one_line(what, 200), counting=bool(total)
+                    task,
+                    completed=done,
+                    total=total or None,
+                    description=one_line(what, MOST_OF_A_NAME),
+                    counting=bool(total),
                 )
 
             yield update
