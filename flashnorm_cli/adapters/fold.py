@@ -16,7 +16,7 @@ from flashnorm_cli.checkpoint.model import Checkpoint, Progress, Source
 from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.checkpoint.output import check_output
 from flashnorm_cli.errors import FlashNormError, UsageError
-from flashnorm_cli.record.read import config_record_of, recorded_source
+from flashnorm_cli.record.read import FoldRecord, record_of_base, recorded_source
 
 if TYPE_CHECKING:
     from flashnorm_cli.adapters.check import AdapterCheck
@@ -108,7 +108,7 @@ def fold_adapter(
     report(0, 0, "Reading headers")
     opened = open_adapter(Source(str(adapter), revision, token, where, local_files_only))
     folded = open_checkpoint(Source(str(base), base_revision, token, where, local_files_only), weights=False)
-    base_record = config_record_of(folded)
+    base_record = record_of_base(folded)
     refuse_folded_adapter(opened, folded)
     refuse_unfoldable(opened.config)
     target = _output_folder(opened, folded, output, source, overwrite)
@@ -125,7 +125,7 @@ def fold_adapter(
     from flashnorm_cli.adapters.write import write_adapter
 
     report(0, 0, f"Tracing {', '.join(unfolded.config.get('architectures') or ['the model'])}")
-    model = FoldedModel(unfolded, folded, base_record, opened.config.get("task_type"), trust_remote_code)
+    model = FoldedModel(unfolded, folded, base_record.plan, opened.config.get("task_type"), trust_remote_code)
     report(0, 0, "Comparing base and source")
     errors = check_base(model)
     plan = plan_adapter(opened.config, opened.header, model, opened.read, report)
@@ -164,12 +164,11 @@ def _output_folder(
     return target
 
 
-def _check_source(source: Checkpoint, said: dict[str, Any]) -> None:
+def _check_source(source: Checkpoint, record: FoldRecord) -> None:
     """The source has to be the one that was folded, as far as its headers tell; its values are compared later."""
-    facts = said.get("source_files")
-    for name, fact in (facts if isinstance(facts, dict) else {}).items():
+    for name, fact in (record.source_files or {}).items():
         header = source.shards.get(name)
-        if header is None or not isinstance(fact, dict) or "header_sha256" not in fact:
+        if header is None or "header_sha256" not in fact:
             continue
         if hashlib.sha256(header.raw).hexdigest() != fact["header_sha256"]:
             raise FlashNormError(f"{source.source.name}: the base was folded from another {name} than this one")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from flashnorm_cli.cli import options
-from flashnorm_cli.cli.output import Output, size
-from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_OK, UsageError
+from flashnorm_cli.cli.output import Output, check_writable, size, written
+from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_OK, FlashNormError, UsageError
 
 if TYPE_CHECKING:
     from flashnorm_cli.proof.result import LevelResult, Verification
@@ -87,7 +87,7 @@ def verify(
     if eval_limit is not None and eval is None:
         raise UsageError("--eval-limit needs --eval")
     if report is not None:
-        _check_report(report)
+        check_writable(report)
     with out.progress() as progress:
         progress(0, 0, "Starting")
         from flashnorm_cli.proof.verify import verify as run
@@ -118,23 +118,21 @@ def verify(
             command=options.command_line(sys.argv[1:]),
             on_progress=progress,
         )
-        if report is not None:
-            from flashnorm_cli.report.page import write_report
-
-            write_report(result, report)
-    out.data({**result.to_json(), "report": str(report) if report else None})
+    problems: list[str] = []
+    reported = report is not None and _report(result, report, problems)
+    out.data({**result.to_json(), "report": str(report) if reported else None})
     out.text(*summary(result))
-    if report is not None:
+    if reported:
         out.text(f"Report: {report}")
+    if problems:
+        raise FlashNormError("; ".join(problems))
     raise typer.Exit(EXIT_OK if result.equivalent else EXIT_NOT_EQUIVALENT)
 
 
-def _check_report(report: Path) -> None:
-    """Before the long work: the page can be written there."""
-    if report.is_dir():
-        raise UsageError(f"{report}: is a folder; name the file, report.html say")
-    if not report.absolute().parent.is_dir():
-        raise UsageError(f"{report}: there is no folder {report.absolute().parent}")
+def _report(result: Verification, path: Path, problems: list[str]) -> bool:
+    from flashnorm_cli.report.page import write_report
+
+    return written(path, lambda: write_report(result, path), problems)
 
 
 def summary(result: Verification) -> list[str]:

@@ -9,7 +9,6 @@ hashes and not sent a second time.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shlex
 import threading
@@ -20,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashnorm_cli.checkpoint.hub import hub_errors
-from flashnorm_cli.checkpoint.model import CONFIG, INDEX, RECORD, Checkpoint, Progress, Source, read_json
+from flashnorm_cli.checkpoint.json_files import parse_json
+from flashnorm_cli.checkpoint.model import CONFIG, INDEX, RECORD, Checkpoint, Progress, Source
 from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.hub.card import REPORT, CardFacts, build_card, read_card
@@ -31,6 +31,7 @@ from flashnorm_cli.hub.repository import SHOWN_FILES, Upload, _Remote
 from flashnorm_cli.hub.retry import RETRY_STATUS, WAITS, patiently, quiet_hub, wait_after, watched
 from flashnorm_cli.proof.files import CLAIMS, changed_files, is_paper
 from flashnorm_cli.proof.result import Verification
+from flashnorm_cli.record.read import FoldRecord
 from flashnorm_cli.report.page import render
 
 if TYPE_CHECKING:
@@ -119,7 +120,9 @@ def push_to_hub(
     check_call(folded, repo_id, revision, create_pr, workers)
     report(0, 0, "Reading headers")
     checkpoint = _open_folded(Path(str(folded)).expanduser(), str(folded))
-    record = read_json(checkpoint.folder / RECORD)
+    fold = FoldRecord.read(checkpoint.folder / RECORD)
+    fold.plan  # noqa: B018  (raises here, before the long work)
+    record = fold.content
     hashes = file_hashes(checkpoint, workers or 4, report)
     doubt = _why_unverified(record, hashes, str(folded))
     if doubt and not unverified:
@@ -462,7 +465,7 @@ class Push:
 
     def _remote_json(self, name: str) -> Any:
         try:
-            return json.loads(self._remote_bytes(name))
+            return parse_json(self._remote_bytes(name))
         except ValueError:
             return {}
 

@@ -9,7 +9,7 @@ from typing import Any
 from flashnorm_cli.adapters.files import CONFIG as ADAPTER
 from flashnorm_cli.checkpoint.model import CONFIG, INDEX, RECORD, Checkpoint, read_json
 from flashnorm_cli.checkpoint.names import pattern_of
-from flashnorm_cli.errors import CheckpointError, PlanError
+from flashnorm_cli.errors import CheckpointError, PlanError, quoted
 from flashnorm_cli.proof.files import CLAIMS, is_paper
 from flashnorm_cli.proof.pairing import DROPPED, SOURCE, Pair
 from flashnorm_cli.proof.result import Finding
@@ -158,8 +158,7 @@ def _short(value: Any) -> str:
 
 
 def _recorded_layout(pair: Pair) -> str:
-    layout = (pair.record or {}).get("layout")
-    return layout if layout in record.LAYOUTS else pair.layout
+    return (pair.record.layout if pair.record else None) or pair.layout
 
 
 def _shards(pair: Pair) -> list[Finding]:
@@ -188,43 +187,41 @@ def _shards(pair: Pair) -> list[Finding]:
 
 def _record(pair: Pair) -> list[Finding]:
     """flashnorm.json has to tell the plan that is traced now."""
-    said = pair.record or {}
-    findings = []
-    if not isinstance(said.get("norms"), list) or not isinstance(said.get("readers"), list):
+    findings: list[Finding] = []
+    if pair.record is None:
         return [Finding(RECORD, "holds no plan")]
     wanted = pair.plan.to_json()
     for what, fields in (
         ("norms", ("shape", "scale", "offset", "folded")),
         ("readers", ("dim", "runs", "values_from")),
     ):
-        mine = {
-            e.get("tensor"): {f: e.get(f) for f in fields}
-            for e in said[what]
-            if isinstance(e, dict) and isinstance(e.get("tensor"), str)
-        }
+        entries = pair.record.entries(what)
+        if entries is None:
+            return [Finding(RECORD, "holds no plan")]
+        mine = {tensor: {f: e.get(f) for f in fields} for tensor, e in entries.items()}
         plan = {e["tensor"]: json.loads(json.dumps({f: e[f] for f in fields})) for e in wanted[what]}
         for tensor in dict.fromkeys([*plan, *mine]):
             if not json_equal(mine.get(tensor), plan.get(tensor)):
                 findings.append(Finding(RECORD, f"{what}: {tensor} is not recorded as the source's forward says it is"))
-    layout = said.get("layout")
+    layout = pair.record.content.get("layout")
     if layout == "identity":
         left_out = [name for name in pair.gains if pair.states[name] == DROPPED]
         findings += [
             Finding(name, "is left out, but the record says that layout identity was written") for name in left_out
         ]
     if pair.gains and layout != pair.layout:
-        findings.append(Finding(RECORD, f"says layout {layout!r}, but the files hold layout {pair.layout!r}"))
+        findings.append(Finding(RECORD, f"says layout {quoted(layout)}, but the files hold layout {pair.layout!r}"))
     return findings
 
 
 def _source_files(pair: Pair) -> list[Finding]:
     """The source has to be the one that was folded, as far as its headers and small files tell."""
-    facts = (pair.record or {}).get("source_files")
+    facts = (pair.record.source_files if pair.record else None) or {}
     findings = []
-    if not isinstance(facts, dict) or not set(facts) >= {CONFIG, *pair.source.shards}:
+    if not set(facts) >= {CONFIG, *pair.source.shards}:
         findings.append(Finding(RECORD, "does not name the files of the source that it was made from"))
-    for name, fact in facts.items() if isinstance(facts, dict) else ():
-        if name not in (CONFIG, INDEX, *pair.source.shards) or not isinstance(fact, dict):
+    for name, fact in facts.items():
+        if name not in (CONFIG, INDEX, *pair.source.shards) or not fact:
             findings.append(Finding(RECORD, f"speaks of {name} of the source, which is not there"))
             continue
         path = pair.source.folder / name

@@ -23,7 +23,7 @@ from flashnorm_cli.record import write as records
 def record_result(both: Pair, result: Verification, run: Levels, adopt: bool, wanted: bool) -> Verification:
     """Write the result into the folded checkpoint, where it has a record or gets one now."""
     notes = []
-    said = both.record
+    said = both.record.content if both.record else None
     hashes = _hashes(both.folded, run)
     before = (said or {}).get("verify")
     if isinstance(before, dict) and (changed := changed_files(before, hashes)):

@@ -23,7 +23,7 @@ from flashnorm_cli.proof.result import (
     LevelResult,
     Verification,
 )
-from flashnorm_cli.record.read import recorded_source
+from flashnorm_cli.record.read import FoldRecord, recorded_source
 
 RUNTIMES = ("vllm", "gguf")
 
@@ -95,7 +95,7 @@ def verify(
     try:
         mine = open_checkpoint(target, on_progress=report)
         if (mine.folder / RECORD).exists():
-            read_json(mine.folder / RECORD)
+            FoldRecord.read(mine.folder / RECORD)
     except CheckpointError as error:
         if not _was_checkpoint(folder):
             raise
@@ -195,7 +195,7 @@ def _source_of(
         raise UsageError(
             f"{target.name}: has no {RECORD} that names its source; add --source <the model it was made from>"
         )
-    return recorded_source(read_json(folder / RECORD), target.name, folder, token, cache_dir, local_files_only)
+    return recorded_source(FoldRecord.read(folder / RECORD), target.name, folder, token, cache_dir, local_files_only)
 
 
 def _recorded_source(
@@ -205,7 +205,7 @@ def _recorded_source(
     path = checkpoint.folder / RECORD
     if not path.exists():
         raise UsageError(f"{name}: has no {RECORD} that names its source; add --source <the model it was made from>")
-    return recorded_source(read_json(path), name, checkpoint.folder, token, cache_dir, local_files_only)
+    return recorded_source(FoldRecord.read(path), name, checkpoint.folder, token, cache_dir, local_files_only)
 
 
 # ---- the levels ------------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from flashnorm_cli._version import __version__
 from flashnorm_cli.checkpoint.model import CONFIG, INDEX, RECORD, Checkpoint
 from flashnorm_cli.checkpoint.names import pattern_of
 from flashnorm_cli.plan.model import FORMAT, Plan
+from flashnorm_cli.record.read import LAYOUTS as LAYOUTS
 
-LAYOUTS = ("identity", "dropped")
 # Small files are hashed whole. A shard's sha256 is written where the Hub cache knows it already: hashing gigabytes
 # would cost as much as folding them.
 HASH_UP_TO = 64 << 20

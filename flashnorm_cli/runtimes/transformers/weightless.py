@@ -129,7 +129,7 @@ class _Recorded(NamedTuple):
 
 
 def _recorded(model: PreTrainedModel) -> Iterator[_Recorded]:
-    named = disk_names.parameters_named(model, record_of(model.config)["folded"])
+    named = disk_names.parameters_named(model, sorted(record_of(model.config).folded))
     if not named:
         raise FlashNormError(
             f"{type(model).__name__} has none of the norms that its record names; was it loaded as another class?"
@@ -191,17 +191,17 @@ def from_pretrained(name: str | Path, **arguments: Any) -> Any:
     hub = {key: arguments[key] for key in HUB_ARGUMENTS if key in arguments}
     config = build.load_config(where, trust, **hub)
     try:
-        said = record_of(config)
+        record = record_of(config)
     except FlashNormError as error:
         raise type(error)(f"{name}: {error}") from error
     cls = build.model_class(config, where, trust, **hub)
     filled: dict[str, float] = {}
-    if said.get("layout") == "dropped":
-        cls = _filling(cls, said["folded"], identities(where, hub), filled)
+    if record.layout == "dropped":
+        cls = _filling(cls, sorted(record.folded), identities(where, hub), filled)
     late = {} if "kernel_config" in arguments else {k: arguments.pop(k) for k in ("use_kernels",) if k in arguments}
     loaded = cls.from_pretrained(where, **arguments)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
-    if said.get("layout") == "dropped":
+    if record.layout == "dropped":
         model.__class__ = cls.__mro__[1]
         for key, value in filled.items():
             _offload(model, key, value)
