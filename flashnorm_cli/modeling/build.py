@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from flashnorm_cli.checkpoint.model import Checkpoint
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
 from flashnorm_cli.errors import PlanError
+from flashnorm_cli.modeling.loaded import refuse_other_shapes, refuse_wrapped_names
 from flashnorm_cli.modeling.quiet import first_line, quiet_transformers
 
 if TYPE_CHECKING:
@@ -116,7 +117,10 @@ def build(
             gap = _missing_member(list(checkpoint.tensors))
             what = f"{gap} is not in the checkpoint" if gap else "tensors that it merges into one differ in shape"
         raise PlanError(f"{cls.__name__} cannot be built from config.json: {what}") from error
-    return model.eval(), set(info["missing_keys"])
+    missing = set(info["missing_keys"])
+    refuse_wrapped_names(checkpoint, model, missing)
+    refuse_other_shapes(checkpoint, model, info["mismatched_keys"])
+    return model.eval(), missing
 
 
 def _missing_member(names: list[str]) -> str | None:

@@ -17,6 +17,7 @@ from flashnorm_cli.checkpoint.header import tensor_nbytes
 from flashnorm_cli.checkpoint.model import Checkpoint, refuse_folded
 from flashnorm_cli.checkpoint.names import any_layer, grouped, layer_numbers, layer_of, list_of, pattern_of
 from flashnorm_cli.errors import PlanError
+from flashnorm_cli.plan import load_time
 from flashnorm_cli.plan.model import Norm, Plan, Reader, Run
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class _Planner:
     def plan(self) -> TracedPlan:
         from flashnorm_cli.modeling import disk_names
 
+        load_time.refuse(self.checkpoint, self.config)
         self.model, missing, self.trace = self._traced()
         self.kept.update(self.trace.kept)
         if self.trace.asked:
@@ -128,6 +130,7 @@ class _Planner:
         self._keep_where_a_branch_was_not_seen()
         self._match(disk_names.ids_on_disk(self.model, self.trace))
         self._find_norms()
+        self.notes += load_time.notes(self.checkpoint, self.model, missing, self.unread)
         lm_head = self._keep_for_unread_tensors(lm_head)
         found = self._find_readers()
         if any(g in self.kept for g in self._head_gains()):
@@ -395,8 +398,14 @@ class _Planner:
 
     def _find_readers(self) -> list[tuple[str, int, torch.Tensor]]:
         """Readers as (tensor on disk, dim, ids along dim); the gains of a tensor that cannot take them are kept."""
+        from flashnorm_cli.modeling import disk_names
         from flashnorm_cli.trace.companions import profile, small, varying_dims
 
+        head = self._head()
+        holders = self.model.named_parameters(remove_duplicate=False) if head else ()
+        heads = {name.rpartition(".")[0] for name, p in holders if p is self.model.get_parameter(head or "")}
+        on_load = load_time.LoadTime(self.checkpoint, self.model, self.unread, [*self.on_disk, *self.lost], heads)
+        loads = disk_names.loader_names(self.model, [*self.on_disk, *self.lost])
         readers = []
         gains_of: dict[bytes, list[str]] = {}  # thousands of experts share few patterns
         for name, ids in [*self.on_disk.items(), *self.lost.items()]:
@@ -406,6 +415,7 @@ class _Planner:
                 continue
             dims = varying_dims(ids)
             why = None if name in self.added else self._cannot_take(name, tuple(ids.shape), dims, gains[0])
+            why = why or on_load.changes(name, loads[name][0])
             if why is None:
                 dim = dims[0] if dims else ids.ndim - 1
                 readers.append((name, dim, profile(ids, dim)))
