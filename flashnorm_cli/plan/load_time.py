@@ -59,7 +59,7 @@ def notes(checkpoint: Checkpoint, model: PreTrainedModel, missing: set[str], unr
         found.append(f"the files lack {names} ({len(lost)} tensors), which transformers makes up at random")
     asked = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
     asked = _SAFETENSORS.get(str(asked).removeprefix("torch.")) if asked else None
-    other = Counter(e.dtype for e in checkpoint.tensors.values() if e.dtype in _SAFETENSORS.values() - {asked})
+    other = Counter(e.dtype for e in checkpoint.tensors.values() if e.dtype in {*_SAFETENSORS.values()} - {asked})
     if asked and other and sum(other.values()) * 2 > len(checkpoint.tensors):
         stored = other.most_common(1)[0][0]
         found.append(

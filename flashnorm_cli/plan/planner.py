@@ -116,11 +116,13 @@ class _Planner:
         self.lost: dict[str, torch.Tensor] = {}
         self.unread: list[str] = []
         self.untied: tuple[str, str] | None = None  # runtime names of the head and of the embedding
+        self.strange_class: str | None = None  # named by the config, and not known: what it reads is not known either
 
     def plan(self) -> TracedPlan:
         from flashnorm_cli.modeling import disk_names
 
         load_time.refuse(self.checkpoint, self.config)
+        self._assumed_class()
         self.model, missing, self.trace = self._traced()
         self.kept.update(self.trace.kept)
         if self.trace.asked:
@@ -136,6 +138,20 @@ class _Planner:
         if any(g in self.kept for g in self._head_gains()):
             lm_head = "kept"
         return TracedPlan(self._assemble(found, lm_head), self.model, self.trace, self.kept, self.untied)
+
+    def _assumed_class(self) -> None:
+        """Say so where the class is what the auto classes take, and not what config.json names."""
+        from flashnorm_cli.modeling.classes import unknown_name
+
+        named = unknown_name(self.config)
+        if named is None:
+            return
+        self.notes.append(
+            f"transformers does not know {named[0]}, which config.json names; {self.cls.__name__} is what its auto "
+            f"classes take for model_type {self.config.model_type}"
+        )
+        if named[1]:
+            self.strange_class = named[0]
 
     def _traced(self, untied: bool = False) -> tuple[PreTrainedModel, set[str], Trace]:
         return traced(self.checkpoint, self.config, self.cls, untied)
@@ -168,6 +184,11 @@ class _Planner:
         why = None
         if self.final_norm == "keep":
             why = "--final-norm keep"
+        elif self.strange_class and self.final_norm != "untie":
+            why = (
+                f"config.json names {self.strange_class}, which transformers does not know and which may read it; "
+                "--final-norm untie folds it all the same"
+            )
         elif (tied or declared) and text_type in HARD_WIRED_TIES:
             why = (
                 f"the output head is tied to the embedding, and runtimes tie it for {text_type} whatever the files say"
