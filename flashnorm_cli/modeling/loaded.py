@@ -74,7 +74,8 @@ def refuse_other_shapes(checkpoint: Checkpoint, model: PreTrainedModel, mismatch
     disk: dict[str, list[str]] = {}
     for name, (target, _) in loader_names(model, list(checkpoint.tensors)).items():
         disk.setdefault(target, []).append(name)
-    for parameter, (found, wanted) in shapes.items():
+    for parameter in (name for name in model.state_dict() if name in shapes):
+        found, wanted = shapes[parameter]
         names = disk.get(parameter, [parameter])
         entries = [checkpoint.tensors[name] for name in names if name in checkpoint.tensors]
         if all(entry.dtype in TORCH_DTYPE for entry in entries):

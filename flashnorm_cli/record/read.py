@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashnorm_cli.checkpoint.folded import flags_of, in_words
 from flashnorm_cli.checkpoint.model import RECORD, Checkpoint, Source, read_json
 from flashnorm_cli.checkpoint.names import pattern_of
 from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
@@ -49,7 +50,7 @@ def config_record_of(base: Checkpoint) -> dict[str, Any]:
     """The base's record. Raises UsageError where it is not folded, or not by this tool."""
     name = base.source.name
     if not (base.folder / RECORD).is_file():
-        if base.config.get("flashnorm_folded"):
+        if flags_of(base.config):
             raise UsageError(
                 f"{name}: is folded, but has no {RECORD} that says how; `flashnorm verify {name} --source <its source> "
                 "--adopt` writes one"
@@ -69,10 +70,10 @@ def config_record_of(base: Checkpoint) -> dict[str, Any]:
 def record_of(config: PretrainedConfig) -> dict[str, Any]:
     """The `flashnorm` object of a config. Raises FlashNormError if it is not there or cannot be read."""
     said: Any = getattr(config, "flashnorm", None)
-    if said is None and getattr(config, "flashnorm_folded", False):
+    if not isinstance(said, dict) and (flags := flags_of(config.to_dict())):
         raise FlashNormError(
-            "another tool has folded this model, and its config does not say which norms; `flashnorm verify <folded> "
-            "<source> --adopt` checks it and writes the record"
+            f"another tool has folded this model (config.json has {in_words(flags)}), which does not say which norms; "
+            "`flashnorm verify <folded> --source <source> --adopt` checks it and writes the record"
         )
     if said is None:
         raise FlashNormError(
