@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -31,34 +30,37 @@ def refuse_wrapped_names(checkpoint: Checkpoint, model: PreTrainedModel, missing
     """Raise PlanError where the files hold the model's tensors under the names of a wrapper, which nothing loads."""
     if not missing:
         return
-    for part in _candidates(checkpoint.tensors):
-        within = re.compile(rf"(^|(?<=\.)){re.escape(part)}\.")
+    for parts in _candidates(checkpoint.tensors):
+        within = re.compile(rf"(^|(?<=\.))({'|'.join(map(re.escape, parts))})\.")
         wrapped = [name for name in checkpoint.tensors if within.search(name)]
         bare = {within.sub("", name): name for name in wrapped}
         found = {target for target, _ in loader_names(model, list(bare)).values()} & missing
         if not found or 2 * len(found) < len(missing):
             continue
-        begins = all(name.startswith(f"{part}.") for name in wrapped)
-        whose, what = WRAPPERS.get(part, ("a wrapper around the model", "save the model inside it"))
+        begins = all(within.match(name) for name in wrapped)
+        whose, what = WRAPPERS.get(parts[0], ("a wrapper around the model", "save the model inside it"))
         count = "all" if len(wrapped) == len(checkpoint.tensors) else f"{len(wrapped)}"
+        shown = ", ".join(f"`{part}.`" for part in parts)
         raise PlanError(
             f"{checkpoint.source.name}: {count} tensors have names that {'begin with' if begins else 'contain'} "
-            f"`{part}.` ({whose}): {type(model).__name__} loads none of them. Load it as it was trained and {what}, "
-            f"or rename them (`{wrapped[0]}` to `{within.sub('', wrapped[0])}`)"
+            f"{shown} ({whose}): {type(model).__name__} loads none of them. Load it as it was trained and {what}, or "
+            f"rename them (`{wrapped[0]}` to `{within.sub('', wrapped[0])}`)"
         )
 
 
-def _candidates(names: Iterable[str]) -> list[str]:
-    """What may be a wrapper's part of names: known ones anywhere, and what every name begins with."""
+def _candidates(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """What may be a wrapper's parts of names: what every name begins with, known ones anywhere, and all of those."""
     names = list(names)
-    parts = Counter(part for name in names for part in set(name.split("."))) if names else Counter()
+    parts = {part for name in names for part in name.split(".")}
     known = [part for part in WRAPPERS if part.split(".")[0] in parts]
     first = names[0].split(".")
     common = [".".join(first[:i]) for i in range(1, len(first))]
-    common = [part for part in common if all(name.startswith(f"{part}.") for name in names)]
-    several = [f"{a}.{b}" for a in known for b in known if a != b]  # module._orig_mod, say
-    doubled = [f"{part}.{part}" for part in known]
-    return [*reversed(common), *known, *doubled, *several]
+    common = [part for part in common if part not in WRAPPERS and all(name.startswith(f"{part}.") for name in names)]
+    return [
+        *((part,) for part in known),
+        *([tuple(known)] if len(known) > 1 else []),
+        *((p,) for p in reversed(common)),
+    ]
 
 
 def refuse_other_shapes(checkpoint: Checkpoint, model: PreTrainedModel, mismatched: Iterable[Any]) -> None:

@@ -1,6 +1,6 @@
 """The plan of a fold: which norms are folded into which tensors on disk, which are kept, and why.
 
-`make_plan` reads a config and headers, never a weight. A `Plan` is plain data: other code can use it, print it,
+`make_plan` goes by a config and headers. A `Plan` is plain data: other code can use it, print it,
 or check it, without transformers or torch.
 """
 
@@ -54,6 +54,8 @@ class TracedPlan:
 
 def make_plan(checkpoint: Checkpoint, final_norm: str = "auto", trust_remote_code: bool = False) -> Plan:
     """Derive the plan from the model's own forward, on the meta device.
+
+    Of the weights, a few kB are looked at where they are on this disk: a note says if they lie on a grid of 4 bits.
 
     Args:
         checkpoint: from `open_checkpoint`, with or without its weights.
@@ -137,6 +139,8 @@ class _Planner:
         found = self._find_readers()
         if any(g in self.kept for g in self._head_gains()):
             lm_head = "kept"
+        folded = (name for name, _, ids in found if any(g not in self.kept for g in self.trace.gains_of(ids)))
+        self.notes += load_time.grid_notes(self.checkpoint, folded)
         return TracedPlan(self._assemble(found, lm_head), self.model, self.trace, self.kept, self.untied)
 
     def _assumed_class(self) -> None:
