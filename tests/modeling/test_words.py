@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from flashnorm_cli.checkpoint.model import Source
 from flashnorm_cli.checkpoint.open import open_checkpoint
-from flashnorm_cli.cli import run
+from flashnorm_cli.cli import main
 from flashnorm_cli.errors import FlashNormError, PlanError
 from flashnorm_cli.folding.fold import FoldResult, fold
 from flashnorm_cli.folding.in_memory import fold_model_
@@ -93,8 +93,9 @@ def test_wrappers_are_named(family: str, change: Callable[[str], str], words: st
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [("llama", "FSDPLlamaForCausalLM"), ("mistral", "MISTRALForCausalLM"), ("qwen3", "DDPQwen3ForCausalLM")]
-)  # fmt: skip
+    ("family", "name"),
+    [("llama", "FSDPLlamaForCausalLM"), ("mistral", "MISTRALForCausalLM"), ("qwen3", "DDPQwen3ForCausalLM")],
+)
 def test_other_spellings_are_what_auto_classes_take(family: str, name: str, tmp_path: Path) -> None:
     folder = edit(llama(tmp_path / "in", family), architectures=[name])
     result = folded_right(folder, transformers.AutoModelForCausalLM)
@@ -208,8 +209,9 @@ def test_other_tools_folds_are_adopted(
     theirs = folded_elsewhere(tmp_path / "in", tmp_path / "theirs", strict, final, **flags)
     with pytest.raises(FlashNormError, match=r"folded already, by another tool .*--adopt"):
         fold(theirs, tmp_path / "out")
-    code = run(["verify", str(theirs), "--source", str(tmp_path / "in"), "--adopt", "--level", "weights"])
-    assert code == 0, capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", str(theirs), "--source", str(tmp_path / "in"), "--adopt", "--level", "weights"])
+    assert not ended.value.code, capsys.readouterr().out
     config = json.loads((theirs / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert isinstance(config["flashnorm"], dict)
