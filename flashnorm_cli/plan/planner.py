@@ -209,6 +209,10 @@ class _Planner:
             _, missing_untied = build.build(self.checkpoint, self.config, self.cls, "eager", "eager", untied=True)
             if missing_untied <= missing:
                 self.untied = (self._head() or "", self._head() or "")
+                self.notes.append(
+                    "config.json ties the output head to the embedding, and the files hold a head of its own: the fold "
+                    "uses that one, as transformers does where the two differ; other runtimes use the embedding"
+                )
             else:
                 lost = ", ".join(sorted(missing_untied - missing))
                 why = f"the output head is tied to the embedding, and untying would leave {lost} without weights"
