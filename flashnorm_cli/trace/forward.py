@@ -110,7 +110,11 @@ def _run(model: PreTrainedModel, tracer: GainTracer, batch: int, length: int) ->
         raise
     except Exception as error:  # anything may come out of a model's own code, remote code included
         own = model_words(error)
-        why = f"{type(error).__name__}: {own}" if own else "an operation there needs values, and a trace has none"
+        why = (
+            f"{type(error).__name__}: {own}"
+            if own
+            else "an operation there goes by the values of its data, and a trace has shapes only"
+        )
         raise PlanError(
             f"the forward of {type(model).__name__} cannot be traced: it stopped in `{tracer.state.module}` ({why})"
         ) from error

@@ -14,6 +14,7 @@ _INSIDE = re.compile(
     r"storage|__torch_function__|negative dimension|INTERNAL ASSERT",
     re.I,
 )
+_CALL = re.compile(r"missing \d+ required|unexpected keyword argument")
 
 
 def model_words(error: BaseException) -> str | None:
@@ -26,6 +27,8 @@ def model_words(error: BaseException) -> str | None:
     if not lines:
         return type(error).__name__
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    if isinstance(error, TypeError) and _CALL.search(text):
+        return text  # of a forward that wants more than token ids: torch's Module.__call__ is the last to be run
     where = error.__traceback__
     while where is not None and where.tb_next is not None:
         where = where.tb_next
