@@ -19,6 +19,7 @@ from flashnorm_cli.checkpoint.load_time import (
 )
 from flashnorm_cli.checkpoint.model import Checkpoint
 from flashnorm_cli.checkpoint.names import grouped, layer_of, pattern_of
+from flashnorm_cli.errors import PlanError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -29,6 +30,7 @@ NOT_A_READER = re.compile(
     r"(k|v|q|kv|prob_output|k_cache|v_cache)_scale|(k|v)_zero_point|sinks?)$"
 )
 
+STORED_ROTATION = re.compile(r"(^|\.)(R[1-4]|\w*(rotation|hadamard)\w*|had_[KU]\w*|SU|SV)(\.weight|_weight)?$", re.I)
 _SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 
 
@@ -44,8 +46,8 @@ def _refuse_unknown_keys(checkpoint: Checkpoint, config: Any, values: dict[str, 
     known |= set(init.co_varnames[: init.co_argcount + init.co_kwonlyargcount]) if init else set()
     refuse_keys(checkpoint.source.name, path, values, known)
     for key, below in values.items():
-        nested = getattr(config, key, None)
-        if isinstance(below, dict) and key not in CONFIG_KEYS and hasattr(nested, "to_dict"):
+        nested = vars(config).get(key) if isinstance(below, dict) and key not in CONFIG_KEYS else None
+        if hasattr(nested, "to_dict"):
             _refuse_unknown_keys(checkpoint, nested, below, f"{path}{key}.")
 
 
@@ -105,6 +107,23 @@ def notes(checkpoint: Checkpoint, model: PreTrainedModel, missing: set[str], unr
             f"products are rounded in {stored}, and once more where a runtime casts them"
         )
     return found
+
+
+def refuse_rotations(checkpoint: Checkpoint, unread: Iterable[str]) -> None:
+    """Raise PlanError where a rotation lies among the tensors that the model does not read."""
+    for name in unread:
+        if STORED_ROTATION.search(name):
+            raise PlanError(
+                f"{checkpoint.source.name}: {name} looks like a rotation that a runtime applies to activations: a gain "
+                "cannot be moved past it; fold the model that it was made for, and rotate that"
+            )
+
+
+def beside_gain(tensor: str, unread: Iterable[str]) -> str | None:
+    """A tensor beside a norm's weight that the model does not read and that may change it: a scale, a bias."""
+    stem = tensor.removesuffix("weight")
+    found = next((n for n in unread if n.startswith((f"{tensor}_", stem)) and stem.endswith(".")), None)
+    return f"`{pattern_of(found)}`, which the model does not read, lies beside its weight" if found else None
 
 
 class LoadTime:

@@ -133,6 +133,7 @@ class _Planner:
         lm_head = self._final_norm(missing)
         self._keep_where_a_branch_was_not_seen()
         self._match(disk_names.ids_on_disk(self.model, self.trace))
+        load_time.refuse_rotations(self.checkpoint, self.unread)
         self._find_norms()
         self.notes += load_time.notes(self.checkpoint, self.model, missing, self.unread)
         lm_head = self._keep_for_unread_tensors(lm_head)
@@ -418,6 +419,8 @@ class _Planner:
             shape = tuple(self.on_disk[name].shape)
             if entry.shape != shape:
                 raise PlanError(f"{name} has shape {list(entry.shape)} on disk, but the config asks for {list(shape)}")
+            if beside := load_time.beside_gain(name, self.unread):
+                self.kept.setdefault(gain.parameter, beside)
             if entry.dtype not in FOLDABLE_DTYPES:
                 self.kept.setdefault(gain.parameter, f"its weight is stored as {entry.dtype}")
             elif not torch.equal(-ids.flatten(), in_order):

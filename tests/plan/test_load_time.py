@@ -211,6 +211,26 @@ def test_a_scale_of_activations_keeps_its_module(family: str, tmp_path: Path) ->
         assert "mlp.input_scale" not in str(reasons)
 
 
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llama", "R1"), ("mistral", LAYER0 + "self_attn.R2.weight"), ("qwen2", LAYER0 + "mlp.down_proj.SU")],
+)
+def test_a_rotation_among_the_tensors(family: str, name: str, tmp_path: Path) -> None:
+    def rotate(tensors: Tensors) -> None:
+        tensors[name] = torch.eye(8)
+
+    with pytest.raises(PlanError, match=f"{name} looks like a rotation"):
+        plan_of(source(tmp_path / "in", family, rotate))
+
+
+def test_a_scale_beside_a_norm_keeps_it(tmp_path: Path) -> None:
+    def scale(tensors: Tensors) -> None:
+        tensors[LAYER0 + "input_layernorm.weight_scale"] = torch.ones(1)
+
+    plan = plan_of(source(tmp_path / "in", change=scale))
+    assert [norm.tensor for norm in plan.kept] == [LAYER0 + "input_layernorm.weight"]
+
+
 def test_old_buffers_are_no_readers(tmp_path: Path) -> None:
     def buffers(tensors: Tensors) -> None:
         tensors[LAYER0 + "self_attn.rotary_emb.inv_freq"] = torch.ones(12)
