@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from flashnorm_cli.checkpoint.folded import flags_of, in_words, is_ours
 from flashnorm_cli.checkpoint.header import Header, TensorEntry
 from flashnorm_cli.checkpoint.json_files import read_object
 from flashnorm_cli.errors import CheckpointError, FlashNormError
@@ -96,9 +97,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def refuse_folded(checkpoint: Checkpoint) -> None:
     """Raise FlashNormError for a checkpoint that says it has been folded already."""
     has_record = (checkpoint.folder / RECORD).exists()
-    if has_record or checkpoint.config.get("flashnorm_folded") or "flashnorm" in checkpoint.config:
-        where = RECORD if has_record else "config.json"
+    flags = flags_of(checkpoint.config)
+    name = checkpoint.source.name
+    if has_record or is_ours(checkpoint.config):
         raise FlashNormError(
-            f"{checkpoint.source.name}: is folded already ({where} says so); folding twice would do nothing good. "
-            "Fold its source instead"
+            f"{name}: is folded already ({RECORD if has_record else CONFIG} says so); folding twice would do nothing "
+            "good. Fold its source instead"
+        )
+    if flags:
+        raise FlashNormError(
+            f"{name}: is folded already, by another tool ({CONFIG} has {in_words(flags)}); fold its source instead, or "
+            f"check this one and give it a record: flashnorm verify {name} --source <its source> --adopt"
         )

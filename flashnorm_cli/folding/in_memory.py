@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from flashnorm_cli.checkpoint.folded import flags_of
 from flashnorm_cli.checkpoint.header import Header, TensorEntry
 from flashnorm_cli.checkpoint.model import Checkpoint, Source
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
@@ -90,7 +91,7 @@ def fold_model_(model: Model, final_norm: str = "auto") -> Model:
 
 def _refuse(model: PreTrainedModel) -> None:
     config = model.config
-    if getattr(config, "flashnorm_folded", None) or getattr(config, "flashnorm", None):
+    if flags_of(config.to_dict()):
         raise FlashNormError("this model is folded already (its config says so); folding twice would do nothing good")
     if getattr(model, "hf_quantizer", None) is not None or getattr(config, "quantization_config", None):
         raise FlashNormError("this model is quantized: packed weights cannot take a gain; fold first, then quantize")
@@ -118,7 +119,8 @@ def _as_checkpoint(model: PreTrainedModel) -> Checkpoint:
         start, end = end, end + tensor.numel() * tensor.element_size()
         entries[name] = TensorEntry(name, names.get(tensor.dtype, "U8"), tuple(tensor.shape), start, end)
     name = str(getattr(model, "name_or_path", "") or type(model).__name__)
-    return Checkpoint(Source(name), Path(), None, {}, {"memory": Header(b"", entries, None)}, None)
+    config = model.config.to_dict()
+    return Checkpoint(Source(name), Path(), None, config, {"memory": Header(b"", entries, None)}, None)
 
 
 def _same_parameters(model: PreTrainedModel, traced: TracedPlan) -> dict[str, nn.Parameter]:

@@ -1,6 +1,6 @@
 """The plan of a fold: which norms are folded into which tensors on disk, which are kept, and why.
 
-`make_plan` reads a config and headers, never a weight. A `Plan` is plain data: other code can use it, print it,
+`make_plan` goes by a config and headers. A `Plan` is plain data: other code can use it, print it,
 or check it, without transformers or torch.
 """
 
@@ -17,6 +17,7 @@ from flashnorm_cli.checkpoint.header import tensor_nbytes
 from flashnorm_cli.checkpoint.model import Checkpoint, refuse_folded
 from flashnorm_cli.checkpoint.names import any_layer, grouped, layer_numbers, layer_of, list_of, pattern_of
 from flashnorm_cli.errors import PlanError
+from flashnorm_cli.plan import load_time
 from flashnorm_cli.plan.model import Norm, Plan, Reader, Run
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class TracedPlan:
 
 def make_plan(checkpoint: Checkpoint, final_norm: str = "auto", trust_remote_code: bool = False) -> Plan:
     """Derive the plan from the model's own forward, on the meta device.
+
+    Of the weights, a few kB are looked at where they are on this disk: a note says if they lie on a grid of 4 bits.
 
     Args:
         checkpoint: from `open_checkpoint`, with or without its weights.
@@ -115,10 +118,13 @@ class _Planner:
         self.lost: dict[str, torch.Tensor] = {}
         self.unread: list[str] = []
         self.untied: tuple[str, str] | None = None  # runtime names of the head and of the embedding
+        self.strange_class: str | None = None  # named by the config, and not known: what it reads is not known either
 
     def plan(self) -> TracedPlan:
         from flashnorm_cli.modeling import disk_names
 
+        load_time.refuse(self.checkpoint, self.config)
+        self._assumed_class()
         self.model, missing, self.trace = self._traced()
         self.kept.update(self.trace.kept)
         if self.trace.asked:
@@ -127,12 +133,30 @@ class _Planner:
         lm_head = self._final_norm(missing)
         self._keep_where_a_branch_was_not_seen()
         self._match(disk_names.ids_on_disk(self.model, self.trace))
+        load_time.refuse_rotations(self.checkpoint, self.unread)
         self._find_norms()
+        self.notes += load_time.notes(self.checkpoint, self.model, missing, self.unread)
         lm_head = self._keep_for_unread_tensors(lm_head)
         found = self._find_readers()
         if any(g in self.kept for g in self._head_gains()):
             lm_head = "kept"
+        folded = (name for name, _, ids in found if any(g not in self.kept for g in self.trace.gains_of(ids)))
+        self.notes += load_time.grid_notes(self.checkpoint, folded)
         return TracedPlan(self._assemble(found, lm_head), self.model, self.trace, self.kept, self.untied)
+
+    def _assumed_class(self) -> None:
+        """Say so where the class is what the auto classes take, and not what config.json names."""
+        from flashnorm_cli.modeling.classes import unknown_name
+
+        named = unknown_name(self.config)
+        if named is None:
+            return
+        self.notes.append(
+            f"transformers does not know {named[0]}, which config.json names; {self.cls.__name__} is what its auto "
+            f"classes take for model_type {self.config.model_type}"
+        )
+        if named[1]:
+            self.strange_class = named[0]
 
     def _traced(self, untied: bool = False) -> tuple[PreTrainedModel, set[str], Trace]:
         return traced(self.checkpoint, self.config, self.cls, untied)
@@ -165,6 +189,11 @@ class _Planner:
         why = None
         if self.final_norm == "keep":
             why = "--final-norm keep"
+        elif self.strange_class and self.final_norm != "untie":
+            why = (
+                f"config.json names {self.strange_class}, which transformers does not know and which may read it; "
+                "--final-norm untie folds it all the same"
+            )
         elif (tied or declared) and text_type in HARD_WIRED_TIES:
             why = (
                 f"the output head is tied to the embedding, and runtimes tie it for {text_type} whatever the files say"
@@ -181,6 +210,10 @@ class _Planner:
             _, missing_untied = build.build(self.checkpoint, self.config, self.cls, "eager", "eager", untied=True)
             if missing_untied <= missing:
                 self.untied = (self._head() or "", self._head() or "")
+                self.notes.append(
+                    "config.json ties the output head to the embedding, and the files hold a head of its own: the fold "
+                    "uses that one, as transformers does where the two differ; other runtimes use the embedding"
+                )
             else:
                 lost = ", ".join(sorted(missing_untied - missing))
                 why = f"the output head is tied to the embedding, and untying would leave {lost} without weights"
@@ -386,6 +419,8 @@ class _Planner:
             shape = tuple(self.on_disk[name].shape)
             if entry.shape != shape:
                 raise PlanError(f"{name} has shape {list(entry.shape)} on disk, but the config asks for {list(shape)}")
+            if beside := load_time.beside_gain(name, self.unread):
+                self.kept.setdefault(gain.parameter, beside)
             if entry.dtype not in FOLDABLE_DTYPES:
                 self.kept.setdefault(gain.parameter, f"its weight is stored as {entry.dtype}")
             elif not torch.equal(-ids.flatten(), in_order):
@@ -395,8 +430,14 @@ class _Planner:
 
     def _find_readers(self) -> list[tuple[str, int, torch.Tensor]]:
         """Readers as (tensor on disk, dim, ids along dim); the gains of a tensor that cannot take them are kept."""
+        from flashnorm_cli.modeling import disk_names
         from flashnorm_cli.trace.companions import profile, small, varying_dims
 
+        head = self._head()
+        holders = self.model.named_parameters(remove_duplicate=False) if head else ()
+        heads = {name.rpartition(".")[0] for name, p in holders if p is self.model.get_parameter(head or "")}
+        on_load = load_time.LoadTime(self.checkpoint, self.model, self.unread, [*self.on_disk, *self.lost], heads)
+        loads = disk_names.loader_names(self.model, [*self.on_disk, *self.lost])
         readers = []
         gains_of: dict[bytes, list[str]] = {}  # thousands of experts share few patterns
         for name, ids in [*self.on_disk.items(), *self.lost.items()]:
@@ -406,6 +447,7 @@ class _Planner:
                 continue
             dims = varying_dims(ids)
             why = None if name in self.added else self._cannot_take(name, tuple(ids.shape), dims, gains[0])
+            why = why or on_load.changes(name, loads[name][0])
             if why is None:
                 dim = dims[0] if dims else ids.ndim - 1
                 readers.append((name, dim, profile(ids, dim)))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flashnorm_cli.adapters.files import CONFIG as ADAPTER
+from flashnorm_cli.checkpoint.folded import CLASS, FLAGS
 from flashnorm_cli.checkpoint.model import CONFIG, INDEX, RECORD, Checkpoint, read_json
 from flashnorm_cli.checkpoint.names import pattern_of
 from flashnorm_cli.errors import CheckpointError, PlanError, quoted
@@ -17,7 +18,7 @@ from flashnorm_cli.record import write as record
 
 # What other tools write into a config without changing the model.
 BOOKKEEPING = {
-    "flashnorm", "flashnorm_folded", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache",
+    *FLAGS, "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache",
     "_commit_hash", "_attn_implementation_autoset",
 }  # fmt: skip
 
@@ -295,7 +296,13 @@ def _config_by_meaning(pair: Pair) -> list[Finding]:
         Finding(CONFIG, f"{key} is {_short(now)}, but {_short(was)} in the source")
         for key, now, was in _unequal(found, wanted, "")
         if not (key.endswith("tie_word_embeddings") and now is False and pair.expected_added)
+        and not (key == "architectures" and _renamed(now, was))
     ]
+
+
+def _renamed(now: Any, was: Any) -> bool:
+    """Whether another tool gave the class a name of its own, LlamaFlashNorm say, for the same model type."""
+    return isinstance(now, list) and len(now) == 1 and CLASS in str(now[0]) and isinstance(was, list)
 
 
 def _lost_record(pair: Pair) -> list[Finding]:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from flashnorm_cli.checkpoint.folded import FLAGS, flags_of
 from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint
 from flashnorm_cli.checkpoint.output import write_text
 from flashnorm_cli.plan.model import Plan
@@ -119,7 +120,10 @@ def _adopt(both: Pair) -> dict[str, Any]:
     )
     layout = "dropped" if any(both.states[name] == DROPPED for name in both.gains) else "identity"
     path = folded.folder / CONFIG
-    config = records.folded_config(folded.config, plan, layout)
+    own = {key: value for key, value in folded.config.items() if key not in FLAGS}  # the record says it all
+    if "architectures" in flags_of(folded.config):  # a class that no runtime knows: its model is the source's
+        own["architectures"] = both.source.config.get("architectures")
+    config = records.folded_config(own, plan, layout)
     if not json_equal(config, folded.config):
         write_text(path, records.dump_like(config, path.read_text(encoding="utf-8")))
     return {**records.full_record(both.source, plan, layout, {}), "adopted": True}

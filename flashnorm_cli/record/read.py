@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashnorm_cli.checkpoint.folded import flags_of, in_words
 from flashnorm_cli.checkpoint.json_files import Fields, is_text, read_object
 from flashnorm_cli.checkpoint.model import RECORD, Checkpoint, Source
 from flashnorm_cli.checkpoint.names import pattern_of
@@ -120,7 +121,7 @@ def record_of_base(base: Checkpoint) -> FoldRecord:
     """The base's record, with a plan. Raises UsageError where it is not folded, or not by this tool."""
     name = base.source.name
     if not (base.folder / RECORD).is_file():
-        if base.config.get("flashnorm_folded"):
+        if flags_of(base.config):
             raise UsageError(
                 f"{name}: is folded, but has no {RECORD} that says how; `flashnorm verify {name} --source <its source> "
                 "--adopt` writes one"
@@ -187,10 +188,10 @@ def config_record(content: Any, where: str = "the record of flashnorm in config.
 def record_of(config: PretrainedConfig) -> Record:
     """The record in a config. Raises FlashNormError if it is not there or cannot be read."""
     content: Any = getattr(config, "flashnorm", None)
-    if content is None and getattr(config, "flashnorm_folded", False):
+    if not isinstance(content, dict) and (flags := flags_of(config.to_dict())):
         raise FlashNormError(
-            "another tool has folded this model, and its config does not say which norms; `flashnorm verify <folded> "
-            "<source> --adopt` checks it and writes the record"
+            f"another tool has folded this model (config.json has {in_words(flags)}), which does not say which norms; "
+            "`flashnorm verify <folded> --source <source> --adopt` checks it and writes the record"
         )
     if content is None:
         raise FlashNormError(

@@ -16,6 +16,7 @@ from flashnorm_cli.trace.judge import judge
 from flashnorm_cli.trace.result import Trace
 from flashnorm_cli.trace.tracer import GainTracer
 from flashnorm_cli.trace.values import tensors_in
+from flashnorm_cli.trace.words import model_words
 
 BATCH, TOKENS = 2, 6
 
@@ -54,6 +55,11 @@ def _inputs(model: PreTrainedModel, tracer: GainTracer, batch: int, length: int)
     signature = inspect.signature(model.forward).parameters
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 8)
     values = (torch.arange(batch * length) * 7 + 3).view(batch, length) % vocabulary
+    end = getattr(model.config.get_text_config(), "eos_token_id", None)
+    if model.config.is_encoder_decoder and isinstance(end, int) and 0 <= end < vocabulary > 1:
+        # Classifiers read the state at the end token, and want as many of those in each row.
+        values = torch.where(values == end, (end + 1) % vocabulary, values)
+        values[:, -1] = end
     tokens = torch.empty_like(values, device="meta")
     tracer.state.values.set(tokens, values)
     inputs: dict[str, Any] = {"input_ids": tokens}
@@ -62,6 +68,13 @@ def _inputs(model: PreTrainedModel, tracer: GainTracer, batch: int, length: int)
     if "use_cache" in signature:
         inputs["use_cache"] = False
     return inputs
+
+
+def _needs_one_row(model: PreTrainedModel) -> bool:
+    """Whether it classifies sequences and has no token to pad them with: of several rows it finds no end."""
+    text = model.config.get_text_config()
+    pad = getattr(model.config, "pad_token_id", None)
+    return "Classification" in type(model).__name__ and (pad if pad is not None else text.pad_token_id) is None
 
 
 def trace_forward(model: PreTrainedModel) -> Trace:
@@ -82,12 +95,13 @@ def trace_forward(model: PreTrainedModel) -> Trace:
 
 def run_forwards(model: PreTrainedModel, tracer: GainTracer) -> None:
     """Run the model under a tracer, as `trace_forward` says. Raises PlanError where the first forward cannot run."""
-    _run(model, tracer, BATCH, TOKENS)
+    batch = 1 if _needs_one_row(model) else BATCH
+    _run(model, tracer, batch, TOKENS)
     tracer.auxiliary = True
     for guesses in tracer.state.values.other_guesses():
         tracer.state.values.guesses = guesses
         with suppress(PlanError):
-            _run(model, tracer, BATCH, TOKENS)
+            _run(model, tracer, batch, TOKENS)
     with suppress(PlanError):
         _run(model, tracer, 1, 1)
 
@@ -100,10 +114,14 @@ def _run(model: PreTrainedModel, tracer: GainTracer, batch: int, length: int) ->
     except PlanError:
         raise
     except Exception as error:  # anything may come out of a model's own code, remote code included
-        last = str(error).strip().splitlines() or [type(error).__name__]
+        own = model_words(error)
+        why = (
+            f"{type(error).__name__}: {own}"
+            if own
+            else "an operation there goes by the values of its data, and a trace has shapes only"
+        )
         raise PlanError(
-            f"the forward of {type(model).__name__} cannot be traced: it stopped in `{tracer.state.module}` "
-            f"({type(error).__name__}: {last[-1] if 'TorchScript' in last[0] else last[0]})"
+            f"the forward of {type(model).__name__} cannot be traced: it stopped in `{tracer.state.module}` ({why})"
         ) from error
     finally:
         tracer.state.leave_modules()
