@@ -57,12 +57,12 @@ class User:
         return {**asdict(self), "modules": list(self.modules)}
 
 
-def announced_users(checkpoint: Checkpoint, class_name: str | None = None) -> tuple[User, ...]:
+def announced_users(checkpoint: Checkpoint, own_code: bool = False) -> tuple[User, ...]:
     """What the files and the config of a checkpoint announce, each user once, the most telling first.
 
     Args:
         checkpoint: from `open_checkpoint`, with or without its weights.
-        class_name: the class that was traced, where its code is the checkpoint's own (it needs no other reader then).
+        own_code: whether the class that is traced is the checkpoint's own (`auto_map`, with trust_remote_code).
     """
     files = _Files(checkpoint)
     found = [
@@ -71,8 +71,8 @@ def announced_users(checkpoint: Checkpoint, class_name: str | None = None) -> tu
         *_weights(checkpoint),
         *_announced_in_configs(files),
         *_generation(files),
-        *_own_code(files, class_name),
-        *_other_classes(files, class_name),
+        *_own_code(files, own_code),
+        *_other_classes(files),
         *_pipelines(files),
         *_card(files),
     ]
@@ -256,6 +256,9 @@ def _generation(files: _Files) -> Iterator[User]:
                 f"{where} asks for DoLa (dola_layers), which applies the output head to hidden states without the norm"
             )
             yield User(GENERATION, f"{where}: dola_layers", LAST, line)
+        if config.get("use_mtp"):
+            line = f"{where} asks for multi-token prediction (use_mtp), whose layers read the last hidden state"
+            yield User(DRAFT, f"{where}: use_mtp", LAST, line)
         if config.get("penalty_alpha"):
             line = f"{where} asks for contrastive search (penalty_alpha), which compares last hidden states"
             yield User(GENERATION, f"{where}: penalty_alpha", LAST, line)
@@ -269,24 +272,21 @@ def _generation(files: _Files) -> Iterator[User]:
 # ---- code of the checkpoint's own, other classes ---------------------------------------------------------------------
 
 
-def _own_code(files: _Files, class_name: str | None) -> Iterator[User]:
+def _own_code(files: _Files, traced_here: bool) -> Iterator[User]:
     """`auto_map`: the classes that are run with trust_remote_code, which are not those that were traced."""
     auto_map = files.config.get("auto_map")
     entries = auto_map.items() if isinstance(auto_map, dict) else ()
     names = files.config.get("architectures") or []
-    traced_here = False
     others: list[tuple[str, str]] = []
     for auto, references in entries:
         for reference in references if isinstance(references, list) else [references]:
             if not isinstance(reference, str) or not str(auto).startswith("AutoModel"):
                 continue
             name = reference.rsplit(".", 1)[-1]
-            if name in names and class_name is None:
-                yield _untraced(files, f"{auto}: {reference}", reference)
-            elif name in names:
-                traced_here = True
-            else:
+            if name not in names:
                 others.append((str(auto), reference))
+            elif not traced_here:
+                yield _untraced(files, f"{auto}: {reference}", reference)
     for auto, reference in others:
         line = f"auto_map names {reference} for {auto}, " + (
             "beside the class that was traced" if traced_here else "code that was not traced"
@@ -334,7 +334,7 @@ def _only_wraps(code: str) -> bool:
     )
 
 
-def _other_classes(files: _Files, class_name: str | None) -> Iterator[User]:
+def _other_classes(files: _Files) -> Iterator[User]:
     names = files.config.get("architectures") or []
     if len(dict.fromkeys(names)) > 1:
         line = f"{CONFIG} names several classes ({', '.join(names)}), and one was traced"
