@@ -206,13 +206,9 @@ def _announced_in_configs(files: _Files) -> Iterator[User]:
             configs.append((name, files.json(name)))
     for name, config in configs:
         pairs = list(_pairs(config))
-        drafts = [(k, v) for k, v in pairs if _DRAFTS.search(_key(k)) and not _NO_SIGN.search(k)]
-        counts = [(k, v) for k, v in drafts if _COUNTS.search(_key(k))]
-        for key, value in counts or drafts:
-            if value and value not in ("none", "None"):
-                line = f"{name} announces a draft or multi-token prediction head ({key}), which reads hidden states"
-                yield User(DRAFT, f"{name}: {key}", LAST, line)
-                break
+        if key := _draft_key(pairs):
+            line = f"{name} announces a draft or multi-token prediction head ({key}), which reads hidden states"
+            yield User(DRAFT, f"{name}: {key}", LAST, line)
         for key, value in pairs:
             if value and _HEADS.search(_key(key)):
                 yield User(HEAD, f"{name}: {key}", LAST, f"{name} announces a head of its own ({key})")
@@ -222,6 +218,20 @@ def _announced_in_configs(files: _Files) -> Iterator[User]:
         elif (key == "is_causal" and value is False) or (key == "use_bidirectional_attention" and value is True):
             line = f"{CONFIG} says that it attends both ways ({key}), as models for embeddings do"
             yield User(EMBEDDING, f"{CONFIG}: {key}", LAST, line)
+
+
+def _draft_key(pairs: list[tuple[str, Any]]) -> str | None:
+    """The key that announces draft heads. A number of them decides: it may be 0, and other keys describe nothing."""
+    kinds: dict[str, list[tuple[str, Any]]] = {}
+    for key, value in pairs:
+        if (found := _DRAFTS.search(_key(key))) and not _NO_SIGN.search(key):
+            kinds.setdefault(found[2].replace("nextn", "mtp"), []).append((key, value))
+    for same in kinds.values():
+        counts = [pair for pair in same if _COUNTS.search(_key(pair[0]))]
+        for key, value in counts or same:
+            if value and value not in ("none", "None"):
+                return key
+    return None
 
 
 def _text_config(config: dict[str, Any]) -> Iterable[tuple[str, Any]]:
@@ -256,9 +266,6 @@ def _generation(files: _Files) -> Iterator[User]:
                 f"{where} asks for DoLa (dola_layers), which applies the output head to hidden states without the norm"
             )
             yield User(GENERATION, f"{where}: dola_layers", LAST, line)
-        if config.get("use_mtp"):
-            line = f"{where} asks for multi-token prediction (use_mtp), whose layers read the last hidden state"
-            yield User(DRAFT, f"{where}: use_mtp", LAST, line)
         if config.get("penalty_alpha"):
             line = f"{where} asks for contrastive search (penalty_alpha), which compares last hidden states"
             yield User(GENERATION, f"{where}: penalty_alpha", LAST, line)
@@ -320,7 +327,7 @@ def _only_wraps(code: str) -> bool:
     except (SyntaxError, ValueError, RecursionError):
         return False
     imported = {
-        alias.asname or alias.name
+        alias.asname or alias.name: alias.name
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers")
         for alias in node.names
@@ -328,7 +335,7 @@ def _only_wraps(code: str) -> bool:
     classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     whole = re.compile(r"(Model|LM|For[A-Z]\w*)$")
     return bool(classes) and all(
-        any(isinstance(base, ast.Name) and base.id in imported and whole.search(base.id) for base in node.bases)
+        any(isinstance(base, ast.Name) and whole.search(imported.get(base.id, "")) for base in node.bases)
         for node in classes
         if not node.name.endswith(("Config", "Output"))
     )

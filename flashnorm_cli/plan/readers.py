@@ -28,8 +28,8 @@ _SHARED = (
     "transformers.integrations",
     "torch",
 )
-# Where a user enters, beside `forward`.
-_ENTRIES = re.compile(r"generat|sampl|decode|chat|talk|speak|synthes|embed_|encode_|_prepare_.*_kwargs|get_stopping")
+# Inputs of a layer that are no sign of a second model behind the first one.
+_OWN_HIDDEN = re.compile(r"^hidden_states?$|^(encoder|vision|image|video|audio|pixel|output|return)_")
 _HIDDEN = re.compile(r"(^|_)last_hidden(_states?)?$|^hidden_states$")
 
 
@@ -39,10 +39,9 @@ def code_users(model: PreTrainedModel, trace: Trace) -> list[User]:
 
 
 def _generation_code(cls: type) -> Iterator[User]:
-    """Methods that only `generate()` and its like enter, and that read hidden states."""
+    """Methods that `forward` does not lead to (`generate()`, `encode()`), and that read hidden states."""
     methods = _methods(cls)
-    entered = _closure(methods, [name for name in methods if _ENTRIES.search(name)])
-    for name in sorted(entered - _closure(methods, ["forward"], own=True)):
+    for name in sorted(methods.keys() - _closure(methods, "forward")):
         if seen := _reads_hidden_states(methods[name]):
             line = f"{cls.__name__}.{name}() reads `{seen}`, the final norm's output, outside of the traced forward"
             yield User(GENERATION, f"{cls.__name__}.{name}", LAST, line)
@@ -62,7 +61,7 @@ def _second_decoders(model: PreTrainedModel, trace: Trace) -> Iterator[User]:
         takes = [
             name
             for name in inspect.signature(module.forward).parameters
-            if _HIDDEN.search(name) and name != "hidden_states" and not name.startswith("encoder_")
+            if "hidden" in name and not _OWN_HIDDEN.search(name)
         ]
         if takes:
             line = f"`{path}` was not reached by a text forward, and takes `{takes[0]}`"
@@ -99,10 +98,10 @@ def _tree(function: Any) -> ast.AST | None:
         return None
 
 
-def _closure(methods: dict[str, ast.AST], names: list[str], own: bool = False) -> set[str]:
-    """Methods that some of them lead to: by an attribute of that name, of whatever or (`own`) of `self`."""
+def _closure(methods: dict[str, ast.AST], first: str) -> set[str]:
+    """A method and those that it leads to by `self.name`."""
     found: set[str] = set()
-    todo = list(names)
+    todo = [first]
     while todo:
         name = todo.pop()
         if name in found or name not in methods:
@@ -111,8 +110,7 @@ def _closure(methods: dict[str, ast.AST], names: list[str], own: bool = False) -
         todo += [
             node.attr
             for node in ast.walk(methods[name])
-            if isinstance(node, ast.Attribute)
-            and (not own or (isinstance(node.value, ast.Name) and node.value.id == "self"))
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
         ]
     return found
 

@@ -99,9 +99,7 @@ def kept_beside_unreached(model: PreTrainedModel, trace: Trace) -> dict[str, str
     heads = {
         f"{path}.weight": module.in_features
         for path, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and module.out_features != module.in_features
-        and not _in_tower(model, trace, path)
+        if isinstance(module, torch.nn.Linear) and not _makes_its_input(model, trace, path, module)
     }
     readers = {gain: name for name, r in trace.readers.items() for gain in trace.gains_of(r.ids)}
     kept: dict[str, str] = {}
@@ -120,10 +118,11 @@ def kept_beside_unreached(model: PreTrainedModel, trace: Trace) -> dict[str, str
     return kept
 
 
-def _in_tower(model: PreTrainedModel, trace: Trace, path: str) -> bool:
-    """Whether a module belongs to a part that the forward did not enter, and that makes its input by itself.
+def _makes_its_input(model: PreTrainedModel, trace: Trace, path: str, linear: torch.nn.Linear) -> bool:
+    """Whether a linear layer belongs to a part that the forward did not enter, and that makes its input by itself.
 
-    A second decoder embeds tokens of its own as well; what it takes of the first one, `readers.py` sees.
+    A tower embeds what it reads; a projector from a tower to this model ends in a square layer behind another one. A
+    second decoder embeds tokens of its own as well: what it takes of the first one, `readers.py` sees.
     """
     import torch
 
@@ -131,7 +130,13 @@ def _in_tower(model: PreTrainedModel, trace: Trace, path: str) -> bool:
     while "." in top and not any(n.startswith(top.rpartition(".")[0] + ".") for n in trace.reached):
         top = top.rpartition(".")[0]
     own_input = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.Embedding)
-    return any(isinstance(m, own_input) for m in model.get_submodule(top).modules())
+    width = linear.in_features
+    square = linear.out_features == width
+    return any(
+        isinstance(m, own_input)
+        or (square and isinstance(m, torch.nn.Linear) and m.out_features == width != m.in_features)
+        for m in model.get_submodule(top).modules()
+    )
 
 
 # ---- tensors on disk that the model does not read --------------------------------------------------------------------
