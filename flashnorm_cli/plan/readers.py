@@ -26,10 +26,11 @@ _SHARED = (
     "transformers.modeling_",
     "transformers.utils",
     "transformers.integrations",
-    "torch",
+    "torch.",
 )
 # Inputs of a layer that are no sign of a second model behind the first one.
 _OWN_HIDDEN = re.compile(r"^hidden_states?$|^(encoder|vision|image|video|audio|pixel|output|return)_")
+_MEDIA = re.compile(r"image|video|vision|audio|speech|pixel")
 _HIDDEN = re.compile(r"(^|_)last_hidden(_states?)?$|^hidden_states$")
 
 
@@ -70,6 +71,14 @@ def _second_decoders(model: PreTrainedModel, trace: Trace) -> Iterator[User]:
 
 def _entered(path: str, reached: set[str]) -> bool:
     return any(name.startswith(f"{path}.") for name in reached)
+
+
+def reads_media(owner: type, part: str) -> bool:
+    """Whether a class uses a part of it to make its input of images or audio (`get_image_features`)."""
+    return any(
+        _MEDIA.search(name) and any(isinstance(n, ast.Attribute) and n.attr == part for n in ast.walk(tree))
+        for name, tree in _methods(owner).items()
+    )
 
 
 # ---- source text -----------------------------------------------------------------------------------------------------
@@ -143,4 +152,4 @@ def _reads_hidden_states(tree: ast.AST) -> str | None:
 
 def _of_a_tower(value: ast.AST) -> bool:
     """`vision_outputs.last_hidden_state`: what a tower has made of an image or of audio."""
-    return bool(re.search(r"vision|image|audio|encoder|video|speech|qformer|query|pixel", ast.unparse(value)))
+    return bool(re.search(rf"{_MEDIA.pattern}|encoder|qformer|query", ast.unparse(value)))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from flashnorm_cli.checkpoint.header import TensorEntry
 from flashnorm_cli.checkpoint.names import any_layer, layer_of, list_of, pattern_of
 from flashnorm_cli.checkpoint.users import ANY, INPUTS, User
+from flashnorm_cli.plan.readers import reads_media
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +122,7 @@ def kept_beside_unreached(model: PreTrainedModel, trace: Trace) -> dict[str, str
 def _makes_its_input(model: PreTrainedModel, trace: Trace, path: str, linear: torch.nn.Linear) -> bool:
     """Whether a linear layer belongs to a part that the forward did not enter, and that makes its input by itself.
 
-    A tower embeds what it reads; a projector from a tower to this model ends in a square layer behind another one. A
+    A tower embeds what it reads; a projector from a tower to this model may be square, or end in a square layer. A
     second decoder embeds tokens of its own as well: what it takes of the first one, `readers.py` sees.
     """
     import torch
@@ -132,6 +133,9 @@ def _makes_its_input(model: PreTrainedModel, trace: Trace, path: str, linear: to
     own_input = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.Embedding)
     width = linear.in_features
     square = linear.out_features == width
+    above, _, part = top.rpartition(".")
+    if square and reads_media(type(model.get_submodule(above)), part):
+        return True
     return any(
         isinstance(m, own_input)
         or (square and isinstance(m, torch.nn.Linear) and m.out_features == width != m.in_features)
