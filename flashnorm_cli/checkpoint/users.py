@@ -8,7 +8,6 @@ weights do. Nothing here imports torch or runs the checkpoint's code; what that 
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flashnorm_cli.checkpoint.model import CONFIG, Checkpoint
+from flashnorm_cli.checkpoint.own_code import only_wraps
 from flashnorm_cli.checkpoint.weight_files import WeightFile, weight_files
 
 # What a user reads.
@@ -70,6 +70,7 @@ def announced_users(checkpoint: Checkpoint, own_code: bool = False) -> tuple[Use
         *_pooling_files(files),
         *_weights(checkpoint),
         *_announced_in_configs(files),
+        *_speech(files),
         *_generation(files),
         *_own_code(files, own_code),
         *_other_classes(files),
@@ -190,7 +191,7 @@ def _words(file: WeightFile) -> str:
 
 
 _DRAFTS = re.compile(
-    r"(^|_)(mtp|nextn|medusa|eagle\d*|hydra|speculat[a-z]*|drafter?|dflash|future_tokens?|n_predict|lookahead)(_|$)"
+    r"(^|_)(mtp|nextn|medusa|eagle\d*|hydra|speculat[a-z]*|draft(er)?|dflash|future_tokens?|n_predict|lookahead)(_|$)"
 )
 _HEADS = re.compile(r"(^|_)(value|v|reward|critic|score)_head(_(config|type|path|layers?|hidden|dropout|class)\w*)?$")
 _COUNTS = re.compile(r"(^|_)(num|n|number)_|_(layers|heads|modules)$")
@@ -225,7 +226,7 @@ def _draft_key(pairs: list[tuple[str, Any]]) -> str | None:
     kinds: dict[str, list[tuple[str, Any]]] = {}
     for key, value in pairs:
         if (found := _DRAFTS.search(_key(key))) and not _NO_SIGN.search(key):
-            kinds.setdefault(found[2].replace("nextn", "mtp"), []).append((key, value))
+            kinds.setdefault(found.group(2).replace("nextn", "mtp"), []).append((key, value))
     for same in kinds.values():
         counts = [pair for pair in same if _COUNTS.search(_key(pair[0]))]
         for key, value in counts or same:
@@ -255,6 +256,27 @@ def _pairs(config: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
 # ---- generation ------------------------------------------------------------------------------------------------------
 
 
+_SPEAKS = r"(speech|audio)_tokenizer|vocoder|codec|talker|token2wav|code2wav|code_predictor|depth_decoder|tts"
+_MAKES = re.compile(
+    rf"({_SPEAKS}|(image|speech|audio|diffusion|flow|gen|generation)_(decoder|generator|head))(_config)?"
+)
+
+
+def _speech(files: _Files) -> Iterator[User]:
+    """A second model that speaks or draws, announced by config, by the processor, or by a folder of its own."""
+    found = [(f"{CONFIG}: {key}", key) for key, value in files.config.items() if isinstance(value, dict)]
+    for name in files.names:
+        if name in ("processor_config.json", "preprocessor_config.json") and isinstance(said := files.json(name), dict):
+            found += [(f"{name}: {key}", key) for key, value in said.items() if value]
+        elif "/" in name:
+            found.append((name, name.split("/")[0]))
+    for seen, key in found:
+        if _MAKES.fullmatch(_key(key)):
+            line = f"{seen} announces another model that speaks or draws, and that may read hidden states"
+            yield User(DECODER, seen, LAST, line)
+            return
+
+
 def _generation(files: _Files) -> Iterator[User]:
     """Ways to generate that read hidden states, as generation_config.json or code beside it set them."""
     said = files.json("generation_config.json") if "generation_config.json" in files.names else None
@@ -282,63 +304,28 @@ def _generation(files: _Files) -> Iterator[User]:
 def _own_code(files: _Files, traced_here: bool) -> Iterator[User]:
     """`auto_map`: the classes that are run with trust_remote_code, which are not those that were traced."""
     auto_map = files.config.get("auto_map")
-    entries = auto_map.items() if isinstance(auto_map, dict) else ()
     names = files.config.get("architectures") or []
-    others: list[tuple[str, str]] = []
-    for auto, references in entries:
-        for reference in references if isinstance(references, list) else [references]:
-            if not isinstance(reference, str) or not str(auto).startswith("AutoModel"):
-                continue
-            name = reference.rsplit(".", 1)[-1]
-            if name not in names:
-                others.append((str(auto), reference))
-            elif not traced_here:
-                yield _untraced(files, f"{auto}: {reference}", reference)
-    for auto, reference in others:
-        line = f"auto_map names {reference} for {auto}, " + (
-            "beside the class that was traced" if traced_here else "code that was not traced"
-        )
-        yield User(CODE, f"{CONFIG}: auto_map", LAST, f"{line}, and it may read the final norm's output")
-    impls = files.config.get("custom_pipelines")
-    if impls:
+    entries = [
+        (str(auto), reference, reference.rsplit("--", 1)[-1].partition(".")[0])
+        for auto, references in (auto_map.items() if isinstance(auto_map, dict) else ())
+        for reference in (references if isinstance(references, list) else [references])
+        if isinstance(reference, str) and str(auto).startswith("AutoModel")
+    ]
+    traced = {module for _, ref, module in entries if ref.rsplit(".", 1)[-1] in names} if traced_here else set()
+    for auto, reference, module in entries:
+        if traced_here and reference.rsplit(".", 1)[-1] in names:
+            continue
+        last = module in traced or only_wraps(files.text(f"{module}.py"))
+        what = "the final norm's output" if last else "the output of any norm"
+        line = f"auto_map names code of the checkpoint's own ({auto}: {reference}), which may read {what}: "
+        if traced_here:
+            line += "it stands beside the class that was traced"
+        else:
+            line += "transformers' own class was traced, not this; --trust-remote-code traces it"
+        yield User(CODE, f"{CONFIG}: auto_map", LAST if last else ANY, line)
+    if files.config.get("custom_pipelines"):
         line = f"{CONFIG} names pipelines with code of their own (custom_pipelines), which may read hidden states"
         yield User(CODE, f"{CONFIG}: custom_pipelines", LAST, line)
-
-
-def _untraced(files: _Files, entry: str, reference: str) -> User:
-    """Code that stands in for a native class of its name: how far it may differ, as its text shows."""
-    module = reference.rsplit("--", 1)[-1].split(".")[0] + ".py"
-    reads = LAST if _only_wraps(files.text(module)) else ANY
-    what = "the final norm's output" if reads == LAST else "the output of any norm"
-    line = (
-        f"auto_map names code of the checkpoint's own ({entry}), which may read {what}: transformers' own class of "
-        "that name was traced, not this; --trust-remote-code traces it"
-    )
-    return User(CODE, f"{CONFIG}: auto_map", reads, line)
-
-
-def _only_wraps(code: str) -> bool:
-    """Whether every module that a file defines is a whole model built on an imported one: layers as in transformers.
-
-    Read, never run. A layer, an attention or a norm of its own may do anything with what it reads.
-    """
-    try:
-        tree = ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError):
-        return False
-    imported = {
-        alias.asname or alias.name: alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers")
-        for alias in node.names
-    }
-    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-    whole = re.compile(r"(Model|LM|For[A-Z]\w*)$")
-    return bool(classes) and all(
-        any(isinstance(base, ast.Name) and whole.search(imported.get(base.id, "")) for base in node.bases)
-        for node in classes
-        if not node.name.endswith(("Config", "Output"))
-    )
 
 
 def _other_classes(files: _Files) -> Iterator[User]:

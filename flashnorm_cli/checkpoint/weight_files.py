@@ -27,8 +27,9 @@ _TRAINING = re.compile(
     r"(optimizer|scheduler|scaler|rng_state|training_args|trainer_state|random_states|zero_|bf16_zero|mp_rank)"
     r"[\w.-]*\.(bin|pt|pth)|.*_optim_states\.pt"
 )
-# Copies of the checkpoint by the names that libraries write them under; for files that are not on this disk.
-_COPIES = re.compile(r"(pytorch_model|consolidated|model|tf_model|flax_model)([.-][\w-]*)*\.(safetensors|bin|pt|pth)")
+# Copies of the checkpoint by the names that libraries write them under; for files that are not on this disk. A shard
+# that the index does not name is no copy.
+_COPIES = re.compile(r"(?!model-\d+-of-)(pytorch_model|consolidated|model|tf_model|flax_model)([.-][\w-]*)*\.(safetensors|bin|pt|pth)")
 _ADAPTER = re.compile(r"\.(lora_|lokr_|hada_|oft_|boft_|vera_|ia3_|modules_to_save|dora_|ran_|adapter)|^base_model\.")
 _NO_READER = re.compile(r"norm|bias|running_|inv_freq|position|embed_tokens|rotary")
 

@@ -20,6 +20,7 @@ from flashnorm_cli.checkpoint.users import (
     ANY,
     CLASSES,
     CODE,
+    DECODER,
     DRAFT,
     EMBEDDING,
     GENERATION,
@@ -146,8 +147,11 @@ ANNOUNCED = {
     "contrastive search": (generation(penalty_alpha=0.6), GENERATION, "contrastive"),
     "mtp in generation": (generation(use_mtp=True), DRAFT, "use_mtp"),
     "code that generates": (write("custom_generate/generate.py", "...\n"), GENERATION, "custom_generate"),
+    "speech tokenizer": (write("speech_tokenizer/config.json", {}), DECODER, "speech_tokenizer"),
+    "processor": (write("processor_config.json", {"audio_tokenizer": {"x": 1}}), DECODER, "audio_tokenizer"),
+    "talker": (settings(talker_config={"hidden_size": 8}), DECODER, "talker_config"),
+    "drafter": (settings(draft_vocab_size=32000), DRAFT, "draft_vocab_size"),
     "two classes": (settings(architectures=["LlamaForCausalLM", "LlamaModel"]), CLASSES, "several"),
-    "another class": (settings(auto_map={"AutoModel": "code.X"}), CODE, "code.X"),
     "pipeline above": (write("../model_index.json", {}), PIPELINE, "../model_index.json"),
     "pipeline two above": (write("../../model_index.json", {}), PIPELINE, "../../model_index.json"),
     "pipeline beside": (write("../vae/config.json", {"_diffusers_version": "0.36"}), PIPELINE, "../vae"),
@@ -191,9 +195,12 @@ def test_no_sign_of_a_user(what: str, folder: Path) -> None:
 
 def test_weights_that_cannot_be_looked_into(folder: Path) -> None:
     (folder / "extra.bin").write_bytes(b"no pickle")
-    (folder / "pytorch_model.bin").write_bytes(b"no pickle")
-    (user,) = announced(folder)
-    assert "extra.bin holds weights that were not seen" in user.line
+    (folder / "model-00003-of-00003.safetensors").write_bytes(b"no header")
+    for name in ("pytorch_model.bin", "model.fp16.safetensors", "optimizer.pt"):
+        (folder / name).write_bytes(b"no pickle")
+    lines = [user.line for user in announced(folder)]
+    names = ["extra.bin", "model-00003-of-00003.safetensors"]
+    assert lines == [f"{n} holds weights that were not seen, and may read the final norm's output" for n in names]
 
 
 def test_an_adapter_names_the_modules_that_it_adapts(folder: Path) -> None:
@@ -226,7 +233,14 @@ class LlamaForCausalLM(PreTrainedModel): ...
 """
 
 
-@pytest.mark.parametrize(("code", "reads"), [(WRAPS, LAST), (OWN, ANY), ("class LlamaForCausalLM(", ANY), (None, ANY)])
+REACHES = WRAPS.replace("...", "return self.model.layers[0].input_layernorm(1)")
+CHANGES = WRAPS + "Native.forward = None\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "reads"),
+    [(WRAPS, LAST), (REACHES, ANY), (CHANGES, ANY), (OWN, ANY), ("class LlamaForCausalLM(", ANY), (None, ANY)],
+)
 def test_code_of_the_name_of_a_native_class(code: str | None, reads: str, folder: Path) -> None:
     """Read, never run: who builds on the native class may read its output, who has layers of its own anything."""
     config(folder, auto_map={"AutoModelForCausalLM": "modeling_x.LlamaForCausalLM"})
@@ -236,3 +250,9 @@ def test_code_of_the_name_of_a_native_class(code: str | None, reads: str, folder
     assert (user.kind, user.reads) == (CODE, reads)
     assert "--trust-remote-code traces it" in user.line
     assert announced(folder, own_code=True) == ()
+
+    names = {"AutoModelForCausalLM": "modeling_x.LlamaForCausalLM", "AutoModel": "modeling_x.LlamaModel"}
+    config(folder, auto_map=names)
+    (user,) = announced(folder, own_code=True)
+    assert (user.kind, user.reads) == (CODE, LAST)  # of the file that was traced
+    assert "it stands beside the class that was traced" in user.line
