@@ -90,19 +90,22 @@ class _Files:
 
     def json(self, name: str) -> Any:
         """The value in a JSON file, or None where it holds none or is not there."""
-        path = self.folder / name
-        try:
-            if path.stat().st_size > MAX_JSON:
-                return None
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return None
+        return _read_json(self.folder / name)
 
     def text(self, name: str) -> str:
         try:
             return (self.folder / name).read_text(encoding="utf-8", errors="replace")[:MAX_JSON]
         except OSError:
             return ""
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        if path.stat().st_size > MAX_JSON:
+            return None
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _sub(name: str) -> str:
@@ -361,16 +364,9 @@ def _pipelines(files: _Files) -> Iterator[User]:
 
 def _diffusers_part(here: Path) -> str | None:
     """A config of diffusers in a folder beside this one, where its pipeline's own file is missing."""
-    try:
-        siblings = sorted(path for path in here.parent.iterdir() if path != here and path.is_dir())
-    except OSError:
-        return None
-    for sibling in siblings[:50]:
+    for folder in ("scheduler", "transformer", "unet", "vae"):
         for name in ("scheduler_config.json", CONFIG):
-            try:
-                said = (sibling / name).read_text(encoding="utf-8")[:MAX_JSON]
-            except (OSError, ValueError):
-                continue
-            if '"_diffusers_version"' in said and sibling.name in ("scheduler", "transformer", "unet", "vae"):
-                return f"{sibling.name}/{name}"
+            said = _read_json(here.parent / folder / name)
+            if here.name != folder and isinstance(said, dict) and "_diffusers_version" in said:
+                return f"{folder}/{name}"
     return None

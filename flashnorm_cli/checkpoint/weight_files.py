@@ -6,6 +6,7 @@ stand in them, and the values in other parts of the file.
 
 from __future__ import annotations
 
+import io
 import pickletools
 import re
 import zipfile
@@ -21,6 +22,7 @@ from flashnorm_cli.errors import CheckpointError
 
 Shapes = dict[str, tuple[int, ...]]
 
+MAX_PICKLE = 64 << 20  # bytes: without values, the pickle of a large model is a few MB
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 # What training leaves behind: states of optimizers and the like, by the names that trainers give them.
 _TRAINING = re.compile(
@@ -29,7 +31,9 @@ _TRAINING = re.compile(
 )
 # Copies of the checkpoint by the names that libraries write them under; for files that are not on this disk. A shard
 # that the index does not name is no copy.
-_COPIES = re.compile(r"(?!model-\d+-of-)(pytorch_model|consolidated|model|tf_model|flax_model)([.-][\w-]*)*\.(safetensors|bin|pt|pth)")
+_COPIES = re.compile(
+    r"(?!model-\d+-of-)(pytorch_model|consolidated|model|tf_model|flax_model)([.-][\w-]*)*\.(safetensors|bin|pt|pth)"
+)
 _ADAPTER = re.compile(r"\.(lora_|lokr_|hada_|oft_|boft_|vera_|ia3_|modules_to_save|dora_|ran_|adapter)|^base_model\.")
 _NO_READER = re.compile(r"norm|bias|running_|inv_freq|position|embed_tokens|rotary")
 
@@ -140,11 +144,15 @@ def _pickled(file: BinaryIO) -> Shapes:
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             inner = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)
-            return _from_opcodes(archive.open(inner)) if inner else {}  # type: ignore[arg-type]
+            if inner is None:
+                return {}
+            with archive.open(inner) as member:
+                return _from_opcodes(io.BytesIO(member.read(MAX_PICKLE)))
     file.seek(0)
+    start = io.BytesIO(file.read(MAX_PICKLE))
     found: Shapes = {}
     for _ in range(4):  # magic number, protocol, system, and the object
-        found.update(_from_opcodes(file))
+        found.update(_from_opcodes(start))
     return found
 
 
