@@ -24,6 +24,10 @@ class CheckpointError(FlashNormError):
     """The checkpoint's files do not hold together: a truncated shard, an index that names a missing file."""
 
 
+class FolderError(CheckpointError):
+    """A folder holds what is not to be read: a link that leads out, a pipe, a subfolder that cannot be listed."""
+
+
 class PlanError(FlashNormError):
     """The architecture cannot be planned: it cannot be built, traced, or matched with the tensors on disk."""
 

@@ -10,14 +10,15 @@ import json
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashnorm_cli._version import __version__
 from flashnorm_cli.adapters.files import CARD, CONFIG, WEIGHTS, Adapter, open_adapter, refuse_folded_adapter, same_model
+from flashnorm_cli.checkpoint.carry import check_names, copy_file
 from flashnorm_cli.checkpoint.header import build_header
-from flashnorm_cli.checkpoint.model import RECORD, Checkpoint, Progress, Source
+from flashnorm_cli.checkpoint.model import RECORD, Checkpoint, LeftOut, Progress, Source
 from flashnorm_cli.checkpoint.names import grouped
 from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.errors import FlashNormError, UsageError
@@ -49,7 +50,7 @@ class AdapterResult:
     tensors: int
     changed: dict[str, int]
     added: tuple[str, ...]
-    left_out: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
     flushed: dict[str, int]
     check: AdapterCheck
     notes: tuple[str, ...]
@@ -66,7 +67,7 @@ class AdapterResult:
             "tensors": self.tensors,
             "changed": self.changed,
             "added": list(self.added),
-            "left_out": list(self.left_out),
+            "left_out": [asdict(each) for each in self.left_out],
             "flushed_to_zero": self.flushed,
             "check": self.check.to_json(),
             "notes": list(self.notes),
@@ -88,6 +89,7 @@ def fold_adapter(
     local_files_only: bool = False,
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    follow_links: bool = False,
     on_progress: Progress | None = None,
 ) -> AdapterResult:
     """Write an adapter that does to a folded base what the given one does to the base's source.
@@ -105,6 +107,7 @@ def fold_adapter(
         token, cache_dir, local_files_only: as in huggingface_hub.
         trust_remote_code: let the source's own Python code define the architecture.
         overwrite: replace an output folder that holds an adapter.
+        follow_links: follow links of local folders also where they lead out of them.
         on_progress: called with (done, all, what is going on).
     Raises:
         UsageError: the call contradicts itself or the file system.
@@ -114,8 +117,10 @@ def fold_adapter(
     report = on_progress or (lambda done, total, what: None)
     where = Path(cache_dir) if cache_dir else None
     report(0, 0, "Reading headers")
-    mine = open_adapter(Source(str(adapter), revision, token, where, local_files_only))
-    folded = open_checkpoint(Source(str(base), base_revision, token, where, local_files_only), weights=False)
+    mine = open_adapter(Source(str(adapter), revision, token, where, local_files_only, follow_links))
+    folded = open_checkpoint(
+        Source(str(base), base_revision, token, where, local_files_only, follow_links), weights=False
+    )
     said = config_record_of(folded)
     refuse_folded_adapter(mine, folded)
 
@@ -128,6 +133,7 @@ def fold_adapter(
     refuse_unfoldable(mine.config)
     name = mine.source.name.rsplit("/", 1)[-1] if mine.commit else mine.folder.resolve().name
     wanted = Path(output) if output else Path(f"{name}-FlashNorm")
+    check_names(wanted, mine.others)
     target = check_output(wanted, overwrite, mine.folder, CONFIG, "an adapter")
     for folder in (folded.folder, Path(str(source)).expanduser() if source else folded.folder):
         if folder.is_dir() and target.resolve() == folder.resolve():
@@ -139,7 +145,7 @@ def fold_adapter(
         raise UsageError("--source-revision needs --source")
     else:
         origin = recorded_source(said, folded.source.name, folded.folder, token, where, local_files_only)
-    theirs = open_checkpoint(origin, weights=False)
+    theirs = open_checkpoint(replace(origin, follow_links=follow_links), weights=False)
     _check_source(theirs, said)
     report(0, 0, f"Tracing {', '.join(theirs.config.get('architectures') or ['the model'])}")
     model = FoldedModel(theirs, folded, said, mine.config.get("task_type"), trust_remote_code)
@@ -157,13 +163,14 @@ def fold_adapter(
             flushed, written = _write_weights(mine, plan, inside / WEIGHTS, report)
             report(0, 0, "Checking on random activations")
             check = check_adapter(model, plan, mine.read, inside / WEIGHTS, errors)
+            root = None if follow_links else str(mine.folder.resolve())
             for relative in mine.others:
                 (inside / relative).parent.mkdir(parents=True, exist_ok=True)
                 if relative == CARD:
                     card = (mine.folder / CARD).read_text(encoding="utf-8", errors="surrogateescape")
                     write_text(inside / CARD, _card(card, mine, folded))
                 else:
-                    shutil.copyfile(mine.folder / relative, inside / relative)
+                    copy_file(str(mine.folder / relative), inside / relative, mine.seen[relative], root)
             result = AdapterResult(
                 output=target,
                 adapter=str(adapter),
@@ -291,7 +298,7 @@ def _adapter_record(
         "changed": result.changed,
         "patterns": [pattern for pattern, _ in grouped(edited)],
         "added": list(plan.added),
-        "left_out": list(adapter.left_out),
+        "left_out": [asdict(each) for each in adapter.left_out],
         "flushed_to_zero": result.flushed,
         "check": result.check.to_json(),
     }

@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from flashnorm_cli.checkpoint.files import open_file
 from flashnorm_cli.errors import CheckpointError
 
 # Bits, not bytes: F4 and F6 pack several values into a byte.
@@ -125,7 +126,7 @@ def header_size(start: bytes, file_size: int, where: str) -> int:
 def read_header(path: Path) -> Header:
     """Read and check the header of the file at `path`. Raises CheckpointError, also if it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             file_size = file.seek(0, 2)
             file.seek(0)
             start = file.read(LENGTH_BYTES)
