@@ -44,7 +44,7 @@ def _admitted(root: str, real: str) -> bool:
     for place in [Path(root), *Path(root).parents]:
         if place.parent.name == "snapshots":
             repository, (folder, blob) = place.parent.parent, os.path.split(real)
-            shared = os.path.join(repository.parent, "blobs", blob[:2])
+            shared = str(repository.parent / "blobs" / blob[:2])
             return bool(_BLOB.fullmatch(blob)) and folder in (str(repository / "blobs"), shared)
     return False
 
@@ -81,7 +81,7 @@ def find_files(folder: Path, follow_links: bool = False) -> Found:
         here, real_here, above, linked = waiting.pop()
         for name in _names(folder / here):
             relative = f"{here}/{name}" if here else name
-            path = os.path.join(folder, relative)
+            path = f"{folder}/{relative}"
             behind_links += linked
             if behind_links > MOST_BEHIND_LINKS:
                 raise FolderError(f"{shown(path)}: more than {MOST_BEHIND_LINKS:,} files lie behind links here")
@@ -91,7 +91,7 @@ def find_files(folder: Path, follow_links: bool = False) -> Found:
             elif not stat.S_ISDIR(status.st_mode):
                 raise FolderError(f"{shown(path)}: is {kind_of(status.st_mode)}, which cannot be carried over")
             else:
-                real = os.path.realpath(path) if is_link else os.path.join(real_here, name)
+                real = os.path.realpath(path) if is_link else f"{real_here}/{name}"
                 if real in above:
                     loops.append(relative)
                 else:
@@ -101,7 +101,7 @@ def find_files(folder: Path, follow_links: bool = False) -> Found:
 
 def _names(folder: Path) -> list[str]:
     try:
-        return [name for name in os.listdir(folder) if name not in NOT_OF_THE_CHECKPOINT]
+        return [entry.name for entry in folder.iterdir() if entry.name not in NOT_OF_THE_CHECKPOINT]
     except OSError as error:
         raise FolderError(f"{shown(folder)}: cannot be listed: {error.strerror}") from error
 
@@ -114,9 +114,9 @@ def _status(path: str, root: str, follow_links: bool) -> tuple[os.stat_result, b
             return status, False
         if not follow_links:
             _check_link(path, root)
-        return os.stat(path), True
+        return Path(path).stat(), True
     except FileNotFoundError:
-        where = f", a link to {shown(os.readlink(path))}, leads nowhere" if os.path.islink(path) else " vanished"
+        where = f", a link to {shown(Path(path).readlink())}, leads nowhere" if Path(path).is_symlink() else " vanished"
         raise FolderError(f"{shown(path)}:{where}") from None
     except OSError as error:
         raise FolderError(f"{shown(path)}: cannot be read: {error.strerror}") from error
@@ -167,7 +167,7 @@ def carry_over(checkpoint: Checkpoint, target: Path) -> None:
     root = None if checkpoint.source.follow_links else os.path.realpath(checkpoint.folder)
     for name in checkpoint.others:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        copy_file(os.path.join(checkpoint.folder, name), target / name, checkpoint.seen[name], root)
+        copy_file(f"{checkpoint.folder}/{name}", target / name, checkpoint.seen[name], root)
 
 
 def copy_file(path: str, target: Path, seen: Seen, root: str | None) -> None:

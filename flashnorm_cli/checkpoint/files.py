@@ -42,7 +42,7 @@ def open_file(path: Path | str) -> BinaryIO:
     Raises FolderError for anything else, without opening it: a pipe would wait, a device may act on it. OSError as
     from open.
     """
-    _refuse_special(path, os.stat(path).st_mode)
+    _refuse_special(path, Path(path).stat().st_mode)
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     try:
         _refuse_special(path, os.fstat(fd).st_mode)  # it may have become another one in between

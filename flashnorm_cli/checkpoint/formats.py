@@ -149,7 +149,7 @@ class _Inert:
         self.held.extend(values)
 
 
-class _Inertly(pickle._Unpickler):  # type: ignore[misc, name-defined]
+class _Inertly(pickle._Unpickler):
     """Reads a pickle without importing or calling anything that it names."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -269,7 +269,7 @@ def _onnx(file: BinaryIO, size: int) -> Contents:
     return Contents("ONNX", entries)
 
 
-def _initializer(data: io.BufferedReader, end: int) -> tuple[str, tuple[int, ...]]:
+def _initializer(data: Any, end: int) -> tuple[str, tuple[int, ...]]:
     name, shape = "", []
     for field, length, value in _fields(data, end):
         stop = data.tell() + length
@@ -283,7 +283,7 @@ def _initializer(data: io.BufferedReader, end: int) -> tuple[str, tuple[int, ...
     return name, tuple(shape)
 
 
-def _fields(data: io.BufferedReader, end: int) -> Iterator[tuple[int, int, int | None]]:
+def _fields(data: Any, end: int) -> Iterator[tuple[int, int, int | None]]:
     """Fields of a message up to `end`: number, bytes that follow, and the value of those that are numbers."""
     while data.tell() < end:
         key = _varint(data)
@@ -300,7 +300,7 @@ def _fields(data: io.BufferedReader, end: int) -> Iterator[tuple[int, int, int |
             raise _UnreadableError
 
 
-def _varint(data: io.BufferedReader) -> int:
+def _varint(data: Any) -> int:
     value = 0
     for shift in range(0, 64, 7):
         byte = _exactly(data, 1)[0]

@@ -168,7 +168,7 @@ def _no_weights(config: dict[str, Any], where: str, files: Collection[str]) -> s
 
 
 def _class_for(config: dict[str, Any]) -> str:
-    """The class that keeps all that a checkpoint holds when it is loaded and saved: config.json's own, if it is known."""
+    """The class that keeps all that a checkpoint holds when it is loaded and saved: config.json's, if it is known."""
     import transformers
 
     names = config.get("architectures") or []

@@ -105,10 +105,8 @@ def file_facts(path: Path, header: bytes | None = None) -> dict[str, Any]:
 
 def source_facts(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """Size and hashes of config, index and shards; where only a shard's header is here, what the Hub says of it."""
-    facts = {
-        name: file_facts(checkpoint.folder / name)
-        for name in (CONFIG, *([checkpoint.index_name] if checkpoint.index else []))
-    }
+    small = (CONFIG, *([checkpoint.index_name] if checkpoint.index else []))
+    facts = {name: file_facts(checkpoint.folder / name) for name in small}
     for name, header in checkpoint.shards.items():
         if (checkpoint.folder / name).exists():
             facts[name] = file_facts(checkpoint.folder / name, header.raw)
