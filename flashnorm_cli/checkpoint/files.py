@@ -39,8 +39,8 @@ def kind_of(mode: int) -> str | None:
 def open_file(path: Path | str) -> BinaryIO:
     """Open a plain file for reading; a link is followed.
 
-    Raises FolderError for anything else, without opening it: a pipe would wait, a device may act on it. OSError as
-    from open.
+    Raises FolderError for pipes, sockets and devices, without opening them: a pipe would wait, a device may act on it.
+    OSError as from open, also for a folder.
     """
     _refuse_special(path, Path(path).stat().st_mode)
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
@@ -65,5 +65,5 @@ def shown(name: object) -> str:
 
 
 def _refuse_special(path: Path | str, mode: int) -> None:
-    if kind := kind_of(mode):
+    if not stat.S_ISDIR(mode) and (kind := kind_of(mode)):
         raise FolderError(f"{shown(path)}: is {kind}, not a file")

@@ -110,6 +110,8 @@ def _weights(
         names = index_shards(index, f"{where}/{index_name}")
         for name in names:
             if name not in files:
+                if (folder / name).is_dir():
+                    raise CheckpointError(f"{folder / name}: Is a directory")
                 raise CheckpointError(f"{where}: {index_name} names {shown(name)}, which is not there")
         if chosen is None and SINGLE in files and SINGLE not in names:  # transformers loads the file, vLLM the shards
             raise CheckpointError(f"{where}: holds {SINGLE} beside {INDEX}; runtimes disagree which counts: remove one")

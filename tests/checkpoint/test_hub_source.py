@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -177,7 +178,8 @@ def test_plan_reads_headers_only(hub: HubServer, cli: Cli, model: Path, tmp_path
     assert all(0 < n <= FIRST_BYTES + 1000 for n in sent.values())
     assert all(request.range for request in hub.log if request.host == "cdn")
     assert not list((tmp_path / "home").rglob("*.safetensors"))
-    expected = json.loads(json.dumps(make_plan(open_checkpoint(Source(str(model)))).to_json()))
+    local = open_checkpoint(Source(str(model)))
+    expected = json.loads(json.dumps({**make_plan(local).to_json(), "left_out": list(map(asdict, local.left_out))}))
     assert json.loads(result.stdout) == {**expected, "source": "user/tiny", "commit": repo.refs["main"]}
     assert list((tmp_path / "cwd").iterdir()) == []
 
@@ -217,7 +219,7 @@ def test_fold_is_the_fold_of_the_same_folder(
     result = cli("fold", "user/tiny", *options)
     assert (result.returncode, result.stderr) == (0, "")
     assert (
-        "Left out (weights in other formats, links to folders): consolidated.safetensors, pytorch_model.bin\n"
+        "Left out, named like an export of the whole model: consolidated.safetensors (1.0 kB), pytorch_model.bin (1.0 kB)\n"
         in result.stdout
     )
     assert [path.name for path in cwd.iterdir()] == ["tiny-FlashNorm"]
@@ -411,7 +413,7 @@ BROKEN = {
         "model-00001-of-00002.safetensors",
     ],
     'holds no safetensors, only .bin weights; convert it first: python -c "from transformers import '
-    "AutoModelForCausalLM as M; M.from_pretrained('user/repo', dtype='auto').save_pretrained('repo-safetensors')\"": [
+    "LlamaForCausalLM as M; M.from_pretrained('user/repo', dtype='auto').save_pretrained('repo-safetensors')\"": [
         "config.json",
         "pytorch_model.bin",
     ],
