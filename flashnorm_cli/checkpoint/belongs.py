@@ -81,7 +81,11 @@ def sort_files(
     """
     own = _Own.of(shards)
     reasons = {} if folded else _adapters(files)
-    contents = {name: _look(name, size, open_file) for name, size in files.items() if name not in reasons}
+    contents = {
+        name: _look(name, size, open_file)
+        for name, size in files.items()
+        if name not in reasons and not name.endswith(".json")
+    }
     for group in _groups(contents).values():
         reason = _reason(group, files, contents, own)
         if reason is not None:
@@ -136,7 +140,7 @@ def _reason(
             return _STALE[content.made_for]
     entries = [entry for content in known for entry in content.entries or ()]
     if entries:
-        reason = _same_tensors(entries, own, all(is_whole_model(name) for name in group))
+        reason = _same_tensors(entries, own, all("/" not in name and is_whole_model(name) for name in group))
         if reason is None and known[0].format == "ONNX" and len({_key(n) for n, _ in entries} & own.small) > 1:
             found = len({_key(n) for n, _ in entries} & own.small) / len(own.small)
             reason = "the whole model, quantized" if found > SAME else None

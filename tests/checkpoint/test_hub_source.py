@@ -219,8 +219,8 @@ def test_fold_is_the_fold_of_the_same_folder(
     result = cli("fold", "user/tiny", *options)
     assert (result.returncode, result.stderr) == (0, "")
     assert (
-        "Left out, named like an export of the whole model: consolidated.safetensors (1.0 kB), pytorch_model.bin (1.0 kB)\n"
-        in result.stdout
+        "Left out, named like an export of the whole model: consolidated.safetensors (1.0 kB), "
+        "pytorch_model.bin (1.0 kB)\n" in result.stdout
     )
     assert [path.name for path in cwd.iterdir()] == ["tiny-FlashNorm"]
     assert set(weight_bytes(hub)) == {path.name for path in older.glob("model-*.safetensors")}
