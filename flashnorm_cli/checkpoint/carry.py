@@ -147,6 +147,10 @@ def check_names(output: Path, inside: Iterable[str]) -> None:
             f".partial lies beside it, and names have {name_max} bytes here; give the output a shorter name"
         )
     room = path_max - len(os.fsencode(target.parent)) - len(os.fsencode(work)) - len("//checkpoint/") - 32
+    if room <= 0:
+        raise UsageError(
+            f"{shown(target)[:100]}...: the path of the output is too long; {path_max} bytes are allowed here"
+        )
     for name in inside:
         part = max(name.split("/"), key=lambda each: len(os.fsencode(each)))
         if len(os.fsencode(part)) > name_max:
@@ -190,7 +194,7 @@ def copy_file(path: str, target: Path, seen: Seen, root: str | None) -> None:
             os.close(out)
         if copied != status.st_size:
             raise FlashNormError(f"{shown(path)}: only {copied:,} of its {status.st_size:,} bytes could be read")
-        if Seen.of(os.fstat(file.fileno())) != seen:
+        if Seen.of(os.fstat(file.fileno())) != seen or os.read(file.fileno(), 1):  # /proc says 0 bytes, and has more
             raise FolderError(f"{shown(path)}: was changed while it was copied; run it again")
 
 
