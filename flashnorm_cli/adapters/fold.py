@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashnorm_cli.adapters.files import CONFIG, Adapter, open_adapter, refuse_folded_adapter, same_model
 from flashnorm_cli.adapters.kinds import refuse_unfoldable
-from flashnorm_cli.checkpoint.model import Checkpoint, Progress, Source
+from flashnorm_cli.checkpoint.carry import check_names
+from flashnorm_cli.checkpoint.model import Checkpoint, LeftOut, Progress, Source
 from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.checkpoint.output import check_output
 from flashnorm_cli.errors import FlashNormError, UsageError
@@ -39,7 +40,7 @@ class AdapterResult:
     tensors: int
     changed: dict[str, int]
     added: tuple[str, ...]
-    left_out: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
     flushed: dict[str, int]
     check: AdapterCheck
     notes: tuple[str, ...]
@@ -56,7 +57,7 @@ class AdapterResult:
             "tensors": self.tensors,
             "changed": self.changed,
             "added": list(self.added),
-            "left_out": list(self.left_out),
+            "left_out": [asdict(each) for each in self.left_out],
             "flushed_to_zero": self.flushed,
             "check": self.check.to_json(),
             "notes": list(self.notes),
@@ -78,6 +79,7 @@ def fold_adapter(
     local_files_only: bool = False,
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    follow_links: bool = False,
     on_progress: Progress | None = None,
 ) -> AdapterResult:
     """Write an adapter that does to a folded base what the given one does to the base's source.
@@ -95,6 +97,7 @@ def fold_adapter(
         token, cache_dir, local_files_only: as in huggingface_hub.
         trust_remote_code: let the source's own Python code define the architecture.
         overwrite: replace an output folder that holds an adapter.
+        follow_links: follow links of local folders also where they lead out of them.
         on_progress: called with (done, all, what is going on).
     Raises:
         UsageError: the call contradicts itself or the file system.
@@ -106,8 +109,10 @@ def fold_adapter(
     if source is None and source_revision is not None:
         raise UsageError("--source-revision needs --source")
     report(0, 0, "Reading headers")
-    opened = open_adapter(Source(str(adapter), revision, token, where, local_files_only))
-    folded = open_checkpoint(Source(str(base), base_revision, token, where, local_files_only), weights=False)
+    opened = open_adapter(Source(str(adapter), revision, token, where, local_files_only, follow_links))
+    folded = open_checkpoint(
+        Source(str(base), base_revision, token, where, local_files_only, follow_links), weights=False
+    )
     base_record = record_of_base(folded)
     refuse_folded_adapter(opened, folded)
     refuse_unfoldable(opened.config)
@@ -116,7 +121,7 @@ def fold_adapter(
         origin = Source(str(source), source_revision, token, where, local_files_only)
     else:
         origin = recorded_source(base_record, folded.source.name, folded.folder, token, where, local_files_only)
-    unfolded = open_checkpoint(origin, weights=False)
+    unfolded = open_checkpoint(replace(origin, follow_links=follow_links), weights=False)
     _check_source(unfolded, base_record)
 
     from flashnorm_cli.adapters.base import FoldedModel
@@ -157,6 +162,7 @@ def _output_folder(
     """Where the folded adapter goes. Raises UsageError where that could lose something."""
     name = adapter.source.name.rsplit("/", 1)[-1] if adapter.commit else adapter.folder.resolve().name
     wanted = Path(output) if output else Path(f"{name}-FlashNorm")
+    check_names(wanted, adapter.others)
     target = check_output(wanted, overwrite, adapter.folder, CONFIG, "an adapter")
     for folder in (base.folder, Path(str(source)).expanduser() if source else base.folder):
         if folder.is_dir() and target.resolve() == folder.resolve():

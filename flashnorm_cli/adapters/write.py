@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from flashnorm_cli.adapters.check import AdapterCheck, check_adapter
 from flashnorm_cli.adapters.edits import apply
 from flashnorm_cli.adapters.files import CARD, CONFIG, WEIGHTS, Adapter
 from flashnorm_cli.adapters.plan import AdapterPlan
+from flashnorm_cli.checkpoint.carry import copy_file
 from flashnorm_cli.checkpoint.header import build_header
 from flashnorm_cli.checkpoint.model import RECORD, Checkpoint, Progress
 from flashnorm_cli.checkpoint.names import grouped
@@ -77,13 +78,14 @@ def _write_small_files(
     inside: Path,
     names: Mapping[str, str | None],
 ) -> None:
+    root = None if adapter.source.follow_links else str(adapter.folder.resolve())
     for relative in adapter.others:
         (inside / relative).parent.mkdir(parents=True, exist_ok=True)
         if relative == CARD:
             card = (adapter.folder / CARD).read_text(encoding="utf-8", errors="surrogateescape")
             write_text(inside / CARD, _card(card, adapter, model.base))
         else:
-            shutil.copyfile(adapter.folder / relative, inside / relative)
+            copy_file(str(adapter.folder / relative), inside / relative, adapter.seen[relative], root)
     facts = _adapter_record(adapter, model.base, model.source, plan, written)
     write_text(inside / RECORD, json.dumps(facts, indent=2) + "\n")
     original = (adapter.folder / CONFIG).read_text(encoding="utf-8")
@@ -156,7 +158,7 @@ def _adapter_record(
         "changed": plan.kinds(),
         "patterns": [pattern for pattern, _ in grouped(edited)],
         "added": list(plan.added),
-        "left_out": list(adapter.left_out),
+        "left_out": [asdict(each) for each in adapter.left_out],
         "flushed_to_zero": written.flushed,
         "check": written.check.to_json(),
     }

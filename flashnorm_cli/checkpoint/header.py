@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from flashnorm_cli.checkpoint.files import open_file
 from flashnorm_cli.checkpoint.json_files import MAX_DIGITS
 from flashnorm_cli.errors import CheckpointError, quoted, shown
 
@@ -127,7 +128,7 @@ def header_size(start: bytes, file_size: int, where: str) -> int:
 def read_header(path: Path) -> Header:
     """Read and check the header of the file at `path`. Raises CheckpointError, also if it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             file_size = file.seek(0, 2)
             file.seek(0)
             start = file.read(LENGTH_BYTES)

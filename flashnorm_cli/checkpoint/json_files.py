@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from flashnorm_cli.checkpoint.files import open_file
 from flashnorm_cli.errors import CheckpointError, quoted, shown
 
 MAX_BYTES = 512 << 20  # an index of a million tensors takes a fifth of it
@@ -53,7 +54,7 @@ def parse_json(data: bytes, most: int = MAX_BYTES) -> Any:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises CheckpointError, with the path, if it cannot be read or is something else."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             value = parse_json(file.read(MAX_BYTES + 1))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error

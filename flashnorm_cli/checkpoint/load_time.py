@@ -202,7 +202,7 @@ def refuse_changed_weights(checkpoint: Checkpoint) -> None:
                 f"{where}: {CONFIG} has {path} {value!r}: the weights are cast to it as they are loaded, and what "
                 "that makes of W * g is not what it makes of W; fold, then cast"
             )
-    for name in (*checkpoint.others, *(getattr(each, "name", each) for each in checkpoint.left_out)):
+    for name in (*checkpoint.others, *(each.name for each in checkpoint.left_out)):
         if ROTATION_FILE.search(name):
             raise PlanError(
                 f"{where}: {name} looks like a rotation of the model's activations: a gain cannot be moved past it; "

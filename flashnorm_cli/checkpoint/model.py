@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from flashnorm_cli.checkpoint.files import Seen
 from flashnorm_cli.checkpoint.folded import flags_of, in_words, is_ours
 from flashnorm_cli.checkpoint.header import Header, TensorEntry
 from flashnorm_cli.checkpoint.json_files import read_object
@@ -25,7 +26,11 @@ SINGLE = "model.safetensors"
 RECORD = "flashnorm.json"
 
 
-# Weights in other formats would be an unfolded copy beside the folded one: they are left out, and named.
+# Of peft, beside an adapter's weights.
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+# How files of tensors are called. What they hold decides whether they travel: see belongs.py.
 OTHER_WEIGHTS = (
     ".bin .bin.index.json .pt .pth .ckpt .h5 .msgpack .gguf .onnx .onnx_data .ot .tflite .mlmodel .npz .safetensors"
 ).split()
@@ -44,6 +49,16 @@ class Source:
     token: str | bool | None = None
     cache_dir: Path | None = None
     local_files_only: bool = False
+    follow_links: bool = False  # also out of the folder
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file of the source that a folded checkpoint does not hold: its relative path, bytes, and why."""
+
+    name: str
+    bytes: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -52,8 +67,9 @@ class Checkpoint:
 
     `folder` holds the small files (and the shards too, unless only the headers of a Hub repository were read).
     `shards` maps the shards' file names, in the index's order, to their headers. `others` are the relative paths
-    of the files to carry over, `left_out` those of weights in other formats and of links to folders. `sha256` are the
-    shards' hashes where the Hub was asked for them.
+    of the files to carry over, in `seen` as they were found (those that are on this disk), `left_out` the other files.
+    `index_name` is the index's file name, which config.json may choose. `sha256` are the shards' hashes where the Hub
+    was asked for them.
     """
 
     source: Source
@@ -63,7 +79,9 @@ class Checkpoint:
     shards: dict[str, Header]
     index: dict[str, Any] | None
     others: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    index_name: str = INDEX
+    seen: dict[str, Seen] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
 
     @cached_property
@@ -92,6 +110,16 @@ def read_json(path: Path) -> dict[str, Any]:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
         raise CheckpointError(f"{path.parent}: there is no {path.name}: is this a transformers checkpoint?") from None
+
+
+def refuse_adapter(checkpoint: Checkpoint) -> None:
+    """Raise FlashNormError for a model with an adapter at its side: transformers and peft load both as one."""
+    if ADAPTER_CONFIG in checkpoint.others:
+        raise FlashNormError(
+            f"{checkpoint.source.name}: holds an adapter ({ADAPTER_CONFIG}) beside the model, and transformers applies "
+            "it at once; it would not fit the folded weights. Move the adapter's files into a folder of their own, "
+            "fold the model, then: flashnorm fold-adapter <that folder> --base <the folded model>"
+        )
 
 
 def refuse_folded(checkpoint: Checkpoint) -> None:

@@ -85,7 +85,7 @@ class _Files:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.folder, self.config = checkpoint.folder, checkpoint.config
-        self.names = [*checkpoint.others, *checkpoint.left_out]
+        self.names = [*checkpoint.others, *(each.name for each in checkpoint.left_out)]
         self.in_folder = "memory" not in checkpoint.shards  # a model in memory has no files
 
     def json(self, name: str) -> Any:

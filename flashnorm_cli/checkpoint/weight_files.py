@@ -55,7 +55,7 @@ class WeightFile:
 def weight_files(checkpoint: Checkpoint) -> Iterator[WeightFile]:
     """Weight files of a checkpoint, beside its shards, that are neither copies of it nor leftovers of training."""
     groups: dict[str, list[str]] = {}
-    for name in (*checkpoint.others, *checkpoint.left_out):
+    for name in (*checkpoint.others, *(each.name for each in checkpoint.left_out)):
         if name.endswith(SUFFIXES) and not _TRAINING.fullmatch(name.rsplit("/", 1)[-1]):
             groups.setdefault(re.sub(r"\d+", "#", name), []).append(name)
     for names in groups.values():

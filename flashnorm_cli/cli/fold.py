@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output, size
-from flashnorm_cli.cli.plan import plan_lines, plan_summary
+from flashnorm_cli.cli.plan import left_out_lines, plan_lines, plan_summary
 from flashnorm_cli.cli.push_to_hub import done
 from flashnorm_cli.cli.verify import summary
 from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_OK, UsageError
@@ -73,6 +74,7 @@ def fold(
     verify: Annotated[
         bool, typer.Option("--verify", help="Then check it, levels weights and logits; exit code 3 if it fails.")
     ] = False,
+    follow_links: options.FollowLinksOpt = False,
     json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
     debug: options.DebugOpt = False,
@@ -126,6 +128,7 @@ def fold(
             layout=layout,
             workers=workers,
             overwrite=overwrite,
+            follow_links=follow_links,
             dask=dask,
             on_progress=report,
         )
@@ -143,6 +146,7 @@ def fold(
                 local_files_only=local_files_only,
                 trust_remote_code=trust_remote_code,
                 workers=workers,
+                follow_links=follow_links,
                 command=options.command_line(["verify", str(result.output), "--source", model]),
                 on_progress=report,
             )
@@ -202,7 +206,7 @@ def _facts(result: FoldResult | StreamResult) -> dict[str, Any]:
         "bytes_added": plan.bytes_added,
         "flushed_to_zero": result.flushed,
         "resumed_shards": list(result.resumed),
-        "left_out": list(result.left_out),
+        "left_out": [asdict(each) for each in result.left_out],
         "notes": [*plan.notes, *([DROPPED] if result.layout == "dropped" else [])],
     }
 
@@ -217,8 +221,7 @@ def _outcome(result: FoldResult | StreamResult) -> list[str]:
         lines.append(
             f"{flushed} products in {len(result.flushed)} tensors were too small for their dtype and became zero."
         )
-    if result.left_out:
-        lines.append(f"Left out (weights in other formats, links to folders): {', '.join(result.left_out)}")
+    lines += left_out_lines(result.left_out)
     if result.layout == "dropped":
         lines.append(DROPPED)
     return lines

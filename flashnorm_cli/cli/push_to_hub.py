@@ -122,5 +122,5 @@ def _page(result: PushResult) -> list[str]:
         f"  proof      {proof}",
     ]
     if result.left_out:
-        lines.append(f"  not there  {', '.join(result.left_out)} (weights in other formats)")
+        lines += [f"  not there  {each.name} ({each.reason})" for each in result.left_out]
     return [*lines, *(f"Note: {note}." for note in result.notes)]

@@ -70,6 +70,7 @@ def verify(
     local_files_only: options.LocalFilesOnlyOpt = False,
     trust_remote_code: options.TrustRemoteCodeOpt = False,
     workers: options.WorkersOpt = None,
+    follow_links: options.FollowLinksOpt = False,
     json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
     debug: options.DebugOpt = False,
@@ -115,6 +116,7 @@ def verify(
             local_files_only=local_files_only,
             trust_remote_code=trust_remote_code,
             workers=workers,
+            follow_links=follow_links,
             command=options.command_line(sys.argv[1:]),
             on_progress=progress,
         )

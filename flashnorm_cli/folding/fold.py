@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from flashnorm_cli._version import __version__
-from flashnorm_cli.checkpoint.model import Checkpoint, Progress, Source, refuse_folded
+from flashnorm_cli.checkpoint.carry import carry_over, check_names
+from flashnorm_cli.checkpoint.model import Checkpoint, LeftOut, Progress, Source, refuse_adapter, refuse_folded
 from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.checkpoint.output import FLUSHED, check_output, flush, publish, work_folder, write_text
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE, read_tensors
@@ -49,7 +50,7 @@ class FoldResult:
     bytes_written: int
     flushed: dict[str, int]
     resumed: tuple[str, ...]
-    left_out: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
     seconds: tuple[float, float, float]
 
 
@@ -66,6 +67,7 @@ def fold(
     layout: str = "identity",
     workers: int | None = None,
     overwrite: bool = False,
+    follow_links: bool = False,
     dask: str | None = None,
     executor: Executor | None = None,
     on_progress: Progress | None = None,
@@ -86,6 +88,7 @@ def fold(
         workers: threads per shard; by default the number of processors, 8 at most, and one where several shards are
             folded at a time elsewhere.
         overwrite: replace an output folder that holds a checkpoint.
+        follow_links: carry over also what links of the source lead to that lead out of its folder.
         dask: address of a dask scheduler whose workers share source and output folder with this machine.
         executor: any other concurrent.futures executor; its workers share both folders, too.
         on_progress: called with (bytes done, bytes in all, what is going on).
@@ -97,7 +100,7 @@ def fold(
     if dask is not None and executor is not None:
         raise UsageError("dask and executor exclude each other")
     report = on_progress or (lambda done, total, what: None)
-    source = Source(str(model), revision, token, Path(cache_dir) if cache_dir else None, local_files_only)
+    source = Source(str(model), revision, token, Path(cache_dir) if cache_dir else None, local_files_only, follow_links)
 
     with contextlib.ExitStack() as stack:
         if dask is not None:
@@ -122,7 +125,9 @@ def _fold(
     report(0, 0, "Reading headers")
     checkpoint = open_checkpoint(source, weights=False)
     refuse_folded(checkpoint)
+    refuse_adapter(checkpoint)
     wanted = Path(output) if output else Path(f"{checkpoint.name}-FlashNorm")
+    check_names(wanted, (*checkpoint.shards, *checkpoint.others))
     try:
         target = _check_output(checkpoint, wanted, overwrite)
     except OSError as error:
@@ -284,9 +289,7 @@ def _write(
             report(done, total, name)
 
     report(total, total, "Writing config and record")
-    for relative in checkpoint.others:
-        (inside / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.folder / relative, inside / relative)
+    carry_over(checkpoint, inside)
     for name, text in record.texts(checkpoint, plan, layout, flushed).items():
         write_text(inside / name, text)
     return FoldResult(inside, plan, layout, total, flushed, resumed, checkpoint.left_out, (0.0, 0.0, 0.0))

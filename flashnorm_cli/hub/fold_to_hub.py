@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -21,8 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, Progress, Source, read_json, refuse_folded
-from flashnorm_cli.checkpoint.open import open_checkpoint
+from flashnorm_cli.checkpoint.carry import carry_over
+from flashnorm_cli.checkpoint.model import (
+    CONFIG,
+    RECORD,
+    Checkpoint,
+    LeftOut,
+    Progress,
+    Source,
+    read_json,
+    refuse_adapter,
+    refuse_folded,
+)
+from flashnorm_cli.checkpoint.open import fetch_others, open_checkpoint
 from flashnorm_cli.checkpoint.output import work_folder, write_text
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.folding.engine import Engine, Stopped, any_executor, dask_engine, overlapping, results
@@ -60,7 +70,7 @@ class StreamResult:
     uploaded: int
     flushed: dict[str, int]
     resumed: tuple[str, ...]
-    left_out: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
     seconds: tuple[float, float, float]
 
 
@@ -134,6 +144,8 @@ def fold_to_hub(
         source = Source(model, revision, token, Path(cache_dir) if cache_dir else None)
         checkpoint = open_checkpoint(source, weights=False)
         refuse_folded(checkpoint)
+        refuse_adapter(checkpoint)
+        checkpoint = fetch_others(checkpoint, report)
         checkpoint = dataclasses.replace(checkpoint, sha256=_hashes(api, checkpoint))
         plan = plan_fold(checkpoint, final_norm, trust_remote_code, report)
         give_back_memory()
@@ -230,6 +242,7 @@ def _push_of(
         config={},
         shards={edit.name: edit.target_header(checkpoint.shards[edit.name]) for edit in edits},
         index=checkpoint.index,
+        index_name=checkpoint.index_name,
         others=checkpoint.others,
         left_out=checkpoint.left_out,
     )
@@ -241,9 +254,7 @@ def _push_of(
 def _write_small_files(checkpoint: Checkpoint, plan: Plan, layout: str, flushed: dict[str, int], push: Push) -> None:
     """All files but the shards, into the work folder."""
     folder = push.checkpoint.folder
-    for relative in checkpoint.others:
-        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.folder / relative, folder / relative)
+    carry_over(checkpoint, folder)
     for name, text in record.texts(checkpoint, plan, layout, flushed).items():
         write_text(folder / name, text)
     push.record = read_json(folder / RECORD)

@@ -14,13 +14,13 @@ import shlex
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashnorm_cli.checkpoint.hub import hub_errors
 from flashnorm_cli.checkpoint.json_files import parse_json
-from flashnorm_cli.checkpoint.model import CONFIG, INDEX, RECORD, Checkpoint, Progress, Source
+from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, LeftOut, Progress, Source
 from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.hub.card import REPORT, CardFacts, build_card, read_card
@@ -69,7 +69,7 @@ class PushResult:
     sent: tuple[Upload, ...]
     unchanged: tuple[Upload, ...]
     deleted: tuple[str, ...]
-    left_out: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
     card: str
     notes: tuple[str, ...]
 
@@ -80,7 +80,8 @@ class PushResult:
             what: [{"path": upload.path, "size": upload.size, "sha256": upload.sha256} for upload in uploads]
             for what, uploads in (("sent", self.sent), ("unchanged", self.unchanged))
         }
-        return {**plain, **files, **{name: list(plain[name]) for name in ("deleted", "left_out", "notes")}}
+        left_out = [asdict(each) for each in self.left_out]
+        return {**plain, **files, **{name: list(plain[name]) for name in ("deleted", "notes")}, "left_out": left_out}
 
 
 def push_to_hub(
@@ -191,7 +192,7 @@ def _open_folded(folder: Path, name: str) -> Checkpoint:
 
 def file_hashes(checkpoint: Checkpoint, workers: int, report: Progress) -> dict[str, tuple[str, str]]:
     """(sha256, id in git) of every file of the checkpoint."""
-    names = [CONFIG, *([INDEX] if checkpoint.index else []), *checkpoint.shards, *checkpoint.others]
+    names = [CONFIG, *([checkpoint.index_name] if checkpoint.index else []), *checkpoint.shards, *checkpoint.others]
     names = [name for name in names if name != RECORD]
     total, done, lock = sum((checkpoint.folder / name).stat().st_size for name in names), 0, threading.Lock()
 

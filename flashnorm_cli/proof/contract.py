@@ -8,7 +8,7 @@ from typing import Any
 
 from flashnorm_cli.adapters.files import CONFIG as ADAPTER
 from flashnorm_cli.checkpoint.folded import CLASS, FLAGS
-from flashnorm_cli.checkpoint.model import CONFIG, INDEX, RECORD, Checkpoint, read_json
+from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, read_json
 from flashnorm_cli.checkpoint.names import pattern_of
 from flashnorm_cli.errors import CheckpointError, PlanError, quoted
 from flashnorm_cli.proof.files import CLAIMS, is_paper
@@ -42,7 +42,8 @@ def notes(pair: Pair) -> list[str]:
     other = [name for name in _differing(pair) if is_paper(name)]
     if other:
         found.append(f"differs from the source's: {', '.join(other)}")
-    beside = [name for name in pair.folded.left_out if name not in pair.source.left_out]
+    theirs = {each.name for each in pair.source.left_out}
+    beside = [each.name for each in pair.folded.left_out if each.name not in theirs]
     beside += [name for name in pair.folded.others if name not in (*pair.source.others, RECORD) and not is_paper(name)]
     if beside:
         found.append(f"not in the source, and not looked at: {', '.join(beside)}")
@@ -165,18 +166,18 @@ def _recorded_layout(pair: Pair) -> str:
 def _shards(pair: Pair) -> list[Finding]:
     """Every tensor stays in its shard, and the index follows."""
     findings = []
-    last = list(pair.source.shards)[-1]
+    last, index_name = list(pair.source.shards)[-1], pair.source.index_name
     for name, shard in pair.folded.shard_of.items():
         wanted = pair.source.shard_of.get(name, last)
         if shard != wanted:
             findings.append(Finding(name, f"is in {shard} instead of {wanted}"))
     if (pair.source.index is None) != (pair.folded.index is None):
-        findings.append(Finding(INDEX, "is missing" if pair.folded.index is None else "is not in the source"))
+        findings.append(Finding(index_name, "is missing" if pair.folded.index is None else "is not in the source"))
     elif pair.source.index is not None and pair.folded.index is not None:
         dropped = frozenset(name for name in pair.gains if pair.states[name] == DROPPED)
         wanted_index = record.folded_index(pair.source.index, pair.plan, dropped, last, pair.source)
         for key, found, expected in _unequal(pair.folded.index, wanted_index, ""):
-            findings.append(Finding(INDEX, f"{key} is {_short(found)} instead of {_short(expected)}"))
+            findings.append(Finding(index_name, f"{key} is {_short(found)} instead of {_short(expected)}"))
     for shard, header in pair.source.shards.items():
         mine = pair.folded.shards.get(shard)
         if mine is None:
@@ -222,7 +223,7 @@ def _source_files(pair: Pair) -> list[Finding]:
     if not set(facts) >= {CONFIG, *pair.source.shards}:
         findings.append(Finding(RECORD, "does not name the files of the source that it was made from"))
     for name, fact in facts.items():
-        if name not in (CONFIG, INDEX, *pair.source.shards) or not fact:
+        if name not in (CONFIG, pair.source.index_name, *pair.source.shards) or not fact:
             findings.append(Finding(RECORD, f"speaks of {name} of the source, which is not there"))
             continue
         path = pair.source.folder / name

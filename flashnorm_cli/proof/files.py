@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flashnorm_cli.checkpoint.model import CONFIG, INDEX, RECORD, Checkpoint
+from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint
 
 # Written for readers and for git, not for the model.
 PAPERS = (".gitattributes", ".gitignore", "LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY")
@@ -22,7 +22,7 @@ def is_paper(name: str) -> bool:
 def hashed_files(folded: Checkpoint) -> list[str]:
     """The files that a verification speaks of; papers may change without voiding it."""
     small = [name for name in folded.others if name != RECORD and not is_paper(name)]
-    return [CONFIG, *([INDEX] if folded.index else []), *folded.shards, *small]
+    return [CONFIG, *([folded.index_name] if folded.index else []), *folded.shards, *small]
 
 
 def changed_files(entry: dict[str, Any], hashes: dict[str, str]) -> list[str]:

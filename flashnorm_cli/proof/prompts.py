@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from flashnorm_cli.checkpoint.files import read_text
 from flashnorm_cli.checkpoint.model import Checkpoint
-from flashnorm_cli.errors import UsageError
+from flashnorm_cli.errors import FolderError, UsageError
 from flashnorm_cli.modeling import build
 from flashnorm_cli.modeling.quiet import quiet_transformers
 
@@ -72,8 +73,8 @@ def read_prompts(source: Checkpoint, text: Path | None, ids: Path | None, trust_
             random=True,
         )
     try:
-        words = (text or PROMPTS).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        words = read_text(text or PROMPTS)
+    except (OSError, UnicodeDecodeError, FolderError) as error:
         raise UsageError(f"{text}: cannot be read as text: {error}") from error
     with quiet_transformers():
         # The built-in text is made of paragraphs on different matters; a file of the user's is one text.
@@ -98,8 +99,8 @@ def _enough(rows: Sequence[Sequence[int]], path: Path) -> None:
 
 def _rows_of_ids(path: Path, vocabulary: int) -> list[list[int]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        rows = json.loads(read_text(path))
+    except (OSError, ValueError, FolderError) as error:
         raise UsageError(f"{path}: cannot be read as JSON: {error}") from error
     if isinstance(rows, list) and rows and all(type(i) is int for i in rows):
         rows = [rows]

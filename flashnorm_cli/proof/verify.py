@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from flashnorm_cli.adapters.files import CONFIG as ADAPTER
 from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, Progress, Source, read_json
 from flashnorm_cli.checkpoint.open import open_checkpoint
-from flashnorm_cli.errors import CheckpointError, UsageError
+from flashnorm_cli.errors import CheckpointError, FolderError, UsageError
 from flashnorm_cli.proof.levels import DTYPES, Levels, environment
 from flashnorm_cli.proof.pairing import pair
 from flashnorm_cli.proof.recording import record_result
@@ -50,6 +51,7 @@ def verify(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    follow_links: bool = False,
     trust_remote_code: bool = False,
     workers: int | None = None,
     command: str | None = None,
@@ -72,6 +74,7 @@ def verify(
         adopt: give a checkpoint that another tool has folded a record and flag, if it passes.
         record: write the result into flashnorm.json.
         revision, source_revision, token, cache_dir, local_files_only: as in huggingface_hub.
+        follow_links: follow links of both folders also where they lead out of them.
         trust_remote_code: let the source's own Python code define the architecture.
         workers: threads; by default the number of processors, 8 at most.
         command: how to reproduce this, for the record.
@@ -85,7 +88,7 @@ def verify(
     report = on_progress or (lambda done, total, what: None)
     where = Path(cache_dir) if cache_dir else None
     report(0, 0, "Reading headers")
-    target = Source(str(folded), revision, token, where, local_files_only)
+    target = Source(str(folded), revision, token, where, local_files_only, follow_links)
     folder = Path(str(folded)).expanduser()
     if (folder / ADAPTER).is_file() and not (folder / CONFIG).exists():
         raise UsageError(
@@ -97,12 +100,12 @@ def verify(
         if (mine.folder / RECORD).exists():
             FoldRecord.read(mine.folder / RECORD)
     except CheckpointError as error:
-        if not _was_checkpoint(folder):
+        if isinstance(error, FolderError) or not _was_checkpoint(folder):
             raise
         return _broken(str(folded), origin, error, environment(device, command))
     if origin is None:
         origin = _recorded_source(mine, token, where, local_files_only)
-    theirs = open_checkpoint(origin, on_progress=report)
+    theirs = open_checkpoint(replace(origin, follow_links=follow_links), on_progress=report)
     if theirs.folder.resolve() == mine.folder.resolve():
         raise UsageError(f"{folded}: is the source itself; name a folded checkpoint and its source")
     report(0, 0, f"Tracing {', '.join(theirs.config.get('architectures') or ['the model'])}")

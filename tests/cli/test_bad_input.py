@@ -397,7 +397,7 @@ BAD: dict[str, tuple[Callable[[], object], str, int, str]] = {
         FOLD,
         1,
         'model: holds no safetensors, only .bin weights; convert it first: python -c "from transformers import '
-        "AutoModelForCausalLM as M; M.from_pretrained('model', dtype='auto').save_pretrained('model-safetensors')\"",
+        "LlamaForCausalLM as M; M.from_pretrained('model', dtype='auto').save_pretrained('model-safetensors')\"",
     ),
     "no weights": (
         remove(FIRST, SECOND, LAST, "model.safetensors.index.json"),

@@ -312,7 +312,8 @@ def test_record(made: dict[str, Path], folds: dict[tuple[str, str], Path], famil
     assert {norm for reader in record["readers"] for norm, *_ in reader["runs"]} == names
     assert record["source"] == str(source)
     assert (record["commit"], record["verify"], record["flushed_to_zero"]) == (None, None, {})
-    assert record["left_out"] == list(LEFT_OUT)
+    assert [each["name"] for each in record["left_out"]] == list(LEFT_OUT)
+    assert all(each["reason"] and each["bytes"] == len(b"weights") for each in record["left_out"])
     for name, facts in record["source_files"].items():
         raw = (source / name).read_bytes()
         assert (facts["size"], facts["sha256"]) == (len(raw), hashlib.sha256(raw).hexdigest())
@@ -474,7 +475,7 @@ def test_json(made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixtu
     embedding = all_tensors(made["smollm3"])["model.embed_tokens.weight"]
     assert value["bytes_added"] == len(embedding.data)
     assert value["bytes_written"] == sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))
-    assert value["left_out"] == list(LEFT_OUT)
+    assert value["left_out"] == json.loads((tmp_path / "out" / "flashnorm.json").read_text())["left_out"]
     assert value["resumed_shards"] == []
 
 
