@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
-import shutil
-import tempfile
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,15 +123,19 @@ def fold_adapter(
     from flashnorm_cli.adapters.check import check_adapter, check_base
     from flashnorm_cli.adapters.kinds import refuse_unfoldable
     from flashnorm_cli.adapters.plan import plan_adapter
-    from flashnorm_cli.checkpoint.output import check_output, disk_errors, flush, publish, write_text
+    from flashnorm_cli.checkpoint.disk import copy_file, write_text
+    from flashnorm_cli.checkpoint.output import check_output, flush, not_an_output, work_folder
+    from flashnorm_cli.checkpoint.work import source_name
 
     refuse_unfoldable(mine.config)
     name = mine.source.name.rsplit("/", 1)[-1] if mine.commit else mine.folder.resolve().name
     wanted = Path(output) if output else Path(f"{name}-FlashNorm")
-    target = check_output(wanted, overwrite, mine.folder, CONFIG, "an adapter")
+    target = check_output(wanted, overwrite, mine.folder, config=CONFIG, what="an adapter")
     for folder in (folded.folder, Path(str(source)).expanduser() if source else folded.folder):
         if folder.is_dir() and target.resolve() == folder.resolve():
             raise UsageError(f"{wanted}: is the base or its source; choose another output folder")
+        if folder.is_dir():
+            check_output(wanted, overwrite, folder, config=CONFIG, what="an adapter")
 
     if source is not None:
         origin = Source(str(source), source_revision, token, where, local_files_only)
@@ -147,50 +151,42 @@ def fold_adapter(
     errors = check_base(model)
     plan = plan_adapter(mine.config, mine.header, model, mine.read, report)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with disk_errors(target):
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        with disk_errors(target):
-            inside = work / "adapter"
-            inside.mkdir()
-            flushed, written = _write_weights(mine, plan, inside / WEIGHTS, report)
-            report(0, 0, "Checking on random activations")
-            check = check_adapter(model, plan, mine.read, inside / WEIGHTS, errors)
-            for relative in mine.others:
-                (inside / relative).parent.mkdir(parents=True, exist_ok=True)
-                if relative == CARD:
-                    card = (mine.folder / CARD).read_text(encoding="utf-8", errors="surrogateescape")
-                    write_text(inside / CARD, _card(card, mine, folded))
-                else:
-                    shutil.copyfile(mine.folder / relative, inside / relative)
-            result = AdapterResult(
-                output=target,
-                adapter=str(adapter),
-                base=str(base),
-                source=theirs.source.name,
-                peft_type=str(mine.config["peft_type"]),
-                tensors=len(mine.header.tensors) + len(plan.added),
-                changed=plan.kinds(),
-                added=tuple(plan.added),
-                left_out=mine.left_out,
-                flushed=flushed,
-                check=check,
-                notes=(*_about_names(mine, theirs, folded), *plan.notes),
-                bytes_written=written,
-            )
-            write_text(
-                inside / RECORD, json.dumps(_adapter_record(mine, folded, theirs, plan, result), indent=2) + "\n"
-            )
-            config = {**mine.config, **plan.config, "base_model_name_or_path": str(base), "revision": base_revision}
-            original = (mine.folder / CONFIG).read_text(encoding="utf-8")
-            write_text(inside / CONFIG, record.dump_like(config, original))
-            report(0, 0, "Waiting for the disk")
-            flush(inside, 1)
-            publish(inside, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return result
+    # Nothing of it could be gone on with: the fingerprint is nobody else's.
+    with work_folder(target, secrets.token_hex(16), (), source=source_name(mine.source.name)) as work:
+        inside = work.inside
+        flushed, written = _write_weights(mine, plan, inside / WEIGHTS, report)
+        report(0, 0, "Checking on random activations")
+        check = check_adapter(model, plan, mine.read, inside / WEIGHTS, errors)
+        for relative in mine.others:
+            (inside / relative).parent.mkdir(parents=True, exist_ok=True)
+            if relative == CARD:
+                card = (mine.folder / CARD).read_text(encoding="utf-8", errors="surrogateescape")
+                write_text(inside / CARD, _card(card, mine, folded))
+            else:
+                copy_file(mine.folder / relative, inside / relative)
+        result = AdapterResult(
+            output=target,
+            adapter=str(adapter),
+            base=str(base),
+            source=theirs.source.name,
+            peft_type=str(mine.config["peft_type"]),
+            tensors=len(mine.header.tensors) + len(plan.added),
+            changed=plan.kinds(),
+            added=tuple(plan.added),
+            left_out=mine.left_out,
+            flushed=flushed,
+            check=check,
+            notes=(*_about_names(mine, theirs, folded), *plan.notes),
+            bytes_written=written,
+        )
+        write_text(inside / RECORD, json.dumps(_adapter_record(mine, folded, theirs, plan, result), indent=2) + "\n")
+        config = {**mine.config, **plan.config, "base_model_name_or_path": str(base), "revision": base_revision}
+        original = (mine.folder / CONFIG).read_text(encoding="utf-8")
+        write_text(inside / CONFIG, record.dump_like(config, original))
+        report(0, 0, "Waiting for the disk")
+        flush(work, 1)
+        work.publish(overwrite, lambda folder: not_an_output(folder, CONFIG, "an adapter"))
+    return dataclasses.replace(result, notes=(*result.notes, *work.notes))
 
 
 # ---- before the work -------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -21,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashnorm_cli.checkpoint.disk import copy_file, write_text
 from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, Progress, Source, read_json, refuse_folded
 from flashnorm_cli.checkpoint.open import open_checkpoint
-from flashnorm_cli.checkpoint.output import work_folder, write_text
+from flashnorm_cli.checkpoint.output import work_folder
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.folding.engine import Engine, Stopped, any_executor, dask_engine, overlapping, results
 from flashnorm_cli.folding.fold import check_options, give_back_memory, plan_fingerprint, plan_fold, read_gains
@@ -147,7 +147,8 @@ def fold_to_hub(
         place = Path.cwd() / repo_id.replace("/", "--")
         fingerprint = f"{plan_fingerprint(checkpoint, plan, gains, layout)} {constants.ENDPOINT} {repo_id} {create_pr}"
         fingerprint = hashlib.sha256(fingerprint.encode()).hexdigest()
-        inside = stack.enter_context(work_folder(place, fingerprint, (), keep=UPLOADED))
+        work = stack.enter_context(work_folder(place, fingerprint, (), keep=UPLOADED, source=model))
+        inside = work.inside
         stack.enter_context(push_errors(repo_id))
         journal = inside.parent / UPLOADED
         uploads: dict[str, dict[str, Any]] = json.loads(journal.read_text()) if journal.exists() else {}
@@ -243,7 +244,9 @@ def _write_small_files(checkpoint: Checkpoint, plan: Plan, layout: str, flushed:
     folder = push.checkpoint.folder
     for relative in checkpoint.others:
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.folder / relative, folder / relative)
+        with contextlib.suppress(FileNotFoundError):  # written once before the shards and once after them
+            (folder / relative).unlink()
+        copy_file(checkpoint.folder / relative, folder / relative)
     for name, text in record.texts(checkpoint, plan, layout, flushed).items():
         write_text(folder / name, text)
     push.record = read_json(folder / RECORD)
