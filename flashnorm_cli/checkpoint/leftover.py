@@ -18,6 +18,7 @@ from flashnorm_cli.checkpoint.work import (
     source_name,
     unlike_work_folder,
 )
+from flashnorm_cli.errors import FlashNormError
 
 
 def leftover(target: Path) -> str | None:
@@ -52,6 +53,12 @@ def leftover(target: Path) -> str | None:
     of = f" of {source}" if source else ""
     on = "the same flashnorm fold, run again, goes on with it; or remove it" if goes_on else "remove it"
     return f"{path} ({size:,} bytes) is what an unfinished fold{of} has left: {on}: rm -r {path}"
+
+
+def refuse_unfinished(target: Path) -> None:
+    """Raise FlashNormError where a fold into `target` was begun, but not finished."""
+    if not target.exists() and (said := leftover(target.absolute())):
+        raise FlashNormError(f"{target}: its fold is not finished: {said}")
 
 
 def leftovers(target: Path | None, source: str) -> list[str]:

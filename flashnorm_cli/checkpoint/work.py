@@ -261,8 +261,8 @@ class WorkFolder:
                 raise
             if not overwrite:
                 raise FlashNormError(
-                    f"{self.target}: exists already: it appeared while this fold was under way, and is left alone; move "
-                    "it away and run the same command again"
+                    f"{self.target}: exists already: it appeared while this fold was under way; move it away and run "
+                    "the same command again"
                 ) from None
             self._replace(not_an_output)
         try:
@@ -299,9 +299,7 @@ class WorkFolder:
         if not os.path.samestat(os.stat(where, dir_fd=self._folder, follow_symlinks=False), status):
             disk.exchange(where, self._folder, name, self._parent)
             self.published = False
-            raise FlashNormError(
-                f"{self.target}: was replaced while this fold was under way; run the same command again"
-            )
+            raise FlashNormError(f"{self.target}: was replaced while this fold was under way; run it again")
 
     def _has_the_name(self) -> bool:
         """Whether what was filled in here has the output's name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,12 @@ class Output:
         """Print for people; nothing under --json or --quiet."""
         if not self.as_json and not self.quiet:
             print("\n".join(lines))
+
+    def remark(self, *lines: str) -> None:
+        """Print beside the result, on stderr, what a user should know that is no part of it; nothing under --quiet."""
+        if not self.quiet:
+            for line in lines:
+                print(f"flashnorm: note: {line}", file=sys.stderr)
 
     def data(self, value: dict[str, Any]) -> None:
         """Print for scripts, under --json only."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashnorm_cli.cli import options
@@ -28,17 +29,20 @@ def plan(
     output = Output(json, quiet)
     with output.progress() as report:
         report(0, 0, "Reading headers")
+        from flashnorm_cli.checkpoint.leftover import leftovers, refuse_unfinished
         from flashnorm_cli.checkpoint.model import Source
         from flashnorm_cli.checkpoint.open import open_checkpoint
         from flashnorm_cli.plan.planner import make_plan
 
         source = Source(model, revision, token, cache_dir, local_files_only)
+        refuse_unfinished(Path(model))
         checkpoint = open_checkpoint(source, weights=False)
         report(0, 0, "Tracing the model")
         result = make_plan(checkpoint, final_norm, trust_remote_code)
     output.data(result.to_json())
     output.text(f"{result.architecture} ({model}), {size(result.bytes_total)}", "")
     output.text(*plan_lines(result), "", *plan_summary(result))
+    output.remark(*leftovers(None, model))
 
 
 def plan_lines(plan: Plan) -> list[str]:

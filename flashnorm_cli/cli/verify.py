@@ -90,8 +90,10 @@ def verify(
         _check_report(report)
     with out.progress() as progress:
         progress(0, 0, "Starting")
+        from flashnorm_cli.checkpoint.leftover import leftovers, refuse_unfinished
         from flashnorm_cli.proof.verify import verify as run
 
+        refuse_unfinished(Path(folded))
         result = run(
             folded,
             source,
@@ -124,6 +126,7 @@ def verify(
             write_report(result, report)
     out.data({**result.to_json(), "report": str(report) if report else None})
     out.text(*summary(result))
+    out.remark(*leftovers(Path(folded), result.source or folded))
     if report is not None:
         out.text(f"Report: {report}")
     raise typer.Exit(EXIT_OK if result.equivalent else EXIT_NOT_EQUIVALENT)

@@ -34,8 +34,8 @@ def fold_model_(model: Model, final_norm: str = "auto") -> Model:
     What `fold` does to a checkpoint, for a model that is in memory: the same plan, the same products (float32, rounded
     once to the parameter's dtype; float64 where parameter or gain are), the same refusals. The folded norms hold their
     identity afterwards, and `model.config` the record of docs/checkpoint.md, so `save_pretrained` writes a folded
-    checkpoint, and `weightless(model)` makes it run without the weights. The config is a copy: another model that was made from
-    the same config object is not called folded. All checks come before the first change.
+    checkpoint, and `weightless(model)` makes it run without the weights. The config is a copy: another model that was
+    made from the same config object is not called folded. All checks come before the first change.
 
     Args:
         model: a transformers model, its parameters in memory (any device), not quantized, without adapters.

@@ -62,6 +62,7 @@ class StreamResult:
     resumed: tuple[str, ...]
     left_out: tuple[str, ...]
     seconds: tuple[float, float, float]
+    notes: tuple[str, ...] = ()
 
 
 # ---- one shard -------------------------------------------------------------------------------------------------------
@@ -211,6 +212,7 @@ def fold_to_hub(
         resumed=resumed,
         left_out=checkpoint.left_out,
         seconds=seconds,
+        notes=tuple(work.notes),
     )
 
 
