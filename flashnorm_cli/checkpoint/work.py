@@ -329,7 +329,8 @@ class WorkFolder:
             for name in (MARK_FILE, JOURNAL):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name, dir_fd=self._folder)
-            os.rmdir(self.path.name, dir_fd=self._parent)
+            if self._is_named():
+                os.rmdir(self.path.name, dir_fd=self._parent)
         except OSError as error:
             if error.errno == errno.ENOTEMPTY and not disk.names_in(self._folder):
                 return None  # another process began in it as soon as it was free
