@@ -123,6 +123,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except BrokenPipeError:  # `flashnorm plan ... | head`
         sys.stderr.close()
         code = EXIT_ERROR
+    except OSError as error:  # of the disk, where no better words were found
+        if "--debug" in arguments:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        code = _fail(f"{where}{error.strerror or error}", EXIT_ERROR)
     except Exception as error:  # a mistake of ours still ends in one line; --debug shows the rest
         if "--debug" in arguments:
             raise

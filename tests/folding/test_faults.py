@@ -38,8 +38,9 @@ pytestmark = [
 ]
 
 SHIM = Path(__file__).parents[1] / "support" / "faults.c"
-SAMPLE = os.environ.get("FLASHNORM_FAULTS", "12")  # runs per command
+SAMPLE = os.environ.get("FLASHNORM_FAULTS", "6")  # runs per command
 TOKEN = "hf_writer"
+AS_PLANNED = 4  # level weights alone has run no model
 COUNT, KILL, ERROR_ONCE, ERROR_FOR_GOOD, SHORT, KILL_AFTER = range(6)
 WAYS = [
     (KILL, 0),
@@ -197,20 +198,21 @@ class Verify(Command):
     def check(self, code: int) -> None:
         found = tree(self.out)
         leftover = [name for name in found if name.endswith(".part")]
-        assert code in (0, 1, 2, -signal.SIGKILL), "a file that cannot be read is no proof of anything"
+        assert code in (0, 1, 2, AS_PLANNED, -signal.SIGKILL), f"exit {code}: what cannot be read proves nothing"
         assert len(leftover) <= (code == -signal.SIGKILL)
         record = json.loads((self.out / "flashnorm.json").read_text())
         same = {name: what for name, what in found.items() if name not in ("flashnorm.json", *leftover)}
         assert same == {name: what for name, what in self.expected.items() if name != "flashnorm.json"}
-        assert record["verify"] is None or record["verify"]["equivalent"] is True
+        assert record["verify"] is None or record["verify"]["levels"]["weights"]["status"] == "passed"
         self.world.figures.bytes_compared += sum(p.stat().st_size for p in self.out.rglob("*") if p.is_file())
 
     def again(self) -> None:
         for path in self.out.glob(".*.part"):
             path.unlink()
         code, err = self.world.run(self.arguments())
-        assert code == 0, err
-        assert json.loads((self.out / "flashnorm.json").read_text())["verify"]["equivalent"] is True
+        assert code in (0, AS_PLANNED), err
+        levels = json.loads((self.out / "flashnorm.json").read_text())["verify"]["levels"]
+        assert levels["weights"]["status"] == "passed"
 
 
 class Push(Command):
@@ -259,12 +261,12 @@ def disturb(world: World, command: Command, at: int, action: int, error: int) ->
     else:
         assert code >= 0
     said = [line for line in err.splitlines() if not line.startswith("flashnorm: note: ")]
-    if code > 0:
-        assert len(said) == 1, err
+    if code in (0, AS_PLANNED):
+        assert said == [], err
+    elif code > 0:
+        assert len(said) == 1, f"exit {code}, {err!r}"
         assert said[0].startswith("flashnorm: "), err
-        assert "a bug in flashnorm" not in err
-    elif code == 0:
-        assert said == []
+        assert "a bug in flashnorm" not in err, err
     assert world.around() == world.untouched
     command.check(code)
     command.again()
@@ -281,7 +283,8 @@ def test_any_call_may_fail(world: World, name: str) -> None:
     world.place.mkdir()
     command.set_up()
     code, err = world.run(command.arguments())
-    assert (code, err) == (0, ""), err
+    assert code in (0, AS_PLANNED), err
+    assert err == ""
     calls = world.calls
     assert len(calls) > 40
     every = [(at, *way) for at in range(len(calls)) for way in WAYS]
