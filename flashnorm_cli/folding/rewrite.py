@@ -120,8 +120,8 @@ def _refuse_flushed(scaling: _Scaling, limit: float) -> None:
     if scaling.flushed > limit * scaling.elements:
         raise GainUnderflowError(
             f"tensor {scaling.name!r}: {scaling.flushed:,} of {scaling.elements:,} values times their gain are too "
-            f"small for {scaling.dtype_name} and would become zero: that would be another model. Convert it to a dtype "
-            "that can hold them (BF16, F32), and fold that"
+            f"small for {scaling.dtype_name} and would become zero: that would be another model. Convert it to "
+            f"{'float64' if scaling.itemsize > 2 else 'float32'} and fold that"
         )
 
 
