@@ -92,3 +92,7 @@ class PlanError(FlashNormError):
 
 class GainOverflowError(FlashNormError):
     """A finite weight times its gain is beyond the largest finite value of the tensor's dtype."""
+
+
+class GainUnderflowError(FlashNormError):
+    """So many weights times their gain are too small for the tensor's dtype that the matrix would be another one."""

@@ -135,7 +135,7 @@ def fold_adapter(
     errors = check_base(model)
     plan = plan_adapter(opened.config, opened.header, model, opened.read, report)
     names = {"base_model_name_or_path": str(base), "revision": base_revision}
-    written = write_adapter(opened, model, plan, errors, target, names, report)
+    written = write_adapter(opened, model, plan, errors, target, names, overwrite, report)
     return AdapterResult(
         output=target,
         adapter=str(adapter),
@@ -148,7 +148,7 @@ def fold_adapter(
         left_out=opened.left_out,
         flushed=written.flushed,
         check=written.check,
-        notes=(*_about_names(opened, unfolded, folded), *plan.notes),
+        notes=(*_about_names(opened, unfolded, folded), *plan.notes, *written.notes),
         bytes_written=written.bytes,
     )
 
@@ -163,10 +163,12 @@ def _output_folder(
     name = adapter.source.name.rsplit("/", 1)[-1] if adapter.commit else adapter.folder.resolve().name
     wanted = Path(output) if output else Path(f"{name}-FlashNorm")
     check_names(wanted, adapter.others)
-    target = check_output(wanted, overwrite, adapter.folder, CONFIG, "an adapter")
+    target = check_output(wanted, overwrite, adapter.folder, config=CONFIG, what="an adapter")
     for folder in (base.folder, Path(str(source)).expanduser() if source else base.folder):
         if folder.is_dir() and target.resolve() == folder.resolve():
             raise UsageError(f"{wanted}: is the base or its source; choose another output folder")
+        if folder.is_dir():
+            check_output(wanted, overwrite, folder, config=CONFIG, what="an adapter")
     return target
 
 

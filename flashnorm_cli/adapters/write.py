@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import tempfile
+import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,12 @@ from flashnorm_cli.adapters.edits import apply
 from flashnorm_cli.adapters.files import CARD, CONFIG, WEIGHTS, Adapter
 from flashnorm_cli.adapters.plan import AdapterPlan
 from flashnorm_cli.checkpoint.carry import copy_file
+from flashnorm_cli.checkpoint.disk import write_text
 from flashnorm_cli.checkpoint.header import build_header
 from flashnorm_cli.checkpoint.model import RECORD, Checkpoint, Progress
 from flashnorm_cli.checkpoint.names import grouped
-from flashnorm_cli.checkpoint.output import disk_errors, flush, publish, write_text
+from flashnorm_cli.checkpoint.output import flush, not_an_output, work_folder
+from flashnorm_cli.checkpoint.work import source_name
 from flashnorm_cli.plan.model import FORMAT
 from flashnorm_cli.record import write as record
 
@@ -35,6 +36,7 @@ class Written:
     flushed: dict[str, int]
     check: AdapterCheck
     bytes: int
+    notes: tuple[str, ...] = ()
 
 
 def write_adapter(
@@ -44,30 +46,24 @@ def write_adapter(
     base_errors: Any,
     target: Path,
     names: Mapping[str, str | None],
+    overwrite: bool,
     report: Progress,
 ) -> Written:
     """Write the folded adapter to `target`, which appears when all of it is there and has been checked.
 
     `base_errors` are what `check_base` found; `names` go into adapter_config.json.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with disk_errors(target):
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        with disk_errors(target):
-            inside = work / "adapter"
-            inside.mkdir()
-            flushed, size = _write_weights(adapter, plan, inside / WEIGHTS, report)
-            report(0, 0, "Checking on random activations")
-            check = check_adapter(model, plan, adapter.read, inside / WEIGHTS, base_errors)
-            written = Written(flushed, check, size)
-            _write_small_files(adapter, model, plan, written, inside, names)
-            report(0, 0, "Waiting for the disk")
-            flush(inside, 1)
-            publish(inside, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return written
+    # Nothing of it could be gone on with: no other run has this fingerprint.
+    with work_folder(target, secrets.token_hex(16), (), source=source_name(adapter.source.name)) as work:
+        flushed, size = _write_weights(adapter, plan, work.inside / WEIGHTS, report)
+        report(0, 0, "Checking on random activations")
+        check = check_adapter(model, plan, adapter.read, work.inside / WEIGHTS, base_errors)
+        written = Written(flushed, check, size)
+        _write_small_files(adapter, model, plan, written, work.inside, names)
+        report(0, 0, "Waiting for the disk")
+        flush(work, 1)
+        work.publish(overwrite, lambda folder: not_an_output(folder, CONFIG, "an adapter"))
+    return replace(written, notes=tuple(work.notes))
 
 
 def _write_small_files(

@@ -207,7 +207,7 @@ def _facts(result: FoldResult | StreamResult) -> dict[str, Any]:
         "flushed_to_zero": result.flushed,
         "resumed_shards": list(result.resumed),
         "left_out": [asdict(each) for each in result.left_out],
-        "notes": [*plan.notes, *([DROPPED] if result.layout == "dropped" else [])],
+        "notes": [*plan.notes, *result.notes, *([DROPPED] if result.layout == "dropped" else [])],
     }
 
 
@@ -224,4 +224,4 @@ def _outcome(result: FoldResult | StreamResult) -> list[str]:
     lines += left_out_lines(result.left_out)
     if result.layout == "dropped":
         lines.append(DROPPED)
-    return lines
+    return lines + [f"Note: {note}." for note in result.notes]

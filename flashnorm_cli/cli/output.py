@@ -47,6 +47,12 @@ class Output:
             with stdout_errors():
                 print(printable(safe, sys.stdout), flush=True)
 
+    def remark(self, *lines: str) -> None:
+        """Print beside the result, on stderr, what a user should know that is no part of it; nothing under --quiet."""
+        if not self.quiet:
+            for line in lines:
+                print(printable(f"flashnorm: note: {one_line(line)}", sys.stderr), file=sys.stderr)
+
     def data(self, value: dict[str, Any]) -> None:
         """Print for scripts, as it is (ASCII, escaped as JSON has it), under --json only."""
         if self.as_json:

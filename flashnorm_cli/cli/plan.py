@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashnorm_cli.cli import options
@@ -36,11 +37,13 @@ def plan(
     output = Output(json, quiet)
     with output.progress() as report:
         report(0, 0, "Reading headers")
+        from flashnorm_cli.checkpoint.leftover import leftovers, refuse_unfinished
         from flashnorm_cli.checkpoint.model import Source, refuse_adapter
         from flashnorm_cli.checkpoint.open import open_checkpoint
         from flashnorm_cli.plan.planner import make_plan
 
         source = Source(model, revision, token, cache_dir, local_files_only, follow_links)
+        refuse_unfinished(Path(model))
         checkpoint = open_checkpoint(source, weights=False)
         refuse_adapter(checkpoint)
         report(0, 0, "Tracing the model")
@@ -48,6 +51,7 @@ def plan(
     output.data({**result.to_json(), "left_out": [asdict(each) for each in checkpoint.left_out]})
     output.text(f"{result.architecture} ({model}), {size(result.bytes_total)}", "")
     output.text(*plan_lines(result), "", *plan_summary(result), *left_out_lines(checkpoint.left_out))
+    output.remark(*leftovers(None, model))
 
 
 def plan_lines(plan: Plan) -> list[str]:

@@ -57,6 +57,7 @@ def push_to_hub(
     out = Output(json, quiet)
     with out.progress() as report:
         report(0, 0, "Starting")
+        from flashnorm_cli.checkpoint.leftover import leftovers
         from flashnorm_cli.hub.push import push_to_hub as run
 
         result = run(
@@ -75,6 +76,7 @@ def push_to_hub(
         )
     out.data(result.to_json())
     out.text(*(_plan_of(result) if result.dry_run else done(result)))
+    out.remark(*leftovers(folded, str(base_model or folded)))
 
 
 def _plan_of(result: PushResult) -> list[str]:

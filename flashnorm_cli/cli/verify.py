@@ -91,8 +91,10 @@ def verify(
         check_writable(report)
     with out.progress() as progress:
         progress(0, 0, "Starting")
+        from flashnorm_cli.checkpoint.leftover import leftovers, refuse_unfinished
         from flashnorm_cli.proof.verify import verify as run
 
+        refuse_unfinished(Path(folded))
         result = run(
             folded,
             source,
@@ -124,6 +126,7 @@ def verify(
     reported = report is not None and _report(result, report, problems)
     out.data({**result.to_json(), "report": str(report) if reported else None})
     out.text(*summary(result))
+    out.remark(*leftovers(Path(folded), result.source or folded))
     if reported:
         out.text(f"Report: {report}")
     if problems:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashnorm_cli.checkpoint.carry import carry_over
+from flashnorm_cli.checkpoint.disk import write_text
 from flashnorm_cli.checkpoint.model import (
     CONFIG,
     RECORD,
@@ -33,7 +34,7 @@ from flashnorm_cli.checkpoint.model import (
     refuse_folded,
 )
 from flashnorm_cli.checkpoint.open import fetch_others, open_checkpoint
-from flashnorm_cli.checkpoint.output import work_folder, write_text
+from flashnorm_cli.checkpoint.output import work_folder
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.folding.engine import Engine, Stopped, any_executor, dask_engine, overlapping, results
 from flashnorm_cli.folding.fold import check_options, give_back_memory, plan_fingerprint, plan_fold, read_gains
@@ -72,6 +73,7 @@ class StreamResult:
     resumed: tuple[str, ...]
     left_out: tuple[LeftOut, ...]
     seconds: tuple[float, float, float]
+    notes: tuple[str, ...] = ()
 
 
 # ---- one shard -------------------------------------------------------------------------------------------------------
@@ -159,7 +161,8 @@ def fold_to_hub(
         place = Path.cwd() / repo_id.replace("/", "--")
         fingerprint = f"{plan_fingerprint(checkpoint, plan, gains, layout)} {constants.ENDPOINT} {repo_id} {create_pr}"
         fingerprint = hashlib.sha256(fingerprint.encode()).hexdigest()
-        inside = stack.enter_context(work_folder(place, fingerprint, (), keep=UPLOADED))
+        work = stack.enter_context(work_folder(place, fingerprint, (), keep=UPLOADED, source=model))
+        inside = work.inside
         stack.enter_context(push_errors(repo_id))
         journal = inside.parent / UPLOADED
         uploads: dict[str, dict[str, Any]] = json.loads(journal.read_text()) if journal.exists() else {}
@@ -222,6 +225,7 @@ def fold_to_hub(
         resumed=resumed,
         left_out=checkpoint.left_out,
         seconds=seconds,
+        notes=tuple(work.notes),
     )
 
 

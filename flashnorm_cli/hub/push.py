@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashnorm_cli.checkpoint.hub import hub_errors
 from flashnorm_cli.checkpoint.json_files import parse_json
+from flashnorm_cli.checkpoint.leftover import refuse_unfinished
 from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, LeftOut, Progress, Source
 from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.errors import FlashNormError, UsageError
@@ -170,13 +171,12 @@ def _open_folded(folder: Path, name: str) -> Checkpoint:
     """A finished fold, as its files say it is."""
     absolute = folder.absolute()
     inside = next((path for path in (absolute, *absolute.parents) if re.fullmatch(r"\..+\.partial", path.name)), None)
-    partial = absolute.with_name(f".{absolute.name}.partial")
-    if inside is not None or partial.exists():
-        wanted = name if inside is None else inside.name.removeprefix(".").removesuffix(".partial")
+    if inside is not None:
+        wanted = inside.name.removeprefix(".").removesuffix(".partial")
         raise FlashNormError(
             f"{wanted}: its fold is not finished; run the same `flashnorm fold` again, and it goes on where it stopped"
-            + ("" if inside else f" (or remove {partial.name} beside it)")
         )
+    refuse_unfinished(folder)
     if folder.is_file():
         raise UsageError(f"{name}: is a file; name the folder that `flashnorm fold` has written")
     if not folder.is_dir():

@@ -28,7 +28,7 @@ class Pair:
 
     `states` maps each norm's tensor to IDENTITY, DROPPED, SOURCE (kept), or OTHER. `record` is the content of
     flashnorm.json, None where the checkpoint was folded by something else. `gains` are those of the folded norms,
-    float32 of shape (elements,).
+    of shape (elements,), float32 (float64 of an F64 norm).
     """
 
     source: Checkpoint
@@ -68,7 +68,7 @@ class Pair:
         return "mixed" if {IDENTITY, DROPPED} <= found else "dropped" if DROPPED in found else "identity"
 
     def factor(self, reader: Reader) -> torch.Tensor:
-        """What a reader's channels are multiplied by: float32 of shape (shape[reader.dim],)."""
+        """What a reader's channels are multiplied by: float32 (float64 if a gain is) of shape (shape[reader.dim],)."""
         parts = []
         for run in reader.runs:
             gain = self.gains.get(run.norm or "")
@@ -127,8 +127,9 @@ def values(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 
 def gain_of(source: Checkpoint, norm: Norm) -> torch.Tensor:
-    """The gain of a norm, `scale * weight + offset`, in float32 of shape (elements,)."""
-    return (values(source, norm.tensor).flatten().float() * norm.scale) + norm.offset
+    """The gain of a norm, `scale * weight + offset`, of shape (elements,): float32, float64 where it is stored so."""
+    stored = values(source, norm.tensor).flatten()
+    return ((stored if stored.dtype == torch.float64 else stored.float()) * norm.scale) + norm.offset
 
 
 def _states(source: Checkpoint, folded: Checkpoint, plan: Plan) -> dict[str, str]:

@@ -322,7 +322,8 @@ class _ShardStream:
         size = TORCH_DTYPE[want.origin.dtype].itemsize
         source = reader.view(base + block.first * size, block.elements * size)
         values = torch.frombuffer(source, dtype=TORCH_DTYPE[want.origin.dtype])
-        wide = torch.float64 if want.origin.dtype == "F64" else torch.float32
+        double = want.origin.dtype == "F64" or (want.factor is not None and want.factor.dtype == torch.float64)
+        wide = torch.float64 if double else torch.float32
         product = values.to(wide)
         if want.factor is not None:
             # (outer, channels, inner): the block holds whole channels of one or more outer slices.
