@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ def highlights(result: Verification) -> list[tuple[str, str, str]]:
         beside = f"relative error of the logits; limit {error(algebra_limit(result))}"
         found.append(("Algebra", error(logits["algebra_error"]), beside))
     top1 = {
-        who: as_number(logits[who].get("top1")) for who in ("source", "folded") if isinstance(logits.get(who), dict)
+        who: as_number(logits[who].get("top1")) for who in ("source", "folded") if isinstance(logits.get(who), Mapping)
     }
     if top1.get("folded") is not None:
         floor = f"; the source in {logits.get('dtype') or 'its own dtype'}: {percent(top1.get('source'))}"

@@ -255,7 +255,7 @@ def test_report_and_fold_verify(folder: Path, tmp_path: Path, capsys: pytest.Cap
     [
         (["--level", "bits"], "level is one of weights, layers, logits, not 'bits'"),
         (["--runtime", "onnx"], "runtime is one of vllm, gguf, not 'onnx'"),
-        (["--device", "abacus"], "'abacus' is no device; try cpu, cuda or cuda:1"),
+        (["--device", "abacus"], "'abacus' is not a device; try cpu, cuda or cuda:1"),
         (["--text", "missing.txt", "--level", "logits"], "missing.txt: cannot be read as text"),
         (["--token-ids", "bad.json", "--level", "logits"], "bad.json: holds no lists of token ids below "),
         (["--token-ids", "few.json", "--level", "logits"], "few.json: holds 3 tokens; at least 64 are needed to tell"),

@@ -47,7 +47,7 @@ def test_within_twice_the_noise() -> None:
     assert figures["logprob_difference"] == pytest.approx(0.019)
     assert figures["tolerance"] == pytest.approx(0.0201)
     figures, (finding,) = runtimes.judge(REFERENCE, noisy, tops([-0.12, -0.22], [-0.32, -0.48]), TOKENS)
-    assert "most of all at token 2 after prompt 2: 8.00e-02" in finding.message
+    assert "most of all at token 2 of prompt 2: 8.00e-02" in finding.message
 
 
 def test_float32_has_a_tolerance_of_its_own() -> None:
