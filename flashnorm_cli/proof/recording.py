@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, Progress
 from flashnorm_cli.checkpoint.output import write_text
 from flashnorm_cli.plan.model import Plan
-from flashnorm_cli.proof.contract import json_equal
-from flashnorm_cli.proof.files import changed_files, hashed_files
+from flashnorm_cli.proof.files import changed_files, file_facts, hashed_files, sha256_of
 from flashnorm_cli.proof.pairing import DROPPED, Pair
 from flashnorm_cli.proof.result import EQUIVALENT, NOT_EQUIVALENT, Verification, level_json, verdict_of
-from flashnorm_cli.record import write as records
+from flashnorm_cli.record.adopt import adopted
 
 
 def record_result(
@@ -49,7 +46,7 @@ def record_result(
         notes.append("not adopted: no norm of it is folded")
     elif adopt:
         said = _adopt(both)
-        hashes[CONFIG] = _sha256(both.folded.folder / CONFIG)
+        hashes[CONFIG] = sha256_of(both.folded.folder / CONFIG)
         notes.append(f"adopted: wrote {RECORD}, and the flag into {CONFIG}")
     recorded = None
     if said is not None and both.folded.commit is None and (wanted or adopt):
@@ -84,8 +81,7 @@ def _entry(both: Pair, result: Verification, hashes: dict[str, str], before: Any
             "name": result.source,
             "commit": result.commit,
             "files": {
-                name: records.file_facts(both.source.folder / name, headers.get(name))
-                for name in (CONFIG, *both.source.shards)
+                name: file_facts(both.source.folder / name, headers.get(name)) for name in (CONFIG, *both.source.shards)
             },
         },
         "files": hashes,
@@ -99,19 +95,11 @@ def _hashes(folded: Checkpoint, known: dict[str, str], workers: int, report: Pro
     found, done = dict(known), 0
     total = sum((folded.folder / name).stat().st_size for name in missing)
     with ThreadPoolExecutor(workers) as pool:
-        for name, digest in zip(missing, pool.map(lambda n: _sha256(folded.folder / n), missing), strict=True):
+        for name, digest in zip(missing, pool.map(lambda n: sha256_of(folded.folder / n), missing), strict=True):
             found[name] = digest
             done += (folded.folder / name).stat().st_size
             report(done, total, "Hashing")
     return {name: found[name] for name in names}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _adopt(both: Pair) -> dict[str, Any]:
@@ -133,7 +121,7 @@ def _adopt(both: Pair) -> dict[str, Any]:
     )
     layout = "dropped" if any(both.states[name] == DROPPED for name in both.gains) else "identity"
     path = folded.folder / CONFIG
-    config = records.folded_config(folded.config, plan, layout)
-    if not json_equal(config, folded.config):
-        write_text(path, records.dump_like(config, path.read_text(encoding="utf-8")))
-    return {**records.full_record(both.source, plan, layout, {}), "adopted": True}
+    record, text = adopted(both.source, folded, plan, layout)
+    if text != path.read_text(encoding="utf-8"):
+        write_text(path, text)
+    return record
