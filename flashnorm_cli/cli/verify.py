@@ -223,6 +223,8 @@ def _level_lines(level: LevelResult) -> list[str]:
         ]
     if level.level == "logits" and figures:
         return _logits_lines(figures)
+    if level.level == "users" and figures:
+        return [f"{row['user']}: {row['compared']}, off by {_or_more(row['error'])}" for row in figures["users"]]
     if level.level == "kernels" and figures:
         return [
             f"weightless norms of {', '.join(map(str, figures['sizes']))} elements on {figures['gpu']}, "
@@ -246,6 +248,10 @@ def _level_lines(level: LevelResult) -> list[str]:
             for row in figures.get("tasks", [])
         ]
     return ["nothing to compare" if not level.findings else ""]
+
+
+def _or_more(error: float | None) -> str:
+    return "more than can be said" if error is None else f"{error:.1e}"
 
 
 def _logits_lines(figures: Mapping[str, Any]) -> list[str]:

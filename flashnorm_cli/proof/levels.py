@@ -32,9 +32,10 @@ def run_levels(pair: Pair, options: VerifyOptions, report: Progress) -> LevelsRu
     results: list[LevelResult] = []
     hashes: dict[str, str] = {}
 
-    def run(level: str, check: Callable[[], LevelResult]) -> None:
+    def run(level: str, check: Callable[[], LevelResult | None]) -> None:
         started = time.monotonic()
-        result = check()
+        if (result := check()) is None:
+            return
         results.append(dataclasses.replace(result, level=level, seconds=round(time.monotonic() - started, 2)))
 
     def weights() -> LevelResult:
@@ -54,6 +55,7 @@ def run_levels(pair: Pair, options: VerifyOptions, report: Progress) -> LevelsRu
             results.append(LevelResult("logits", "skipped", reason=WRONG_WEIGHTS))
         else:
             run("logits", lambda: _logits(pair, options, report))
+            run("users", lambda: _users(pair, options, report))
             if options.device.startswith("cuda"):
                 run("kernels", lambda: _kernels(pair, options))
     for name in options.runtimes:
@@ -79,6 +81,12 @@ def _logits(pair: Pair, options: VerifyOptions, report: Progress) -> LevelResult
 
     prompts = read_prompts(pair.source, options.text, options.token_ids, options.trust_remote_code)
     return check_logits(pair, prompts, options, report)
+
+
+def _users(pair: Pair, options: VerifyOptions, report: Progress) -> LevelResult | None:
+    from flashnorm_cli.proof.users import check_users
+
+    return check_users(pair, options, report)
 
 
 def _kernels(pair: Pair, options: VerifyOptions) -> LevelResult:

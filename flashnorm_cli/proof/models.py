@@ -209,6 +209,14 @@ def logits_of(setting: Setting, model: Any, prompts: Prompts) -> Iterator[tuple[
 
 def call(setting: Setting, model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """A model's logits, or its last hidden states where it has none, on the CPU. Raises ModelError."""
+    output = outputs(setting, model, tokens)
+    with its_own_errors():
+        found: torch.Tensor = (output.logits if "logits" in output else output.last_hidden_state).cpu()
+    return found
+
+
+def outputs(setting: Setting, model: Any, tokens: torch.Tensor, **more: Any) -> Any:
+    """Everything that a model's forward gives for token ids of shape (rows, length). Raises ModelError."""
     tokens = tokens.to(input_device(setting, model))
     accepted = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {
@@ -218,9 +226,7 @@ def call(setting: Setting, model: Any, tokens: torch.Tensor) -> torch.Tensor:
         "use_cache": False,
     }
     with its_own_errors():
-        output = model(**{name: value for name, value in inputs.items() if name in accepted})
-        found: torch.Tensor = (output.logits if "logits" in output else output.last_hidden_state).cpu()
-    return found
+        return model(**{name: value for name, value in inputs.items() if name in accepted}, **more)
 
 
 def input_device(setting: Setting, model: Any) -> torch.device:

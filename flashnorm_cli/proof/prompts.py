@@ -85,13 +85,15 @@ def read_prompts(source: Checkpoint, text: Path | None, ids: Path | None, trust_
     return Prompts(tuple(kept), origin, tokenizer)
 
 
-def drawn_afresh(source: Checkpoint, count: int) -> Prompts:
-    """Prompts of token ids that no run before has seen: `RANDOM_PROMPTS` of them, or `count` where that is more."""
+def drawn_afresh(source: Checkpoint, count: int, seed: int | None = None) -> Prompts:
+    """Prompts of random token ids: `count` of them, or more. Without a seed no run before has seen them."""
     config = build.load_config(source.folder, "auto_map" in source.config).get_text_config()
     vocabulary = int(getattr(config, "vocab_size", 0) or 256)
     positions = getattr(config, "max_position_embeddings", None)
     length = min(RANDOM_TOKENS, positions) if isinstance(positions, int) and positions > 0 else RANDOM_TOKENS
-    ids = _random_ids(source, vocabulary, max(2 * RANDOM_PROMPTS, count), length, seed=secrets.randbits(63))
+    ids = _random_ids(
+        source, vocabulary, max(2 * RANDOM_PROMPTS, count), length, secrets.randbits(63) if seed is None else seed
+    )
     return Prompts(ids, "random token ids", random=True)
 
 
