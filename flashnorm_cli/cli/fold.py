@@ -12,8 +12,8 @@ from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output, size
 from flashnorm_cli.cli.plan import left_out_lines, plan_lines, plan_summary
 from flashnorm_cli.cli.push_to_hub import done
-from flashnorm_cli.cli.verify import summary
-from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_OK, UsageError
+from flashnorm_cli.cli.verify import exit_code, summary
+from flashnorm_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from flashnorm_cli.folding.fold import FoldResult
@@ -72,7 +72,7 @@ def fold(
         bool, typer.Option("--create-pr", help="With --push-to: open a pull request instead of writing to main.")
     ] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Then check it, levels weights and logits; exit code 3 if it fails.")
+        bool, typer.Option("--verify", help="Then check it as `flashnorm verify` does, with its exit codes.")
     ] = False,
     follow_links: options.FollowLinksOpt = False,
     json: options.JsonOpt = False,
@@ -139,7 +139,6 @@ def fold(
             verification = check(
                 result.output,
                 model,
-                levels=("weights", "logits"),
                 source_revision=result.plan.commit,
                 token=token,
                 cache_dir=cache_dir,
@@ -168,7 +167,7 @@ def fold(
     )
     if verification is not None:
         out.text("", *summary(verification))
-        raise typer.Exit(EXIT_OK if verification.equivalent else EXIT_NOT_EQUIVALENT)
+        raise typer.Exit(exit_code(verification))
 
 
 def show_streamed(out: Output, result: StreamResult) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,7 +13,7 @@ import typer
 
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output, check_writable, size, written
-from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_OK, FlashNormError, UsageError
+from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_NOT_RUN, EXIT_OK, FlashNormError, UsageError
 
 if TYPE_CHECKING:
     from flashnorm_cli.proof.result import LevelResult, Verification
@@ -30,8 +31,8 @@ def verify(
         list[str] | None,
         typer.Option(
             metavar="LEVEL",
-            help="weights, layers or logits: run this one only; may be repeated.",
-            show_default="all three, where they can run",
+            help="weights, layers or logits: of these, run this one only; may be repeated.",
+            show_default="all three",
         ),
     ] = None,
     runtime: Annotated[
@@ -78,9 +79,11 @@ def verify(
     """Check that a folded checkpoint is the same model as its source.
 
     weights: every tensor, recomputed from the source, bit for bit. layers: each norm with its readers against float64.
-    logits: both models on text, against the noise floor, which is what the source's own dtype does to it.
+    logits: both models on text, against the noise floor, which is what the source's own dtype does to it. --runtime
+    and --eval come on top. A model that does not fit into memory is run layer by layer from disk.
 
-    Exit codes: 0 equivalent, 3 not equivalent, 1 error, 2 wrong usage.
+    Exit codes: 0 equivalent: both models were run and compared. 4 as planned, not run: the files hold what the plan
+    asks for, and no comparison of the models could be made. 3 not equivalent, 1 error, 2 wrong usage.
     """
     out = Output(json, quiet)
     if text is not None and token_ids is not None:
@@ -131,7 +134,14 @@ def verify(
         out.text(f"Report: {report}")
     if problems:
         raise FlashNormError("; ".join(problems))
-    raise typer.Exit(EXIT_OK if result.equivalent else EXIT_NOT_EQUIVALENT)
+    raise typer.Exit(exit_code(result))
+
+
+def exit_code(result: Verification) -> int:
+    """What a verification makes the command line return."""
+    from flashnorm_cli.proof.result import EQUIVALENT, NOT_RUN
+
+    return {EQUIVALENT: EXIT_OK, NOT_RUN: EXIT_NOT_RUN}.get(result.verdict, EXIT_NOT_EQUIVALENT)
 
 
 def _report(result: Verification, path: Path, problems: list[str]) -> bool:
@@ -140,16 +150,36 @@ def _report(result: Verification, path: Path, problems: list[str]) -> bool:
     return written(path, lambda: write_report(result, path), problems)
 
 
+def _headline(result: Verification) -> list[str]:
+    """The verdict in a line, and what the reader has to know of it."""
+    from flashnorm_cli.proof.result import EQUIVALENT, NOT_RUN
+
+    if result.verdict == EQUIVALENT:
+        lines = [f"Equivalent: {result.folded} computes the same as {result.source}"]
+    elif result.verdict != NOT_RUN:
+        what = f"{result.folded} does not hold what the fold of {result.source} holds"
+        lines = [f"NOT equivalent: {what}" if result.source else "NOT equivalent"]
+        weights, failed = result.level("weights"), [level for level in result.levels if level.status == "failed"]
+        if weights is not None and weights.status == "passed":
+            names = ", ".join(level.level for level in failed)
+            lines = [
+                f"NOT equivalent: {result.folded} holds what the fold of {result.source} holds, and does not compute "
+                f"the same ({names})"
+            ]
+    elif any(level.status == "passed" for level in result.levels):
+        lines = [
+            f"As planned, not run: {result.folded} holds what the plan asks for, but no run of both models was compared"
+        ]
+    else:
+        lines = ["Not verified: no level could run"]
+    if result.skipped:
+        lines.append(f"Not run: {', '.join(level.level for level in result.skipped)} (why is said below)")
+    return lines
+
+
 def summary(result: Verification) -> list[str]:
     """The verdict, a paragraph per level, and what is wrong."""
-    verdict = "Equivalent" if result.equivalent else "NOT equivalent"
-    nothing = all(level.status == "skipped" for level in result.levels)
-    if nothing:
-        verdict = "Not verified"
-    what = "computes the same as" if result.equivalent else "does not hold what the fold of"
-    tail = "" if result.equivalent else " holds"
-    head = f"{verdict}: {result.folded} {what} {result.source}{tail}" if result.source else verdict
-    lines = [head if not nothing else f"{verdict}: no level could run", ""]
+    lines = [*_headline(result), ""]
     for level in result.levels:
         for i, line in enumerate(_level_lines(level)):
             name, status = (level.level, level.status) if i == 0 else ("", "")
@@ -196,6 +226,8 @@ def _level_lines(level: LevelResult) -> list[str]:
         ]
     if level.level == "logits" and figures:
         return _logits_lines(figures)
+    if level.level == "users" and figures:
+        return [f"{row['user']}: {row['compared']}, off by {_or_more(row['error'])}" for row in figures["users"]]
     if level.level == "kernels" and figures:
         return [
             f"weightless norms of {', '.join(map(str, figures['sizes']))} elements on {figures['gpu']}, "
@@ -206,7 +238,7 @@ def _level_lines(level: LevelResult) -> list[str]:
         difference, tolerance = (figures.get(key) or 0.0 for key in ("logprob_difference", "tolerance"))
         lines = [
             f"{figures.get('engine')} {figures.get('version')}: {figures.get('same_tokens')} of "
-            f"{figures.get('tokens')} greedy tokens agree;",
+            f"{figures.get('tokens')} most likely tokens agree;",
             f"log-probabilities within {difference:.1e} ({tolerance:.1e} allowed)",
         ]
         if "norms" in figures:
@@ -221,7 +253,11 @@ def _level_lines(level: LevelResult) -> list[str]:
     return ["nothing to compare" if not level.findings else ""]
 
 
-def _logits_lines(figures: dict[str, Any]) -> list[str]:
+def _or_more(error: float | None) -> str:
+    return "more than can be said" if error is None else f"{error:.1e}"
+
+
+def _logits_lines(figures: Mapping[str, Any]) -> list[str]:
     source, folded = figures["source"], figures["folded"]
     lines = []
     if figures["algebra_error"] is not None:
@@ -240,7 +276,9 @@ def _logits_lines(figures: dict[str, Any]) -> list[str]:
     if figures["greedy"]:
         same, tokens = (sum(row[key] for row in figures["greedy"]) for key in ("same", "tokens"))
         lines.append(f"greedy    {same} of {tokens} tokens before the texts part")
-    lines.append(f"on {figures['tokens']} tokens of {figures['text']}, {figures['device']}")
+    judged = f"judged at {figures['judged']:,} positions of {figures['tokens']:,} tokens"
+    where = f"{figures['device']}, layer by layer from disk" if figures["from_disk"] else figures["device"]
+    lines.append(f"{judged}: {figures['text']}; {where}")
     if figures.get("norms_on_kernels"):
         lines.append(f"{figures['norms_on_kernels']} norms of the folded model ran on flashnorm's kernels")
     return lines

@@ -11,10 +11,10 @@ from flashnorm_cli.checkpoint.folded import CLASS, FLAGS
 from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, read_json
 from flashnorm_cli.checkpoint.names import pattern_of
 from flashnorm_cli.errors import CheckpointError, PlanError, quoted
-from flashnorm_cli.proof.files import CLAIMS, is_paper
+from flashnorm_cli.proof.expected import config_findings, index_findings, json_equal, levels, short, unequal
+from flashnorm_cli.proof.files import CLAIMS, file_facts, is_paper
 from flashnorm_cli.proof.pairing import DROPPED, SOURCE, Pair
 from flashnorm_cli.proof.result import Finding
-from flashnorm_cli.record import write as record
 
 # What other tools write into a config without changing the model.
 BOOKKEEPING = {
@@ -33,7 +33,7 @@ def check(pair: Pair) -> list[Finding]:
             *_lost_record(pair),
             *(_source_files(pair) if pair.record else []),
         ]
-    return [*findings, *_config(pair), *_shards(pair), *_record(pair), *_source_files(pair)]
+    return [*findings, *config_findings(pair), *_shards(pair), *_record(pair), *_source_files(pair)]
 
 
 def notes(pair: Pair) -> list[str]:
@@ -69,7 +69,7 @@ def notes(pair: Pair) -> list[str]:
 def _flag(pair: Pair) -> list[Finding]:
     """`flashnorm_folded` makes runtimes drop norms by their names: over a kept norm it would corrupt silently."""
     findings = []
-    for where, config in _levels(pair.folded.config, pair.plan.text_config):
+    for where, config in levels(pair.folded.config, pair.plan.text_config):
         value = config.get("flashnorm_folded")
         if value is not None and not isinstance(value, bool):
             findings.append(Finding(CONFIG, f"{where}flashnorm_folded is {value!r}, neither true nor false"))
@@ -89,24 +89,13 @@ def _flag(pair: Pair) -> list[Finding]:
     return findings
 
 
-def _levels(config: dict[str, Any], path: tuple[str, ...]) -> list[tuple[str, dict[str, Any]]]:
-    """The config and its nested text config, with a prefix for messages."""
-    levels = [("", config)]
-    nested: Any = config
-    for key in path:
-        nested = nested.get(key) if isinstance(nested, dict) else None
-    if path and isinstance(nested, dict):
-        levels.append((".".join(path) + ".", nested))
-    return levels
-
-
 def _tie(pair: Pair) -> list[Finding]:
     """An output head of its own is ignored as long as the config ties it to the embedding."""
     if not pair.plan.untie or not pair.expected_added or not pair.foreign:
         return []  # with our record the whole config is compared
     tied = [
         f"{where}tie_word_embeddings"
-        for where, config in _levels(pair.folded.config, pair.plan.text_config)
+        for where, config in levels(pair.folded.config, pair.plan.text_config)
         if config.get("tie_word_embeddings", not where and "tie_word_embeddings" not in config)
     ]
     head = next(iter(pair.expected_added))
@@ -116,68 +105,15 @@ def _tie(pair: Pair) -> list[Finding]:
 # ---- with our record -------------------------------------------------------------------------------------------------
 
 
-def _config(pair: Pair) -> list[Finding]:
-    """config.json holds the source's keys and the flags of the plan; each key that does not is named."""
-    wanted = record.folded_config(pair.source.config, pair.plan, _recorded_layout(pair))
-    findings = []
-    for key, found, expected in _unequal(pair.folded.config, wanted, ""):
-        both = found is not _MISSING and expected is not _MISSING
-        if key.endswith("flashnorm.tool") or (".kept." in key and both):  # another version, or its words for a reason
-            continue
-        findings.append(Finding(CONFIG, f"{key} is {_short(found)} instead of {_short(expected)}"))
-    return findings
-
-
-_MISSING = object()
-
-
-def _unequal(found: Any, wanted: Any, path: str) -> list[tuple[str, Any, Any]]:
-    """Every place where two JSON values differ, as (path, found, wanted)."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        keys = list(dict.fromkeys([*wanted, *found]))
-        return [
-            difference
-            for key in keys
-            for difference in _unequal(
-                found.get(key, _MISSING), wanted.get(key, _MISSING), f"{path}.{key}" if path else key
-            )
-        ]
-    # 1 and True are equal in Python, and not in JSON
-    return [] if json_equal(found, wanted) else [(path, found, wanted)]
-
-
-def json_equal(a: Any, b: Any) -> bool:
-    if a is _MISSING or b is _MISSING:
-        return a is b
-    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
-
-
-def _short(value: Any) -> str:
-    if value is _MISSING:
-        return "missing"
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _recorded_layout(pair: Pair) -> str:
-    return (pair.record.layout if pair.record else None) or pair.layout
-
-
 def _shards(pair: Pair) -> list[Finding]:
     """Every tensor stays in its shard, and the index follows."""
     findings = []
-    last, index_name = list(pair.source.shards)[-1], pair.source.index_name
+    last = list(pair.source.shards)[-1]
     for name, shard in pair.folded.shard_of.items():
         wanted = pair.source.shard_of.get(name, last)
         if shard != wanted:
             findings.append(Finding(name, f"is in {shard} instead of {wanted}"))
-    if (pair.source.index is None) != (pair.folded.index is None):
-        findings.append(Finding(index_name, "is missing" if pair.folded.index is None else "is not in the source"))
-    elif pair.source.index is not None and pair.folded.index is not None:
-        dropped = frozenset(name for name in pair.gains if pair.states[name] == DROPPED)
-        wanted_index = record.folded_index(pair.source.index, pair.plan, dropped, last, pair.source)
-        for key, found, expected in _unequal(pair.folded.index, wanted_index, ""):
-            findings.append(Finding(index_name, f"{key} is {_short(found)} instead of {_short(expected)}"))
+    findings += index_findings(pair)
     for shard, header in pair.source.shards.items():
         mine = pair.folded.shards.get(shard)
         if mine is None:
@@ -231,7 +167,7 @@ def _source_files(pair: Pair) -> list[Finding]:
             findings.append(Finding(RECORD, f"speaks of {name} of the source, which is not there"))
             continue
         header = pair.source.shards.get(name)
-        now = record.file_facts(path, header.raw if header else None)
+        now = file_facts(path, header.raw if header else None)
         if any(fact.get(key) != now[key] for key in now if key in fact):
             findings.append(Finding(RECORD, f"was made from another {name} than this source's"))
     return findings
@@ -294,8 +230,8 @@ def _config_by_meaning(pair: Pair) -> list[Finding]:
         except PlanError as error:
             return [Finding(CONFIG, str(error))]
     return [
-        Finding(CONFIG, f"{key} is {_short(now)}, but {_short(was)} in the source")
-        for key, now, was in _unequal(found, wanted, "")
+        Finding(CONFIG, f"{key} is {short(now)}, but {short(was)} in the source")
+        for key, now, was in unequal(found, wanted)
         if not (key.endswith("tie_word_embeddings") and now is False and pair.expected_added)
         and not (key == "architectures" and _renamed(now, was))
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +32,28 @@ def changed_files(entry: dict[str, Any], hashes: dict[str, str]) -> list[str]:
     said = entry.get("files")
     said = said if isinstance(said, dict) else {}
     return [name for name in dict.fromkeys([*said, *hashes]) if said.get(name) != hashes.get(name)]
+
+
+# Small files are hashed whole; of a larger one the name that the Hub cache gives it, where it lies there.
+HASH_UP_TO = 64 << 20
+
+
+def file_facts(path: Path, header: bytes | None = None) -> dict[str, Any]:
+    """What a record says of a file, found out afresh: size, sha256 where it is cheap or known, a shard's header's."""
+    facts: dict[str, Any] = {"size": path.stat().st_size}
+    stored = path.resolve().name if path.is_symlink() else ""
+    if re.fullmatch(r"[0-9a-f]{64}", stored):
+        facts["sha256"] = stored
+    elif facts["size"] <= HASH_UP_TO:
+        facts["sha256"] = sha256_of(path)
+    if header is not None:
+        facts["header_sha256"] = hashlib.sha256(header).hexdigest()
+    return facts
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
