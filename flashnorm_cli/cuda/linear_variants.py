@@ -1,0 +1,147 @@
+"""The variants of the kernels of norm_linear, as data: which there are for a shape. Needs neither torch nor a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+Kernel = Literal["one_row", "few_rows"]
+ACTIVATIONS = ("none", "silu", "gelu_tanh", "gelu")
+MAX_ROWS = 16
+# Numbers of rows that a choice is measured for; others take that of the next larger one.
+MEASURED_ROWS = (1, 2, 4, 8, 16)
+_VECTOR = 16  # bytes of an access
+_SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+_SHARED_OF_OTHERS = 99 << 10
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to multiply; `kernels/norm_linear` says what the numbers mean.
+
+    one_row takes `lines` and `groups`; few_rows takes `tiles`, `rows8` and `chunks`.
+    """
+
+    kernel: Kernel
+    parts: int
+    depth: int
+    lines: int = 0
+    groups: int = 0
+    tiles: int = 0
+    rows8: int = 0
+    chunks: int = 0
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.parts * (self.groups or 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block: the slots of its threads, and where few_rows adds up afterwards."""
+        fetched = self.lines or self.tiles * self.chunks * 2
+        sums = self.parts * self.tiles * self.rows8 * 8 * 20 * 4
+        return max(self.depth * fetched * _VECTOR * self.threads, sums)
+
+    def blocks(self, n: int, activation: int) -> int:
+        """The size of the grid for n outputs."""
+        each = self.groups * self.lines or self.tiles * 16
+        return -(-n // (each // 2 if activation else each))
+
+    def options(self, dtype: int, k: int, norm: bool, activation: int, pdl: bool) -> tuple[str, ...]:
+        """The -D options of NVRTC. `dtype` is 0 for bfloat16 and 1 for float16, `activation` a position."""
+        values: dict[str, Any] = {
+            "DTYPE": dtype,
+            "K": k,
+            "NORM": int(norm),
+            "ACT": activation,
+            "PARTS": self.parts,
+            "DEPTH": self.depth,
+            "PDL": int(pdl),
+        }
+        if self.kernel == "one_row":
+            values |= {"LINES": self.lines, "GROUPS": self.groups}
+        else:
+            values |= {"TILES": self.tiles, "ROWS8": self.rows8, "CHUNKS": self.chunks}
+        return tuple(f"-D{name}={value}" for name, value in values.items())
+
+
+def shared_limit(arch: int) -> int:
+    """Bytes of dynamic shared memory that a block may have on a compute capability (90 is sm_90)."""
+    return _SHARED.get(arch, _SHARED.get(arch // 10 * 10, _SHARED_OF_OTHERS) if arch // 10 != 12 else _SHARED_OF_OTHERS)
+
+
+@cache
+def source(kernel: str) -> str:
+    """The CUDA source of a kernel, with the shared part in front."""
+    try:
+        installed = find_spec("flashnorm_cli.kernels.norm_linear")
+    except ModuleNotFoundError:
+        installed = None
+    if installed is not None and installed.origin is not None:
+        folder = Path(installed.origin).parent
+    else:  # a checkout that runs without having been installed
+        folder = Path(__file__).parents[2] / "kernels" / "norm_linear"
+    return folder.joinpath("shared.cuh").read_text() + folder.joinpath(f"{kernel}.cu").read_text()
+
+
+def bucket_of(rows: int) -> int:
+    """The number of rows, of MEASURED_ROWS, whose choice `rows` rows take."""
+    return next(each for each in MEASURED_ROWS if rows <= each)
+
+
+def candidates(k: int, n: int, activation: int, rows: int, arch: int, processors: int) -> list[Variant]:
+    """The variants that are worth measuring for `rows` rows of k elements and n outputs, likely ones first.
+
+    Args:
+        activation: a position in ACTIVATIONS; with one, W has 2n rows.
+        processors: multiprocessors of the GPU.
+    """
+    every = _for_one_row(k, bool(activation)) if rows == 1 else _for_few_rows(k, 1 if rows <= 8 else 2)
+    limit = shared_limit(arch)
+    fit = [each for each in every if each.shared_bytes <= limit and each.threads <= 1024]
+
+    def idle(each: Variant) -> float:
+        """How much of the chip's time the last round of blocks wastes, at two thirds of the shared memory in use."""
+        blocks = each.blocks(n, activation)
+        together = processors * max(1, min(2048 // each.threads, limit // each.shared_bytes))
+        if blocks >= together:
+            return 0.5 * together / blocks
+        return max(0.0, 1 - blocks / processors)
+
+    def held(each: Variant) -> int:
+        """Bytes that a processor has under way."""
+        together = max(1, min(2048 // each.threads, limit // each.shared_bytes))
+        blocks = -(-each.blocks(n, activation) // processors)
+        return min(together, blocks) * each.shared_bytes
+
+    enough = min(96 << 10, limit // 2, 2 * k * n * (2 if activation else 1) // processors // 2)
+    fit.sort(key=lambda each: (held(each) < enough, round(idle(each), 1), -held(each)))
+    return fit
+
+
+def _for_one_row(k: int, paired: bool) -> list[Variant]:
+    found = []
+    for lines, parts, groups in product((2, 4) if paired else (1, 2, 4), (1, 2, 4, 8), (1, 2, 4, 8)):
+        turns = -(-(k // 8) // (32 * parts))
+        if not 4 <= parts * groups <= 8 or (parts > 1 and turns < 2):
+            continue
+        for depth in sorted({min(turns, d) for d in (4, 8, 16)}):
+            if 4 <= depth * lines <= 32 or depth == turns:
+                found.append(Variant("one_row", parts, depth, lines=lines, groups=groups))
+    return found
+
+
+def _for_few_rows(k: int, rows8: int) -> list[Variant]:
+    found = []
+    for tiles, parts, chunks in product((1, 2, 4), (4, 8, 16), (1, 2, 4)):
+        turns = -(-(k // 8) // (4 * parts * chunks))
+        if k >= 512 and (k // 32) < parts * chunks:
+            continue
+        for depth in sorted({min(turns, d) for d in (2, 4, 8)}):
+            if tiles * chunks * depth <= 16 and tiles * chunks * rows8 <= 16:
+                found.append(Variant("few_rows", parts, depth, tiles=tiles, rows8=rows8, chunks=chunks))
+    return found
