@@ -75,7 +75,7 @@ def shared_limit(arch: int) -> int:
 
 
 @cache
-def source(kernel: str) -> str:
+def source(kernel: str, shared: bool = True) -> str:
     """The CUDA source of a kernel, with the shared part in front."""
     try:
         installed = find_spec("flashnorm_cli.kernels.norm_linear")
@@ -85,7 +85,8 @@ def source(kernel: str) -> str:
         folder = Path(installed.origin).parent
     else:  # a checkout that runs without having been installed
         folder = Path(__file__).parents[2] / "kernels" / "norm_linear"
-    return folder.joinpath("shared.cuh").read_text() + folder.joinpath(f"{kernel}.cu").read_text()
+    front = folder.joinpath("shared.cuh").read_text() if shared else ""
+    return front + folder.joinpath(f"{kernel}.cu").read_text()
 
 
 def bucket_of(rows: int) -> int:
