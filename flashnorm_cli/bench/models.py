@@ -161,7 +161,7 @@ def _graph(model: PreTrainedModel, way: str, length: int, batch: int, compiled: 
 
         if compiled:
             torch._dynamo.reset()
-            more = {"coordinate_descent_tuning": True} if way == TUNED_INDUCTOR else None
+            more: Any = {"coordinate_descent_tuning": True} if way == TUNED_INDUCTOR else None
             forward = torch.compile(forward, dynamic=False, options=more)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

@@ -148,7 +148,7 @@ def choose(problem: Problem, rows: int, index: int) -> Variant | None:
         return choice.variant
     # Not measured: for one row any variant beats the library, by all that was measured.
     device = driver.device(index)
-    every = candidates(problem.k, problem.n, problem.activation, bucket, device.arch, device.processors)
+    every = candidates(problem.k, problem.activation, bucket, device.arch)
     return every[0] if rows == 1 and every else None
 
 

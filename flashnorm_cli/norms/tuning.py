@@ -17,7 +17,6 @@ from flashnorm_cli.cuda.linear import DTYPES, Problem
 from flashnorm_cli.cuda.linear_variants import ACTIVATIONS, MEASURED_ROWS, Variant, candidates
 from flashnorm_cli.norms.linear_torch import torch_norm_linear
 
-AT_MOST = 14  # variants that are measured for a shape and number of rows
 TURNS = 5  # replays of each
 _COLD = 160 << 20  # bytes of weights that calls go through in turn, so that none is found in L2
 _BETTER = 0.99  # of the library's time: what a variant must reach to be chosen
@@ -55,10 +54,7 @@ def tune(
         return found
     device = driver.device(index)
     wanted = {
-        (problem, count): candidates(problem.k, problem.n, problem.activation, count, device.arch, device.processors)[
-            :AT_MOST
-        ]
-        for problem, count in todo
+        (problem, count): candidates(problem.k, problem.activation, count, device.arch) for problem, count in todo
     }
     on_progress(0, len(todo), "Compiling kernels")
     compile_all([(variant, problem) for (problem, _), each in wanted.items() for variant in each], index)
@@ -150,7 +146,9 @@ class Calls:
         self.weights = [first, *(first.clone() for _ in range(sets - 1))]
         self.x = [torch.randn(rows, problem.k, generator=generator, **more) for _ in range(2)]
         self.residual = torch.randn(rows, problem.n, generator=generator, **more) if problem.residual else None
-        self.launches = max(8, min(64, sets))
+        # Enough that what a graph's start costs does not show.
+        self.launches = max(2 * sets, 2000 * 2**20 // (2 * problem.k * lines))
+        self.launches = max(16, min(128, self.launches))
         self.eps = 1e-5 if problem.norm else None
 
     def library(self, i: int) -> Tensor:

@@ -66,9 +66,8 @@ def force(variant, x, weight, eps=EPS, residual=None, activation=None):
     linear.ready().clear()
 
 
-def variants_of(k, n, activation, rows):
-    device = driver.device(0)
-    return candidates(k, n, ACTIVATIONS.index(activation or "none"), rows, device.arch, device.processors)
+def variants_of(k, activation, rows):
+    return candidates(k, ACTIVATIONS.index(activation or "none"), rows, driver.device(0).arch)
 
 
 def compile_ahead(variants, x, weight, eps, residual, activation):
@@ -81,7 +80,7 @@ def check_all(k, n, rows, dtype, step=1, activations=(None, "silu")):
         lines = n * (2 if activation else 1)
         weight, x = random(lines, k, dtype=dtype, scale=k**-0.5), random(rows, k, dtype=dtype, scale=3)
         bias, residual = random(lines, dtype=dtype), random(rows, n, dtype=dtype, scale=2)
-        variants = variants_of(k, n, activation, rows)[::step]
+        variants = variants_of(k, activation, rows)[::step]
         assert variants
         compile_ahead(variants, x, weight, EPS, None, activation)
         for variant in variants:
@@ -102,33 +101,33 @@ def check_all(k, n, rows, dtype, step=1, activations=(None, "silu")):
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 9, 15, 16])
 def test_every_variant(rows):
-    check_all(2048, 360, rows, torch.bfloat16, step=1 if rows in (1, 8, 16) else 7)
+    check_all(2048, 360, rows, torch.bfloat16, step=1 if rows in (1, 8, 16) else 3)
 
 
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
 @pytest.mark.parametrize("k", [8, 24, 64, 72, 248, 264, 520, 584, 1000, 2880, 5120, 8200])
 def test_small_odd_sizes(k, dtype):
     for rows, n in ((1, 8), (1, 72), (5, 8), (5, 136), (12, 40)):
-        check_all(k, n, rows, dtype, step=9, activations=(None, "gelu_tanh", "gelu"))
+        check_all(k, n, rows, dtype, step=4, activations=(None, "gelu_tanh", "gelu"))
 
 
 @pytest.mark.parametrize("k", [14336, 16384, 28672])
 def test_long_rows(k):
     for rows in (1, 6, 16):
-        check_all(k, 264, rows, torch.bfloat16, step=6, activations=(None,))
+        check_all(k, 264, rows, torch.bfloat16, step=3, activations=(None,))
 
 
 def test_small_values_and_epilogues():
     x, weight = random(1, 512, scale=1e-20), random(64, 512)
     for scale in (1e-30, 1e-18, 1.0, 1e15):
         x = random(1, 512).mul(scale)
-        force(variants_of(512, 64, None, 1)[0], x, weight)
+        force(variants_of(512, None, 1)[0], x, weight)
         check(norm_linear(x, weight, EPS), exact(x, weight), 0.1)
     for size in (1.0, 30.0, 200.0):
         for activation in ("silu", "gelu", "gelu_tanh"):
             for rows in (1, 8):
                 x = random(rows, 512, scale=size)
-                force(variants_of(512, 32, activation, rows)[0], x, weight, None, None, activation)
+                force(variants_of(512, activation, rows)[0], x, weight, None, None, activation)
                 got = norm_linear(x, weight, None, None, None, activation)
                 check(got, exact(x, weight, None, None, None, activation), 0.5)
 
@@ -136,8 +135,8 @@ def test_small_values_and_epilogues():
 def test_small_residual_is_added_as_a_model_does():
     for rows in (1, 8):
         x, weight, residual = random(rows, 1024), random(256, 1024), random(rows, 256)
-        force(variants_of(1024, 256, None, rows)[0], x, weight, None, residual)
-        force(variants_of(1024, 256, None, rows)[0], x, weight, None)
+        force(variants_of(1024, None, rows)[0], x, weight, None, residual)
+        force(variants_of(1024, None, rows)[0], x, weight, None)
         assert torch.equal(norm_linear(x, weight, None, None, residual), residual + norm_linear(x, weight, None))
 
 
@@ -146,13 +145,13 @@ def test_small_strides():
     weight = random(96, 1100, scale=0.03)[:, 8:1032]
     for x in (base[:, -1:, :1024], base[:, 1, 8:1032], base[:, 1, 3:1027], base.transpose(0, 1)[..., :1024]):
         rows = x.numel() // 1024
-        force(variants_of(1024, 96, None, rows)[0], x, weight)
+        force(variants_of(1024, None, rows)[0], x, weight)
         for _ in range(2):
             got = norm_linear(x, weight, EPS)
             assert got.is_contiguous()
             check(got, exact(x, weight))
     odd = random(96, 1031, scale=0.03)[:, 5:1029]  # cannot be read 16 bytes at a time: the library's
-    check(norm_linear(x, odd, EPS), exact(x, odd), 3.0)
+    check(norm_linear(x, odd, EPS), exact(x, odd), 4.0)  # which rounds the norm before the product
 
 
 def test_beyond_sixteen_rows_and_other_dtypes():
@@ -170,7 +169,7 @@ def test_small_streams_graphs_and_weights_that_change():
     """A weight that the kernel before writes is not read ahead of it."""
     x, left, right = random(1, 2048), random(3072, 512), random(512, 2048)
     weight = torch.empty(3072, 2048, dtype=torch.bfloat16, device="cuda")
-    force(variants_of(2048, 3072, None, 1)[0], x, weight, None)
+    force(variants_of(2048, None, 1)[0], x, weight, None)
     for _ in range(20):
         left = random(3072, 512)
         torch.mm(left, right, out=weight)
@@ -180,7 +179,7 @@ def test_small_streams_graphs_and_weights_that_change():
         assert torch.equal(got, again)
     for _ in range(20):  # another tensor at the same address
         fresh = torch.mm(random(3072, 512), right)
-        force(variants_of(2048, 3072, None, 1)[0], x, fresh, None)
+        force(variants_of(2048, None, 1)[0], x, fresh, None)
         check(norm_linear(x, fresh, None), exact(x, fresh, None), 0.2)
         del fresh
     side = torch.cuda.Stream()
@@ -202,7 +201,7 @@ def test_small_streams_graphs_and_weights_that_change():
 
 def test_small_threads():
     x, weight = [random(1, 1024) for _ in range(4)], random(512, 1024)
-    force(variants_of(1024, 512, None, 1)[0], x[0], weight)
+    force(variants_of(1024, None, 1)[0], x[0], weight)
     want, wrong = [norm_linear(each, weight, EPS) for each in x], []
     torch.cuda.synchronize()
 
@@ -222,7 +221,7 @@ def test_small_threads():
 
 def test_as_an_operator():
     x, weight, residual = random(2, 1, 256), random(128, 256), random(2, 1, 64)
-    force(variants_of(256, 64, "silu", 2)[0], x, weight, EPS, residual, "silu")
+    force(variants_of(256, "silu", 2)[0], x, weight, EPS, residual, "silu")
     torch.library.opcheck(torch.ops.flashnorm.norm_linear.default, (x, weight, EPS, None, residual, "silu"))
     want = norm_linear(x, weight, EPS, None, residual, "silu")
     torch._dynamo.reset()
@@ -265,9 +264,10 @@ def test_the_kernel_is_what_runs():
 
     for rows, name in ((1, "one_row"), (4, "few_rows")):
         x, weight = random(rows, 512), random(64, 512)
-        force(variants_of(512, 64, None, rows)[0], x, weight)
+        force(variants_of(512, None, rows)[0], x, weight)
         norm_linear(x, weight, EPS)
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
             norm_linear(x, weight, EPS)
             torch.cuda.synchronize()
-        assert {e.key for e in seen.key_averages() if "Memcpy" not in e.key and "cuda" not in e.key} == {name}
+        kernels = {e.key for e in seen.key_averages() if e.device_time_total > 0}
+        assert kernels == {name}

@@ -153,8 +153,7 @@ class Swapped(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For copies and pickles: the class is made on the spot, and nobody could import it."""
-        kind, base = type(self).__mro__[1:3]
-        return _new, (kind, base), self.__getstate__()
+        return _new, type(self).__bases__, self.__getstate__()
 
 
 _classes: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
@@ -180,7 +179,7 @@ def swap(module: nn.Module, kind: type[nn.Module], **attributes: Any) -> None:
 def swap_back(module: nn.Module) -> None:
     for name in ("_group", "_part", "_wiring"):
         vars(module).pop(name, None)
-    module.__class__ = type(module).__mro__[2]
+    module.__class__ = type(module).__bases__[1]
 
 
 class _Linear(Swapped):
