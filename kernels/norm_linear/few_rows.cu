@@ -54,6 +54,8 @@ __device__ __forceinline__ void fetch_turn(uint4* mine, const char* const (&low)
     }
 }
 
+static_assert(DEPTH <= TURNS, "nothing is fetched beyond the last turn");
+
 extern "C" __global__ void __launch_bounds__(THREADS) few_rows(const Args args) {
     __shared__ float squares_of[PARTS][ROWS8 * 8];
     const u32 lane = threadIdx.x % 32, part = threadIdx.x / 32, g = lane / 4, t = lane % 4;

@@ -15,6 +15,8 @@
 #define THREADS (GROUPS * PARTS * 32)
 #define AHEAD (TURNS < 8 ? TURNS : 8)  // accesses of x that are read together
 
+static_assert(DEPTH <= TURNS, "nothing is fetched beyond the last turn");
+
 extern "C" __global__ void __launch_bounds__(THREADS) one_row(const Args args) {
     __shared__ float sums[GROUPS][PARTS][LINES + 1];
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = warp / PARTS, part = warp % PARTS;
