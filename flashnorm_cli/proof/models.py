@@ -150,14 +150,19 @@ def load(setting: Setting, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def weightless(model: Any, device: str) -> Iterator[int]:
-    """On a GPU, run the model's norms on this project's kernels; yields how many."""
+    """On a GPU, run the model's norms on this project's kernels, and their readers with them; yields how many norms."""
     if not device.startswith("cuda"):
         yield 0
         return
+    from flashnorm_cli.runtimes.transformers.deferred import defer, undefer
     from flashnorm_cli.runtimes.transformers.swap import norms_replaced
 
     with norms_replaced(model) as names:
-        yield len(names)
+        defer(model, measure=False)
+        try:
+            yield len(names)
+        finally:
+            undefer(model)
 
 
 def fold_in_memory(setting: Setting, dtype: torch.dtype) -> Any:
