@@ -18,10 +18,6 @@ EXIT_NOT_EQUIVALENT = 3
 MOST_OF_A_NAME = 200
 MOST_OF_A_WORD = 400  # longer than most paths
 MOST_OF_A_LINE = 2000
-_WORD = 400  # longer than most paths
-MOST_OF_A_LINE = 2000
-# Line breaks, controls (C0, C1, ESC), marks that nobody sees or that turn the direction of text, half surrogate pairs.
-_UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _WORD = re.compile(rf"\S{{{MOST_OF_A_WORD + 1},}}")
 
 _values = reprlib.Repr()

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flashnorm_cli.checkpoint.config_values import check_config
 from flashnorm_cli.checkpoint.header import Header, read_header
 from flashnorm_cli.checkpoint.hub import hub_errors, hub_headers, progress_bar
 from flashnorm_cli.checkpoint.model import CONFIG, INDEX, OTHER_WEIGHTS, SINGLE, Checkpoint, Progress, Source, read_json
@@ -49,6 +50,7 @@ def _open_folder(source: Source, folder: Path, commit: str | None) -> Checkpoint
     index, names = _shard_names(folder, str(folder), {path.name for path in folder.iterdir()})
     shards = {name: read_header(folder / name) for name in names}
     _check_index(index, shards, folder)
+    check_config(config, (e for header in shards.values() for e in header.tensors.values()), str(folder / CONFIG))
     others: list[str] = []
     left_out: list[str] = []
     for path in sorted(folder.rglob("*")):
@@ -176,4 +178,6 @@ def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Ch
     _check_index(index, shards, source.name)
     others = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     others = [name for name in others if name not in (CONFIG, INDEX) and name not in left_out]
-    return Checkpoint(source, folder, commit, read_json(folder / CONFIG), shards, index, tuple(others), left_out)
+    config = _read_config(folder)
+    check_config(config, (e for h in shards.values() for e in h.tensors.values()), f"{source.name}/{CONFIG}")
+    return Checkpoint(source, folder, commit, config, shards, index, tuple(others), left_out)

@@ -8,9 +8,10 @@ own reverse conversion (the one behind `save_pretrained`) then carries the gains
 from __future__ import annotations
 
 import copy
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from flashnorm_cli.checkpoint.config_values import PACKED
 from flashnorm_cli.checkpoint.model import Checkpoint
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
 from flashnorm_cli.errors import PlanError
@@ -116,7 +118,15 @@ def build(
             gap = _missing_member(list(checkpoint.tensors))
             what = f"{gap} is not in the checkpoint" if gap else "tensors that it merges into one differ in shape"
         raise PlanError(f"{cls.__name__} cannot be built from config.json: {what}") from error
+    _refuse_other_sizes(info["mismatched_keys"])
     return model.eval(), set(info["missing_keys"])
+
+
+def _refuse_other_sizes(mismatched: Iterable[tuple[str, Any, Any]]) -> None:
+    """Before anything of a parameter's size is made: what no packing explains is another model's config."""
+    for name, on_disk, wanted in mismatched:
+        if math.prod(wanted) > PACKED * math.prod(on_disk):
+            raise PlanError(f"{name} has shape {list(on_disk)} on disk, but the config asks for {list(wanted)}")
 
 
 def _missing_member(names: list[str]) -> str | None:
