@@ -161,7 +161,8 @@ def fold_adapter(
                 (inside / relative).parent.mkdir(parents=True, exist_ok=True)
                 if relative == CARD:
                     card = (mine.folder / CARD).read_text(encoding="utf-8", errors="surrogateescape")
-                    write_text(inside / CARD, _card(card, mine, folded))
+                    card = _card(card, mine, folded)
+                    (inside / CARD).write_bytes(card.encode("utf-8", "surrogateescape"))
                 else:
                     shutil.copyfile(mine.folder / relative, inside / relative)
             result = AdapterResult(

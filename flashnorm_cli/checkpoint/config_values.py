@@ -58,8 +58,10 @@ def _check_level(config: dict[str, Any], limits: tuple[Any, ...], where: str, at
         for number in value if isinstance(value, list) else [value]:
             if type(number) is not int:
                 continue
-            if key in _POSITIVE and number < 1:
+            if key in _POSITIVE and number < 1 and number is value:  # in a list, a layer may have none
                 raise refuse(key, "at least 1")
+            if key.endswith("_size") and _CHANNELS.fullmatch(key) and number < 0:
+                raise refuse(key, "at least 0")
             for names, most, why in limits:
                 if names.fullmatch(key) and not -1 <= number <= most:
                     raise refuse(key, f"at most {most}: {why}" if number > most else "at least 0")
