@@ -21,9 +21,9 @@ FEW_CHANNELS, FEW_LAYERS, FEW_EXPERTS, MOST_LABELS = 1 << 16, 1000, 4096, 1_000_
 _CHANNELS = re.compile(
     r"(\w+_)?((hidden|intermediate|embedding|vocab|state)_size|dim|rank|heads|width)|[dn]_(model|ff|embd|head)"
 )
-_LAYERS = re.compile(r"(\w+_)?(layers|layer|depth)|n_layers?")
+_LAYERS = re.compile(r"(\w+_)?(layers|depth)|n_layer")
 _EXPERTS = re.compile(r"(n|num)_(\w+_)?experts?")
-_POSITIVE = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+_POSITIVE = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
 _OBJECTS = ("text_config", "vision_config", "audio_config", "quantization_config", "id2label", "label2id", "auto_map")
 
 
@@ -60,11 +60,11 @@ def _check_level(config: dict[str, Any], limits: tuple[Any, ...], where: str, at
                 continue
             if key in _POSITIVE and number < 1 and number is value:  # in a list, a layer may have none
                 raise refuse(key, "at least 1")
-            if key.endswith("_size") and _CHANNELS.fullmatch(key) and number < 0:
+            if number < 0 and (key == "num_hidden_layers" or (key.endswith("_size") and _CHANNELS.fullmatch(key))):
                 raise refuse(key, "at least 0")
             for names, most, why in limits:
-                if names.fullmatch(key) and not -1 <= number <= most:
-                    raise refuse(key, f"at most {most}: {why}" if number > most else "at least 0")
+                if number > most and names.fullmatch(key):
+                    raise refuse(key, f"at most {most}: {why}")
 
 
 def _is_reference(value: Any) -> bool:
