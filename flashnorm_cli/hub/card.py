@@ -59,16 +59,20 @@ class CardFacts:
 
 def read_card(text: str) -> ModelCard:
     """A card from its text. Raises CheckpointError where its metadata are broken."""
+    import yaml  # type: ignore[import-untyped]
     from huggingface_hub import ModelCard
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
     from huggingface_hub.utils import logging
 
+    text = text.lstrip("\ufeff")
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # a card without metadata is no reason to warn
     try:
         _check_size(text)
-        card = ModelCard(text.lstrip("\ufeff"), ignore_metadata_errors=True)
-        _check_types(card.data.to_dict())
-        str(card)  # what cannot be written again is found here, too
+        card = ModelCard(text, ignore_metadata_errors=True)
+        block = REGEX_YAML_BLOCK.search(text)  # as it stands there: ModelCard takes a text of tags apart into letters
+        _check_types((yaml.safe_load(block[2]) if block else None) or {})
+        card.data.to_dict(), str(card)
         return card
     except CheckpointError:
         raise
@@ -83,11 +87,11 @@ def read_card(text: str) -> ModelCard:
 
 def _check_size(text: str) -> None:
     """Raise ValueError for metadata that would keep the YAML parser busy: megabytes, or nesting without end."""
-    matter = text.lstrip("\ufeff").split("\n---", 1)[0]
-    if len(matter) > MAX_METADATA and matter.startswith("---"):
+    matter = text.split("\n---", 1)[0] if text.lstrip().startswith("---") else ""
+    if len(matter) > MAX_METADATA:
         raise ValueError(f"{len(matter)} characters are more than the {MAX_METADATA} that are read")
     depth = 0
-    for bracket in re.findall(r"[\[\]{}]", matter) if matter.startswith("---") else ():
+    for bracket in re.findall(r"[\[\]{}]", matter):
         depth += 1 if bracket in "[{" else -1
         if depth > MAX_DEPTH:
             raise ValueError("nested too deeply")

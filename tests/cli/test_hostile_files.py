@@ -127,12 +127,12 @@ def test_the_plugin_s_warnings_are_short_and_safe() -> None:
 
 
 def test_duplicates_in_a_header_are_found_in_linear_time() -> None:
-    entries = ",".join(f'"t{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(100_000))
-    raw, size = header_of("{" + entries + ',"t99999":{}}')
+    entries = ",".join(f'"t{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(50_000))
+    raw, size = header_of("{" + entries + ',"t49999":{}}')
     begun = time.process_time()
-    with pytest.raises(CheckpointError, match="'t99999' occurs twice"):
+    with pytest.raises(CheckpointError, match="'t49999' occurs twice"):
         parse_header(raw, size, "shard")
-    assert time.process_time() - begun < 5  # 80 s before
+    assert time.process_time() - begun < 4  # a quarter of a minute when names were counted one by one
 
 
 @pytest.mark.parametrize(
@@ -381,6 +381,7 @@ def test_a_measurement_is_printed_though_it_cannot_be_saved(
         return real(*arguments)
 
     monkeypatch.setattr(kernels, "measure_cpu", slow)
+    monkeypatch.setattr(kernels, "NORMS", [n for n in kernels.NORMS if n[0] in ("flashnorm", "F.rms_norm(None)")])
     folder.mkdir()
     bench = "bench --device cpu --dtype float32 --hidden 64 --tokens 2 --trials 1 --json --save".split()
     assert run(*bench, folder / "x.json") == 1
