@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flashnorm_cli.adapters.kinds import FITTING_TYPES
+from flashnorm_cli.adapters.kinds import FITTING_TYPES, check_adapter_config
 from flashnorm_cli.checkpoint.carry import find_files
 from flashnorm_cli.checkpoint.files import Seen
 from flashnorm_cli.checkpoint.header import Header, read_header
@@ -67,6 +67,7 @@ def open_adapter(source: Source) -> Adapter:
         hint = f"; it holds adapters in {', '.join(inner)}: name one of them" if inner else ": is this a PEFT adapter?"
         raise CheckpointError(f"{source.name}: there is no {CONFIG}{hint}")
     config = read_json(folder / CONFIG)
+    check_adapter_config(config, str(folder / CONFIG))
     if not (folder / WEIGHTS).is_file():
         old = folder / "adapter_model.bin"
         if old.is_file() or commit is not None:

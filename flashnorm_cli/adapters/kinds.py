@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
+from flashnorm_cli.checkpoint.json_files import Fields, is_count, is_number, is_text
 from flashnorm_cli.errors import FlashNormError
 
 # These read no norm, or commute with its gain: they run on source and folded base alike (adapter_plan.py).
@@ -59,8 +62,55 @@ MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 INSTEAD = "merge it into the source (merge_and_unload of peft) and fold the merged model instead"
 
 
+MOST_LAYERS = 10_000  # that layer_replication may speak of
+
+
 class AdapterError(FlashNormError):
     """The adapter cannot be folded exactly; the message names the tensor or the setting, and the reason."""
+
+
+def check_adapter_config(config: dict[str, Any], where: str) -> None:
+    """Raise CheckpointError for keys of adapter_config.json that are read here, and are of another type than peft's."""
+
+    def are_texts(value: Any) -> bool:
+        return isinstance(value, list) and all(map(is_text, value))
+
+    def is_range(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == 2 and all(is_count(n) and n <= MOST_LAYERS for n in value)
+
+    def are_tokens(value: Any) -> bool:
+        return isinstance(value, list) and all(map(is_count, value))
+
+    fields = Fields(config, where, "it was edited or damaged: save the adapter again")
+    optional: dict[str, tuple[Callable[[Any], bool], str]] = {
+        **dict.fromkeys(("task_type", "base_model_name_or_path", "revision"), (is_text, "a text or null")),
+        **dict.fromkeys(("use_rslora", "ensure_weight_tying"), (lambda v: isinstance(v, bool), "true or false")),
+        **dict.fromkeys(("target_parameters", "modules_to_save"), (are_texts, "a list of names or null")),
+        "target_modules": (lambda v: is_text(v) or are_texts(v), "a pattern or a list of names"),
+        "layer_replication": (lambda v: isinstance(v, list) and all(map(is_range, v)), "a list of [start, end]"),
+        "lora_alpha": (is_number, "a number"),
+        "alpha_pattern": (
+            lambda v: isinstance(v, dict) and all(map(is_safe_pattern, v)) and all(map(is_number, v.values())),
+            "an object of numbers by plain patterns of module names",
+        ),
+        "trainable_token_indices": (
+            lambda v: are_tokens(v) or (isinstance(v, dict) and all(map(are_tokens, v.values()))),
+            "a list of token ids, or an object of such lists",
+        ),
+    }
+    fields.text("peft_type")
+    for key, (check, wanted) in optional.items():
+        if config.get(key) is not None:
+            fields.get(key, check, wanted)
+
+
+def is_safe_pattern(pattern: str) -> bool:
+    """Whether a regular expression of a file is matched in no time: no repeated group, few repeats."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return len(pattern) <= 1000 and not re.search(r"\)[*+{]", pattern) and len(re.findall(r"[*+{]", pattern)) <= 4
 
 
 def refuse_unfoldable(config: dict[str, Any]) -> None:

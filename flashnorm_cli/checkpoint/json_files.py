@@ -114,7 +114,7 @@ class Fields:
         self.value: dict[str, Any] = value
 
     def error(self, key: str, value: Any, wanted: str) -> CheckpointError:
-        name = shown(key) or "its content"
+        name = shown(key.removesuffix(".")) or "its content"
         is_what = "is missing" if value is ... else f"is {quoted(value)}"
         return CheckpointError(f"{self.where}: {name} {is_what}, and has to be {wanted}; {self.remedy}")
 

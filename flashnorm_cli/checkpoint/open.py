@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from flashnorm_cli.checkpoint.belongs import Closed, is_whole_model, sort_files
 from flashnorm_cli.checkpoint.carry import find_files
+from flashnorm_cli.checkpoint.config_values import check_config
 from flashnorm_cli.checkpoint.files import open_file
 from flashnorm_cli.checkpoint.header import Header, read_header
 from flashnorm_cli.checkpoint.hub import RemoteFile, hub_errors, hub_headers, hub_reader, progress_bar
@@ -67,6 +68,7 @@ def _open_folder(source: Source, folder: Path, commit: str | None) -> Checkpoint
     index_name, index, names = _weights(config, folder, str(folder), found.files)
     shards = {name: read_header(folder / name) for name in names}
     _check_index(index, index_name, shards, folder)
+    check_config(config, (e for header in shards.values() for e in header.tensors.values()), str(folder / CONFIG))
     rest = {name: seen.size for name, seen in found.files.items() if name not in (*names, CONFIG, index_name)}
 
     def opened(name: str) -> BinaryIO:
@@ -242,6 +244,7 @@ def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Ch
         with hub_errors(source.name):
             shards = hub_headers(source, commit, {name: sizes[name] for name in names})
     _check_index(index, index_name, shards, source.name)
+    check_config(config, (e for h in shards.values() for e in h.tensors.values()), f"{source.name}/{CONFIG}")
 
     def opened(name: str) -> Any:
         if (folder / name).exists():

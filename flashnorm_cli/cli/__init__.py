@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from typing import Annotated, NoReturn
 
@@ -135,9 +136,11 @@ def _words(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError) and error.errno:  # of the disk, where no better words were found
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}", EXIT_ERROR
-    if isinstance(error, MemoryError):
-        return "not enough memory", EXIT_ERROR
     words = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", words):  # torch's words
+        return "not enough memory", EXIT_ERROR
+    if isinstance(error, RuntimeError) and "home directory" in words:  # pathlib's, of `~nobody/model`
+        return "a path begins with ~, and there is no such user's home directory", EXIT_USAGE
     bug = "(a bug in flashnorm: please report it with the output of --debug)"
     return f"{type(error).__name__}: {cut(words, MOST_OF_A_LINE // 2)} {bug}", EXIT_ERROR
 

@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flashnorm_cli.checkpoint.json_files import MAX_DEPTH, Fields, is_text
 from flashnorm_cli.checkpoint.names import pattern_of
 from flashnorm_cli.errors import CheckpointError
 from flashnorm_cli.hub.published import Base
@@ -24,6 +25,7 @@ from flashnorm_cli.report import formats, page
 if TYPE_CHECKING:
     from huggingface_hub import CardData, ModelCard
 
+MAX_METADATA = 1 << 18  # characters of a card's metadata
 RELATION = "quantized"
 TAGS = ("weightless-rmsnorm", "flashnorm")  # the first one is that of the collection of such models
 REPORT = "flashnorm-verification.html"
@@ -57,13 +59,23 @@ class CardFacts:
 
 def read_card(text: str) -> ModelCard:
     """A card from its text. Raises CheckpointError where its metadata are broken."""
+    import yaml  # type: ignore[import-untyped]
     from huggingface_hub import ModelCard
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
     from huggingface_hub.utils import logging
 
+    text = text.lstrip("\ufeff")
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # a card without metadata is no reason to warn
     try:
-        return ModelCard(text.lstrip("\ufeff"), ignore_metadata_errors=True)
+        _check_size(text)
+        card = ModelCard(text, ignore_metadata_errors=True)
+        block = REGEX_YAML_BLOCK.search(text)  # as it stands there: ModelCard takes a text of tags apart into letters
+        _check_types((yaml.safe_load(block[2]) if block else None) or {})
+        card.data.to_dict(), str(card)
+        return card
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever the YAML parser raises
         why = " ".join(str(error).split())
         raise CheckpointError(
@@ -71,6 +83,32 @@ def read_card(text: str) -> ModelCard:
         ) from error
     finally:
         logging.set_verbosity(level)
+
+
+def _check_size(text: str) -> None:
+    """Raise ValueError for metadata that would keep the YAML parser busy: megabytes, or nesting without end."""
+    matter = text.split("\n---", 1)[0] if text.lstrip().startswith("---") else ""
+    if len(matter) > MAX_METADATA:
+        raise ValueError(f"{len(matter)} characters are more than the {MAX_METADATA} that are read")
+    depth = 0
+    for bracket in re.findall(r"[\[\]{}]", matter):
+        depth += 1 if bracket in "[{" else -1
+        if depth > MAX_DEPTH:
+            raise ValueError("nested too deeply")
+
+
+def _check_types(data: dict[str, Any]) -> None:
+    """Raise CheckpointError for keys of the metadata that are read here, and are of another type than the Hub's."""
+
+    def are_texts(value: Any) -> bool:
+        return isinstance(value, list) and all(map(is_text, value))
+
+    fields = Fields(data, "README.md", "mend the block between the ---")
+    for key in ("license_name", "license_link", "library_name", "pipeline_tag"):
+        fields.get(key, is_text, "a text", None)
+    for key in ("license", "base_model", "language"):
+        fields.get(key, lambda v: is_text(v) or are_texts(v), "a text or a list of texts", None)
+    fields.get("tags", are_texts, "a list of texts", None)
 
 
 def build_card(facts: CardFacts) -> str:

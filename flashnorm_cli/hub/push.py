@@ -123,7 +123,7 @@ def push_to_hub(
     report(0, 0, "Reading headers")
     checkpoint = _open_folded(Path(str(folded)).expanduser(), str(folded))
     fold = FoldRecord.read(checkpoint.folder / RECORD)
-    fold.plan  # noqa: B018  (raises here, before the long work)
+    fold.plan, fold.source_sizes  # noqa: B018  (both raise here, before the long work)
     record = fold.content
     hashes = file_hashes(checkpoint, workers or 4, report)
     doubt = _why_unverified(record, hashes, str(folded))

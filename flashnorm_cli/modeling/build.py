@@ -130,10 +130,12 @@ def _missing_member(names: list[str]) -> str | None:
     for name in names:
         if found := re.match(r"(.*\.\d+\..*\.)(\d+)(\..*)$", name):
             numbers.setdefault((found[1], found[3]), set()).add(int(found[2]))
+    everybody: dict[str, set[int]] = {}
+    for (prefix, _), mine in numbers.items():
+        everybody.setdefault(prefix, set()).update(mine)
     for (prefix, suffix), mine in numbers.items():
-        everybody = set().union(*(n for (p, _), n in numbers.items() if p == prefix))
-        if everybody - mine:
-            return f"{prefix}{min(everybody - mine)}{suffix}"
+        if missing := everybody[prefix] - mine:
+            return f"{prefix}{min(missing)}{suffix}"
     return None
 
 

@@ -125,7 +125,7 @@ class Verification:
                 thresholds=said["thresholds"],
                 environment=said["environment"],
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"flashnorm.json: holds no verification ({type(error).__name__}: {error})") from error
 
     def to_json(self) -> dict[str, Any]:

@@ -81,6 +81,13 @@ class FoldRecord:
         facts = self.content.get("source_files")
         return {k: v if isinstance(v, dict) else {} for k, v in facts.items()} if isinstance(facts, dict) else None
 
+    @property
+    def source_sizes(self) -> dict[str, int]:
+        """Bytes of the source's files, by name. Raises CheckpointError where it does not say."""
+        facts = Fields(self.content.get("source_files"), self.where, REMEDY, "source_files")
+        each = {k: Fields(v, self.where, REMEDY, f"source_files.{k}.") for k, v in facts.value.items()}
+        return {name: fact.count("size") for name, fact in each.items()}
+
     def entries(self, key: str) -> dict[str, dict[str, Any]] | None:
         """The objects in the list `key` by their `tensor`, those without left out; None where there is no list."""
         found = self.content.get(key)

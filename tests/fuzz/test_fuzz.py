@@ -142,11 +142,11 @@ def fuzzed_file(place: Path, capfd: Any, path: str, examples: int, *commands: st
 
 
 def test_config(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    fuzzed_file(place, capfd, "source/config.json", 60, "plan source", "fold source out")
+    fuzzed_file(place, capfd, "source/config.json", 40, "plan source", "fold source out")
 
 
 def test_index(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    fuzzed_file(place, capfd, INDEX, 40, "fold source out")
+    fuzzed_file(place, capfd, INDEX, 25, "fold source out")
 
 
 def test_record(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -163,7 +163,7 @@ def test_config_of_a_fold(place: Path, capfd: pytest.CaptureFixture[str]) -> Non
 
 
 def test_adapter_config(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    fuzzed_file(place, capfd, "adapter/adapter_config.json", 50, "fold-adapter adapter out --base folded")
+    fuzzed_file(place, capfd, "adapter/adapter_config.json", 40, "fold-adapter adapter out --base folded")
 
 
 def fuzzed_header(path: str, capfd: Any, examples: int, *commands: str) -> None:
@@ -202,7 +202,7 @@ def test_card(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
         }]}],
     }  # fmt: skip
 
-    @fuzz(50)
+    @fuzz(25)
     @given(mutations.as_bytes(mutations.mutated(matter)), st.sampled_from(["---\n", "---\r\n", "", "--- \n"]))
     def run(text: bytes, fence: str) -> None:
         card = fence.encode() + text + b"\n---\n# A model\n"  # JSON is YAML
@@ -216,7 +216,7 @@ def test_card(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_token_ids(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     Path("ids.json").write_text(json.dumps([[1, 2, 3, 4] * 16, [5, 6]]))
-    fuzzed_file(place, capfd, "ids.json", 20, "verify folded --level logits --no-record --token-ids ids.json")
+    fuzzed_file(place, capfd, "ids.json", 12, "verify folded --level logits --no-record --token-ids ids.json")
 
 
 def test_records_that_runtimes_read(place: Path) -> None:

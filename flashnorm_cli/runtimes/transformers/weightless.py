@@ -17,7 +17,7 @@ from torch import nn
 
 from flashnorm_cli.adapters.files import adapter_warnings
 from flashnorm_cli.checkpoint.model import RECORD
-from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
+from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError, one_line
 from flashnorm_cli.modeling import build, disk_names
 from flashnorm_cli.norms.detect import PlainNorm, norm_reader, own_forward
 from flashnorm_cli.record.read import identities, record_of
@@ -69,7 +69,7 @@ def weightless(model: AnyModel, deferred: bool = False) -> AnyModel:
     base = _base(model)
     found = [each for each in _recorded(base) if not is_weightless(each.module)]
     for warning in adapter_warnings(model):
-        warnings.warn(warning, stacklevel=2)
+        warnings.warn(one_line(warning), stacklevel=2)
     for each in found:
         _check_identity(each)
     for each in found:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from flashnorm_cli.checkpoint.model import RECORD
+from flashnorm_cli.errors import one_line, shown
 from flashnorm_cli.record.read import Record, left_out, read_record
 from flashnorm_cli.runtimes.vllm.norms import KERNEL, is_identity, log, norms_of
 
@@ -42,7 +43,7 @@ def register() -> None:
         try:
             step()
         except (ImportError, AttributeError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(" ".join(str(error).split()))
             log.warning("flashnorm: this vLLM is not known here, so %s (%s)", otherwise, reason)
             return
 
@@ -95,7 +96,7 @@ class _Watch:
                 "flashnorm: the checkpoint's record names %d norm(s) as folded that are not the identity, the first is "
                 "%s: they keep their weights",
                 len(self.lies),
-                self.lies[0],
+                shown(self.lies[0]),
             )
         if self.blocked:
             log.warning("flashnorm: norms keep their weights: %s", self.blocked)
