@@ -70,7 +70,7 @@ def config_record_of(base: Checkpoint) -> dict[str, Any]:
 def record_of(config: PretrainedConfig) -> dict[str, Any]:
     """The `flashnorm` object of a config. Raises FlashNormError if it is not there or cannot be read."""
     said: Any = getattr(config, "flashnorm", None)
-    if not isinstance(said, dict) and (flags := flags_of(config.to_dict())):
+    if (said is None or said is True) and (flags := flags_of(config.to_dict())):
         raise FlashNormError(
             f"another tool has folded this model (config.json has {in_words(flags)}), which does not say which norms; "
             "`flashnorm verify <folded> --source <source> --adopt` checks it and writes the record"
