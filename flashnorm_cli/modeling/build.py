@@ -114,7 +114,7 @@ def build(
             )
     except Exception as error:  # a model's own code may raise anything
         what = model_words(error) or "torch cannot make its parameters; check the sizes in it"
-        if "conversion of the weights" in what:  # its report is not shown: there is nobody to read it
+        if "conversion of the weights" in str(error):  # its report is not shown: there is nobody to read it
             gap = _missing_member(list(checkpoint.tensors))
             what = f"{gap} is not in the checkpoint" if gap else "tensors that it merges into one differ in shape"
         raise PlanError(f"{cls.__name__} cannot be built from config.json: {what}") from error

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from flashnorm_cli.checkpoint.load_time import quantized_on_disk
 from flashnorm_cli.checkpoint.model import Checkpoint
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
 from flashnorm_cli.errors import PlanError
@@ -27,7 +28,7 @@ WRAPPERS = {
 
 
 def refuse_wrapped_names(checkpoint: Checkpoint, model: PreTrainedModel, missing: set[str]) -> None:
-    """Raise PlanError where the files hold the model's tensors under the names of a wrapper, which nothing loads."""
+    """Raise PlanError where the files hold the model's tensors under a wrapper's or another tool's names."""
     if not missing:
         return
     for parts in _candidates(checkpoint.tensors):
@@ -45,6 +46,21 @@ def refuse_wrapped_names(checkpoint: Checkpoint, model: PreTrainedModel, missing
             f"{checkpoint.source.name}: {count} tensors have names that {'begin with' if begins else 'contain'} "
             f"{shown} ({whose}): {type(model).__name__} loads none of them. Load it as it was trained and {what}, or "
             f"rename them (`{wrapped[0]}` to `{within.sub('', wrapped[0])}`)"
+        )
+    _refuse_other_names(checkpoint, model, missing)
+
+
+def _refuse_other_names(checkpoint: Checkpoint, model: PreTrainedModel, missing: set[str]) -> None:
+    """Raise PlanError where most of the model is missing, and most tensors go by names that it does not load."""
+    parameters = {name for name, _ in model.named_parameters()}
+    loads = loader_names(model, list(checkpoint.tensors))
+    strange = [name for name, (target, _) in loads.items() if target not in parameters]
+    few = 2 * len(missing) > len(parameters) and 2 * len(strange) > len(loads)
+    if few and not quantized_on_disk(checkpoint):
+        raise PlanError(
+            f"{checkpoint.source.name}: {len(strange)} of {len(loads)} tensors have names that {type(model).__name__} "
+            f"does not load (`{strange[0]}`): they are another tool's or another model's; convert it to transformers' "
+            "first"
         )
 
 

@@ -172,7 +172,7 @@ class LoadTime:
         if method is None:
             return None
         if said.name == "compressed-tensors" and (groups := _groups(said)):
-            if _matches(modules, said.skips() or []) or not _matches(modules, groups, self._kinds(modules)):
+            if _ignored(modules, said.skips() or []) or not _targeted(modules, groups, self._kinds(modules)):
                 return None
             return f"is quantized or reads quantized values at run time ({said.where}: {said.name})"
         if method.when == STORED and self.stored:
@@ -231,22 +231,42 @@ def _groups(said: Quantization) -> list[str]:
     return [t for g in found if isinstance(g, dict) for t in g.get("targets") or () if isinstance(t, str)]
 
 
-def _matches(modules: set[str], patterns: Iterable[str], kinds: Iterable[str] = ()) -> bool:
-    """Whether one of the patterns names one of the modules: whole, as a beginning, as an end, or as an expression.
-
-    Patterns end at a dot: `mlp.gate` is not `mlp.gate_proj`. `re:` in front is compressed-tensors' sign of an
-    expression; others are expressions too, as in transformers' `should_convert_module`.
-    """
-    for pattern in patterns:
-        text = pattern.removeprefix("re:")
-        for module in modules:
-            if module == text or module.startswith(text + ".") or module.endswith("." + text):
-                return True
-            try:
-                if re.match(rf"(?:{text})(?:(?<=\.)|(?=\.|$))", module):
-                    return True
-            except re.error:
-                continue
-        if text in kinds:
+def _targeted(modules: set[str], targets: Iterable[str], kinds: set[str]) -> bool:
+    """Whether compressed-tensors' targets may name one of the modules, or its class. In doubt, yes."""
+    for target in targets:
+        text = target.removeprefix("re:")
+        if text in kinds or any(m == text or m.startswith(f"{text}.") or m.endswith(f".{text}") for m in modules):
+            return True
+        if target != text and any(_is_at_start(text, module) for module in modules):
             return True
     return False
+
+
+def _ignored(modules: set[str], patterns: Iterable[str]) -> bool:
+    """Whether compressed-tensors' ignore list surely names one of the modules. In doubt, no."""
+    for pattern in patterns:
+        text = pattern.removeprefix("re:")
+        if text in modules or (text != pattern and any(_is_at_start(f"(?:{text})$", m) for m in modules)):
+            return True
+    return False
+
+
+def _matches(modules: set[str], patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns names one of the modules: whole, as a beginning, as an end, or as an expression.
+
+    Patterns end at a dot, as in transformers' `should_convert_module`: `mlp.gate` is not `mlp.gate_proj`.
+    """
+    for text in patterns:
+        for module in modules:
+            if module == text or module.startswith(f"{text}.") or module.endswith(f".{text}"):
+                return True
+            if _is_at_start(rf"(?:{text})(?:(?<=\.)|(?=\.|$))", module):
+                return True
+    return False
+
+
+def _is_at_start(expression: str, module: str) -> bool:
+    try:
+        return re.match(expression, module) is not None
+    except re.error:
+        return False

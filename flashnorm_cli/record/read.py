@@ -195,7 +195,7 @@ def config_record(content: Any, where: str = "the record of flashnorm in config.
 def record_of(config: PretrainedConfig) -> Record:
     """The record in a config. Raises FlashNormError if it is not there or cannot be read."""
     content: Any = getattr(config, "flashnorm", None)
-    if not isinstance(content, dict) and (flags := flags_of(config.to_dict())):
+    if (content is None or content is True) and (flags := flags_of(config.to_dict())):
         raise FlashNormError(
             f"another tool has folded this model (config.json has {in_words(flags)}), which does not say which norms; "
             "`flashnorm verify <folded> --source <source> --adopt` checks it and writes the record"

@@ -89,6 +89,30 @@ def test_wrappers_are_named(family: str, change: Callable[[str], str], words: st
     assert "rename them" in said
 
 
+def test_another_tools_names_are_not_called_folded(tmp_path: Path) -> None:
+    """As the authors of Llama name their tensors."""
+    theirs = {
+        "self_attn.q_proj": "attention.wq",
+        "mlp.gate_proj": "feed_forward.w1",
+        "input_layernorm": "attention_norm",
+    }
+
+    def change(name: str) -> str:
+        for ours, other in theirs.items():
+            name = name.replace(ours, other)
+        return (
+            re.sub(r"^model\.|_proj|_layernorm", "", name)
+            .replace("mlp", "feed_forward")
+            .replace("self_attn", "attention")
+        )
+
+    folder = rename(llama(tmp_path / "in"), change)
+    with pytest.raises(
+        PlanError, match=r"names that LlamaForCausalLM does not load .*convert it to transformers' first"
+    ):
+        make_plan(open_checkpoint(Source(str(folder))))
+
+
 # ---- classes ---------------------------------------------------------------------------------------------------------
 
 

@@ -131,6 +131,22 @@ def test_methods_that_quantize_floats(config: dict[str, Any], tmp_path: Path) ->
     assert all(name in reason for reason in kept(plan).values())
 
 
+@pytest.mark.parametrize(
+    ("targets", "ignore", "kept_norms"),
+    [
+        (["re:.*mlp.gate"], [], {"post_attention_layernorm"}),  # its expressions need not end at a dot: gate_proj, too
+        (["Linear"], ["re:.*mlp.*", "lm_head"], {"input_layernorm"}),
+        (["Linear"], ["model.layers.0", "lm_head"], {"input_layernorm", "post_attention_layernorm"}),  # whole names
+    ],
+)
+def test_compressed_tensors_groups(targets: list[str], ignore: list[str], kept_norms: set[str], tmp_path: Path) -> None:
+    group = {"targets": targets, "weights": {"num_bits": 8}}
+    config = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {"0": group}, "ignore": ignore}
+    plan = plan_of(source(tmp_path / "in", quantization_config=config))
+    assert {name.split(".")[-2] for name in kept(plan)} == kept_norms
+    assert LAYER0 + "input_layernorm.weight" in {n.tensor for n in (plan.kept if "Linear" in targets else plan.folded)}
+
+
 def test_a_cache_in_8_bits_changes_nothing(tmp_path: Path) -> None:
     def scales(tensors: Tensors) -> None:
         for name in ("k_scale", "v_scale"):
