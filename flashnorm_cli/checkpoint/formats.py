@@ -151,6 +151,22 @@ class _Inert:
         self.held.extend(values)
 
 
+class _Dict(dict[Any, Any]):
+    """An ordered or default dict; a state dict has its modules' versions as an attribute."""
+
+    def __new__(cls, *args: object) -> _Dict:
+        return dict.__new__(cls)
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*(arg for arg in args if isinstance(arg, (dict, list))))
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+_DICTS = {("collections", "OrderedDict"), ("collections", "defaultdict"), ("builtins", "dict")}
+
+
 class _Inertly(pickle._Unpickler):
     """Reads a pickle without importing or calling anything that it names."""
 
@@ -159,7 +175,7 @@ class _Inertly(pickle._Unpickler):
             return lambda storage, offset, shape, *rest: _Tensor(shape)
         if module == "torch._utils" and name.startswith("_rebuild_parameter"):
             return lambda data, *rest: data
-        return dict if (module, name) == ("collections", "OrderedDict") else _Inert
+        return _Dict if (module, name) in _DICTS else _Inert
 
     def persistent_load(self, pid: object) -> _Inert:
         return _Inert()

@@ -64,6 +64,15 @@ def as_torch(model: Path, path: Path) -> None:
     torch.save(own(model), path)
 
 
+def as_state_dict(model: Path, path: Path) -> None:
+    """An OrderedDict with an attribute, as `torch.save(model.state_dict())` writes."""
+    torch.save(LlamaForCausalLM.from_pretrained(model).state_dict(), path)
+
+
+def as_whole_module(model: Path, path: Path) -> None:
+    torch.save(LlamaForCausalLM.from_pretrained(model), path)
+
+
 def as_old_torch(model: Path, path: Path) -> None:
     torch.save(own(model), path, _use_new_zipfile_serialization=False)
 
@@ -172,6 +181,9 @@ def opaque(start: bytes) -> Callable[[Path, Path], None]:
 COPIES: dict[str, Callable[[Path, Path], None]] = {
     "pytorch_model.bin": as_torch,
     "weights.dat": as_torch,
+    "state.pt": as_state_dict,
+    "module.pt": as_whole_module,
+    "sharded/x.bin": as_state_dict,
     "old/consolidated.00.pth": as_old_torch,
     "old.pth": as_old_torch_of_protocol_4,
     "last.ckpt": as_parameters,
