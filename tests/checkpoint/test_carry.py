@@ -281,7 +281,7 @@ def test_a_pipe_as_text_or_ids_is_not_waited_for(model: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(model)
     pipe(Path("text"))
     for text, ids in ((Path("text"), None), (None, Path("text"))):
-        with pytest.raises(UsageError, match="text: cannot be read as .*is a named pipe"):
+        with pytest.raises(UsageError, match=r"text: cannot be read as .*is a named pipe"):
             read_prompts(opened(model), text, ids, False)
 
 
