@@ -31,6 +31,7 @@ _WHOLE_MODEL = re.compile(
     r"(pytorch_model|tf_model|flax_model|rust_model|openvino_model|(encoder_|decoder_)?model|consolidated)"
     r"([-._].*)?\.(" + "|".join(suffix[1:].replace(".", r"\.") for suffix in OTHER_WEIGHTS) + ")"
 )
+_WRAPPERS = re.compile(r"^((model|module|base_model|pretrained_model|language_model|transformer|_orig_mod)\.)+")
 _PART = re.compile(r"([-_.])\d+(-of-\d+)?(?=\.[^/]+$)")
 _LFS_POINTER = b"version https://git-lfs"
 _LARGEST_INDEX = 64 << 20
@@ -53,16 +54,30 @@ Opener = Callable[[str], AbstractContextManager[BinaryIO]]
 class _Own:
     """The checkpoint's tensors, as other formats would show them."""
 
+    names: Counter[tuple[str, tuple[int, ...]]]
     keys: Counter[tuple[str, tuple[int, ...]]]
     shapes: Counter[tuple[int, ...]]
     small: frozenset[str]
+    depths: frozenset[int]
     elements: int
 
     @classmethod
     def of(cls, shards: Mapping[str, Header]) -> _Own:
         entries = [(entry.name, entry.shape) for header in shards.values() for entry in header.tensors.values()]
         small = frozenset(_key(name) for name, shape in entries if len(shape) == 1)
-        return cls(_keys(entries), _matrices(entries), small, sum(math.prod(shape) for _, shape in entries))
+        depths: dict[str, set[str]] = defaultdict(set)
+        for name, _ in entries:
+            if found := re.match(r"(.*?(?:^|\.))(\d+)\.", name):
+                depths[found.group(1)].add(found.group(2))
+        layers = frozenset(map(len, depths.values()))
+        return cls(
+            _names(entries),
+            _keys(entries),
+            _matrices(entries),
+            small,
+            layers,
+            sum(math.prod(shape) for _, shape in entries),
+        )
 
 
 def sort_files(
@@ -143,9 +158,8 @@ def _reason(
         if reason is None and known[0].format == "ONNX" and len({_key(n) for n, _ in entries} & own.small) > 1:
             found = len({_key(n) for n, _ in entries} & own.small) / len(own.small)
             reason = "the whole model, quantized" if found > SAME else None
-        if reason is None and known[0].format == "GGUF":
-            ratio = sum(math.prod(shape) for _, shape in entries) / own.elements
-            reason = "the whole model" if SAME < ratio < 1 / SAME else None
+        if reason is None and known[0].format == "GGUF" and _is_same_gguf(entries, own):
+            reason = "the whole model"
         return f"{reason}, as {known[0].format}" if reason else None
     large = sum(files[name] for name in group) * 8 >= own.elements * FEWEST_BITS
     if large and (opaque := [content.format for content in known if content.entries is None]):
@@ -164,7 +178,9 @@ def _same_tensors(entries: list[tuple[str, tuple[int, ...]]], own: _Own, whole_m
     total = sum(math.prod(shape) for _, shape in entries)
     keys = _keys(entries)
     named = sum(math.prod(shape) * n for (_, shape), n in (keys & own.keys).items())
-    if named >= SAME * total and (whole_model or named >= SAME * own.elements):
+    exact = sum(math.prod(shape) * n for (_, shape), n in (_names(entries) & own.names).items())
+    # Where the file's name says so, a part is enough; a draft head's layer 0 looks like the model's, but is not.
+    if (whole_model and exact >= SAME * total) or named >= SAME * max(total, own.elements):
         more = sorted(key for key, _ in keys - own.keys if not key.endswith(("inv_freq", "lm_head.weight")))
         besides = f" (and {', '.join(map(shown, more[:3]))}{', ...' if more[3:] else ''})" if more else ""
         return f"the checkpoint's own tensors{besides}"
@@ -172,6 +188,13 @@ def _same_tensors(entries: list[tuple[str, tuple[int, ...]]], own: _Own, whole_m
     if shaped >= SAME * max(total, own.elements):
         return "the checkpoint's own tensors under other names"
     return None
+
+
+def _is_same_gguf(entries: list[tuple[str, tuple[int, ...]]], own: _Own) -> bool:
+    """Whether a GGUF is the model, by embedding and depth: fused, packed or quantized tensors need not look alike."""
+    embedding = next((tuple(sorted(shape)) for name, shape in entries if name == "token_embd.weight"), None)
+    blocks = {found.group(1) for name, _ in entries if (found := re.match(r"blk\.(\d+)\.", name))}
+    return embedding in own.shapes and len(blocks) in own.depths
 
 
 def _key(name: str) -> str:
@@ -182,6 +205,10 @@ def _key(name: str) -> str:
 
 def _keys(entries: Iterable[tuple[str, tuple[int, ...]]]) -> Counter[tuple[str, tuple[int, ...]]]:
     return Counter((_key(name), tuple(sorted(shape))) for name, shape in entries)
+
+
+def _names(entries: Iterable[tuple[str, tuple[int, ...]]]) -> Counter[tuple[str, tuple[int, ...]]]:
+    return Counter((_WRAPPERS.sub("", name), tuple(sorted(shape))) for name, shape in entries)
 
 
 def _matrices(entries: Iterable[tuple[str, tuple[int, ...]]]) -> Counter[tuple[int, ...]]:

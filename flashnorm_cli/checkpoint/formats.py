@@ -19,10 +19,12 @@ from typing import Any, BinaryIO
 from flashnorm_cli.checkpoint.header import LENGTH_BYTES, header_size, parse_header
 from flashnorm_cli.errors import CheckpointError
 
-# A pickle of names and shapes takes some kilobytes; more is not looked through.
-MAX_PICKLE = 64 << 20
+# A pickle of names and shapes takes some kilobytes; more is not looked through, which would take long.
+MAX_PICKLE = 16 << 20
+_LONGEST = 64 << 20  # of a text or an array elsewhere
 _MAX_TENSORS = 1_000_000
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # of torch.save before its zip files
+_LEGACY_START = b"\x8a\n" + _LEGACY_MAGIC.to_bytes(10, "little")[:3]  # as a pickle begins with it, in any protocol
 
 Shapes = list[tuple[str, tuple[int, ...]]]
 
@@ -149,6 +151,22 @@ class _Inert:
         self.held.extend(values)
 
 
+class _Dict(dict[Any, Any]):
+    """An ordered or default dict; a state dict has its modules' versions as an attribute."""
+
+    def __new__(cls, *args: object) -> _Dict:
+        return dict.__new__(cls)
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*(arg for arg in args if isinstance(arg, (dict, list))))
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+_DICTS = {("collections", "OrderedDict"), ("collections", "defaultdict"), ("builtins", "dict")}
+
+
 class _Inertly(pickle._Unpickler):
     """Reads a pickle without importing or calling anything that it names."""
 
@@ -157,7 +175,7 @@ class _Inertly(pickle._Unpickler):
             return lambda storage, offset, shape, *rest: _Tensor(shape)
         if module == "torch._utils" and name.startswith("_rebuild_parameter"):
             return lambda data, *rest: data
-        return dict if (module, name) == ("collections", "OrderedDict") else _Inert
+        return _Dict if (module, name) in _DICTS else _Inert
 
     def persistent_load(self, pid: object) -> _Inert:
         return _Inert()
@@ -345,7 +363,7 @@ def _exactly(file: Any, n: int) -> bytes:
 
 
 def _bounded(n: int) -> int:
-    if n > MAX_PICKLE:
+    if n > _LONGEST:
         raise _UnreadableError
     return n
 
@@ -364,7 +382,7 @@ _READERS: list[tuple[Callable[[bytes, str], bool], Callable[[BinaryIO, int], Con
     (lambda s, n: s.startswith(b"PK\x03\x04"), _zip),
     (lambda s, n: s.startswith(b"GGUF"), _gguf),
     (lambda s, n: s[8:9] == b"{" and s[4:8] == bytes(4), _safetensors),
-    (lambda s, n: s[:1] == b"\x80" and s[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"), _old_torch),
+    (lambda s, n: s[:1] == b"\x80" and _LEGACY_START in s, _old_torch),
     (lambda s, n: s.startswith(b"\x89HDF\r\n\x1a\n"), _only("HDF5")),
     (lambda s, n: s[4:8] == b"TFL3", _only("TFLite")),
     (lambda s, n: n.endswith(".onnx"), _onnx),

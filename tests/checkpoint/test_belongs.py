@@ -64,8 +64,21 @@ def as_torch(model: Path, path: Path) -> None:
     torch.save(own(model), path)
 
 
+def as_state_dict(model: Path, path: Path) -> None:
+    """An OrderedDict with an attribute, as `torch.save(model.state_dict())` writes."""
+    torch.save(LlamaForCausalLM.from_pretrained(model).state_dict(), path)
+
+
+def as_whole_module(model: Path, path: Path) -> None:
+    torch.save(LlamaForCausalLM.from_pretrained(model), path)
+
+
 def as_old_torch(model: Path, path: Path) -> None:
     torch.save(own(model), path, _use_new_zipfile_serialization=False)
+
+
+def as_old_torch_of_protocol_4(model: Path, path: Path) -> None:
+    torch.save(own(model), path, pickle_protocol=4, _use_new_zipfile_serialization=False)
 
 
 def as_parameters(model: Path, path: Path) -> None:
@@ -99,6 +112,16 @@ def as_gguf(model: Path, path: Path) -> None:
             writer.add_tensor(f"blk.{i}.w.weight", quantized, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
         else:
             writer.add_tensor(f"blk.{i}.n.weight", value.float().numpy())
+    finish(writer)
+
+
+def as_fused_gguf(model: Path, path: Path) -> None:
+    """Experts stacked and projections fused: no matrix but the embedding has a shape of the checkpoint's."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(str(path), "phi3")
+    writer.add_tensor("token_embd.weight", np.ones((VOCABULARY, HIDDEN), np.float32))
+    for layer in range(2):
+        writer.add_tensor(f"blk.{layer}.attn_qkv.weight", np.ones((64 + HIDDEN, HIDDEN), np.float32))
     finish(writer)
 
 
@@ -158,7 +181,11 @@ def opaque(start: bytes) -> Callable[[Path, Path], None]:
 COPIES: dict[str, Callable[[Path, Path], None]] = {
     "pytorch_model.bin": as_torch,
     "weights.dat": as_torch,
+    "state.pt": as_state_dict,
+    "module.pt": as_whole_module,
+    "sharded/x.bin": as_state_dict,
     "old/consolidated.00.pth": as_old_torch,
+    "old.pth": as_old_torch_of_protocol_4,
     "last.ckpt": as_parameters,
     "model.fp16.safetensors": as_safetensors,
     "model.safetensors.bak": as_safetensors,
@@ -166,6 +193,7 @@ COPIES: dict[str, Callable[[Path, Path], None]] = {
     "checkpoint-50/model.safetensors": as_safetensors,
     "weights.npz": as_npz,
     "a-q8_0.gguf": as_gguf,
+    "fused.gguf": as_fused_gguf,
     "onnx/model.onnx": exported_to_onnx,
     "onnx/decoder_int4.onnx": quantized_onnx,
     "tf_model.h5": opaque(b"\x89HDF\r\n\x1a\n"),
@@ -200,6 +228,13 @@ def test_parts_of_an_export_are_one(model: Path) -> None:
     assert len(left) == 11 and left["pytorch_model.bin.index.json"] == "an index of files that are left out"
 
 
+def test_a_shard_that_was_left_over_stays(model: Path) -> None:
+    """Of an older set of shards, beside the file that counts: a part of the model under its own names."""
+    tensors = {k: v for k, v in own(model).items() if ".layers.0." in k}
+    save_file(tensors, model / "model-00001-of-00009.safetensors")
+    assert set(sorted_out(model)[1]) == {"model-00001-of-00009.safetensors"}
+
+
 def test_what_an_export_holds_besides_is_said(model: Path) -> None:
     """trl's AutoModelForCausalLMWithValueHead writes its head into the same file."""
     torch.save({**own(model), "v_head.summary.weight": torch.ones(1, HIDDEN)}, model / "pytorch_model.bin")
@@ -220,6 +255,7 @@ def test_what_is_not_a_copy_travels(model: Path) -> None:
         "2_Dense/model.safetensors": {"linear.weight": rand(HIDDEN, HIDDEN)},
         "value_head.safetensors": {"v_head.summary.weight": rand(1, HIDDEN)},
         "mtp.safetensors": {"model.layers.2.eh_proj.weight": rand(HIDDEN, 2 * HIDDEN)},
+        "model-00003-of-00003.safetensors": {f"mtp.{k}": v for k, v in layer.items()},  # the index does not name it
         "medusa_lm_head.safetensors": {f"{i}.1.weight": rand(VOCABULARY, HIDDEN) for i in range(4)},
         "vae/diffusion_pytorch_model.safetensors": {"encoder.conv_in.weight": rand(8, 3, 3, 3)},
         "eagle/model.safetensors": {**layer, "fc.weight": rand(HIDDEN, 2 * HIDDEN)},  # its own layer 0

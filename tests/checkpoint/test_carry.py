@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flashnorm_cli.checkpoint import carry
 from flashnorm_cli.checkpoint.carry import carry_over, check_names, find_files
@@ -23,6 +24,7 @@ from flashnorm_cli.checkpoint.model import Checkpoint, Source
 from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.cli import main
 from flashnorm_cli.errors import CheckpointError, FlashNormError, FolderError, UsageError
+from flashnorm_cli.proof.prompts import read_prompts
 
 INDEX = "model.safetensors.index.json"
 
@@ -272,6 +274,15 @@ def test_pipes_elsewhere_are_not_waited_for(model: Path, tmp_path: Path, capsys:
     pipe(adapter / "adapter_model.safetensors")
     code, err = run(capsys, "fold-adapter", "adapter", "out", "--base", "model")
     assert code == 1 and "adapter_model.safetensors" in err
+
+
+def test_a_pipe_as_text_or_ids_is_not_waited_for(model: Path) -> None:
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(model)
+    pipe(Path("text"))
+    for text, ids in ((Path("text"), None), (None, Path("text"))):
+        with pytest.raises(UsageError, match=r"text: cannot be read as .*is a named pipe"):
+            read_prompts(opened(model), text, ids, False)
 
 
 # ---- folders, names, modes, races ------------------------------------------------------------------------------------
