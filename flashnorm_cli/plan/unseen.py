@@ -97,11 +97,11 @@ def kept_beside_unreached(model: PreTrainedModel, trace: Trace) -> dict[str, str
         for n in reversed(unreached)
         if list_of(n) in lists_used - layers - {None} and list_of(f"{layer_of(n)}.") not in outer
     }
-    heads = {
-        f"{path}.weight": (module.in_features, beside)
-        for path, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and (beside := _head_beside(model, trace, path, module)) is not None
-    }
+    heads = {}
+    for path in (name.removesuffix(".weight") for name in unreached if name.endswith(".weight")):
+        module = model.get_submodule(path)
+        if isinstance(module, torch.nn.Linear) and (beside := _head_beside(model, trace, path, module)) is not None:
+            heads[f"{path}.weight"] = (module.in_features, beside)
     readers = {gain: name for name, r in trace.readers.items() for gain in trace.gains_of(r.ids)}
     kept: dict[str, str] = {}
     for name, gain in trace.gains.items():
