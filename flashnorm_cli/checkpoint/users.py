@@ -17,7 +17,7 @@ from typing import Any
 
 from flashnorm_cli.checkpoint.model import CONFIG, Checkpoint
 from flashnorm_cli.checkpoint.own_code import only_wraps
-from flashnorm_cli.checkpoint.weight_files import WeightFile, weight_files
+from flashnorm_cli.checkpoint.weight_files import WeightFile, files_beside, weight_files
 
 # What a user reads.
 LAST = "last_hidden_state"  # the output of the norms outside of the numbered layers, the final norm's above all
@@ -85,7 +85,7 @@ class _Files:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.folder, self.config = checkpoint.folder, checkpoint.config
-        self.names = [*checkpoint.others, *(each.name for each in checkpoint.left_out)]
+        self.names = files_beside(checkpoint)
         self.in_folder = "memory" not in checkpoint.shards  # a model in memory has no files
 
     def json(self, name: str) -> Any:
@@ -259,7 +259,7 @@ def _pairs(config: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
 # ---- generation ------------------------------------------------------------------------------------------------------
 
 
-_SPEAKS = r"(speech|audio)_tokenizer|vocoder|codec|talker|token2wav|code2wav|code_predictor|depth_decoder|tts"
+_SPEAKS = r"(speech|audio)_tokenizer|vocoder|talker|token2wav|code2wav|code_predictor|depth_decoder|tts"
 _MAKES = re.compile(
     rf"({_SPEAKS}|(image|speech|audio|diffusion|flow|gen|generation)_(decoder|generator|head))(_config)?"
 )

@@ -52,10 +52,15 @@ class WeightFile:
     adapts: tuple[str, ...] | None = None
 
 
+def files_beside(checkpoint: Checkpoint) -> list[str]:
+    """Every file of a checkpoint but config, index and shards, whether or not it travels with a fold."""
+    return [*checkpoint.others, *(each.name for each in checkpoint.left_out)]
+
+
 def weight_files(checkpoint: Checkpoint) -> Iterator[WeightFile]:
     """Weight files of a checkpoint, beside its shards, that are neither copies of it nor leftovers of training."""
     groups: dict[str, list[str]] = {}
-    for name in (*checkpoint.others, *(each.name for each in checkpoint.left_out)):
+    for name in files_beside(checkpoint):
         if name.endswith(SUFFIXES) and not _TRAINING.fullmatch(name.rsplit("/", 1)[-1]):
             groups.setdefault(re.sub(r"\d+", "#", name), []).append(name)
     for names in groups.values():

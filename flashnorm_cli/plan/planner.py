@@ -150,7 +150,7 @@ class _Planner:
         if self.trace.asked:
             where = ", ".join(f"`{name}`" for name, _ in grouped(self.trace.asked))
             self.notes.append(f"what the model computes depends on its data in {where}; both ways were followed")
-        users = [*self.users, *readers.code_users(self.model, self.trace)]
+        users = [*readers.code_users(self.model, self.trace), *self.users]
         self._keep(unseen.kept_for_users(users, self.trace, self._head_gains()), asked=True)
         lm_head = self._final_norm(missing)
         self._keep(unseen.kept_beside_unreached(self.model, self.trace))
@@ -168,6 +168,9 @@ class _Planner:
             self.cls.__name__,
         )
         self._keep(within)
+        for gain in last:  # tensors tell more than what announces them
+            if self.kept.get(gain, "").endswith(unseen.OVERRIDE):
+                del self.kept[gain]
         self._keep(last, asked=True)
         found = self._find_readers()
         if any(g in self.kept for g in self._head_gains()):
@@ -233,8 +236,6 @@ class _Planner:
         why = None
         if self.final_norm == "keep":
             why = "--final-norm keep"
-        elif self._head() in missing and self.final_norm != "untie":
-            why = "the files hold no output head: what is used of this model is the final norm's output"
         elif self.strange_class and self.final_norm != "untie":
             why = (
                 f"config.json names {self.strange_class}, which transformers does not know and which may read it; "
@@ -425,7 +426,11 @@ class _Planner:
             if packed is None and gain in self.kept:
                 return "is not in the checkpoint"
             if packed is None:
-                raise PlanError(f"{name}, which reads {gain}, is not in the checkpoint")
+                head = gain in self._head_gains()
+                hint = (
+                    "; --final-norm keep folds the other norms of a model that is used without its head" if head else ""
+                )
+                raise PlanError(f"{name}, which reads {gain}, is not in the checkpoint{hint}")
             return f"is packed or quantized on disk (`{pattern_of(packed)}`)"
         entry = tensors[name]
         scale = next((n for n in self.unread if n.startswith((name + "_", stem))), None)

@@ -51,26 +51,19 @@ def _generation_code(cls: type) -> Iterator[User]:
 
 def _second_decoders(model: PreTrainedModel, trace: Trace) -> Iterator[User]:
     """Parts that no text forward entered, and that take hidden states as an input of theirs."""
-    reached = set(trace.reached)
+    entered = {name[:n] for name in trace.reached for n, character in enumerate(name) if character == "."}
     for path, module in model.named_modules():
-        if not path or any(name.startswith(f"{path}.") for name in reached):
-            continue
-        if path.rpartition(".")[0] and not _entered(path.rpartition(".")[0], reached):
-            continue  # a part of a part that was named already
-        if not any(True for _ in module.parameters()):
+        above = path.rpartition(".")[0]
+        if not path or path in entered or (above and above not in entered):  # a part of a part is named with it
             continue
         takes = [
             name
             for name in inspect.signature(module.forward).parameters
             if "hidden" in name and not _OWN_HIDDEN.search(name)
         ]
-        if takes:
+        if takes and any(True for _ in module.parameters()):
             line = f"`{path}` was not reached by a text forward, and takes `{takes[0]}`"
             yield User(DECODER, path, LAST, line)
-
-
-def _entered(path: str, reached: set[str]) -> bool:
-    return any(name.startswith(f"{path}.") for name in reached)
 
 
 def reads_media(owner: type, part: str) -> bool:

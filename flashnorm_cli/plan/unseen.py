@@ -97,11 +97,11 @@ def kept_beside_unreached(model: PreTrainedModel, trace: Trace) -> dict[str, str
         for n in reversed(unreached)
         if list_of(n) in lists_used - layers - {None} and list_of(f"{layer_of(n)}.") not in outer
     }
-    heads = {
-        f"{path}.weight": module.in_features
-        for path, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and not _makes_its_input(model, trace, path, module)
-    }
+    heads = {}
+    for path in (name.removesuffix(".weight") for name in unreached if name.endswith(".weight")):
+        module = model.get_submodule(path)
+        if isinstance(module, torch.nn.Linear) and (beside := _head_beside(model, trace, path, module)) is not None:
+            heads[f"{path}.weight"] = (module.in_features, beside)
     readers = {gain: name for name, r in trace.readers.items() for gain in trace.gains_of(r.ids)}
     kept: dict[str, str] = {}
     for name, gain in trace.gains.items():
@@ -112,17 +112,23 @@ def kept_beside_unreached(model: PreTrainedModel, trace: Trace) -> dict[str, str
             unseen = next((n for n in unreached if n.startswith(parent)), None)
         else:
             unseen = next((n for m, n in in_list.items() if m and m.startswith(parent)), None) or next(
-                (n for n in unreached if heads.get(n) == gain.size and not layer_of(n)), None
+                (
+                    n
+                    for n in unreached
+                    if n in heads and heads[n][0] == gain.size and name.startswith(heads[n][1]) and not layer_of(n)
+                ),
+                None,
             )
         if unseen:
             kept[name] = f"`{unseen}` was not reached by a text forward and may read it"
     return kept
 
 
-def _makes_its_input(model: PreTrainedModel, trace: Trace, path: str, linear: torch.nn.Linear) -> bool:
-    """Whether a linear layer belongs to a part that the forward did not enter, and that makes its input by itself.
+def _head_beside(model: PreTrainedModel, trace: Trace, path: str, linear: torch.nn.Linear) -> str | None:
+    """The prefix of the norms that a linear layer may read as a head; None for one that makes its input by itself.
 
-    A tower embeds what it reads; a projector from a tower to this model may be square, or end in a square layer. A
+    Of the parts that the forward did not enter, a tower embeds what it reads, and a projector from a tower to this
+    model may be square, or end in a square layer. A square head reads a norm of its own module, or of one below. A
     second decoder embeds tokens of its own as well: what it takes of the first one, `readers.py` sees.
     """
     import torch
@@ -131,16 +137,17 @@ def _makes_its_input(model: PreTrainedModel, trace: Trace, path: str, linear: to
     while "." in top and not any(n.startswith(top.rpartition(".")[0] + ".") for n in trace.reached):
         top = top.rpartition(".")[0]
     own_input = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.Embedding)
+    parts = list(model.get_submodule(top).modules())
+    if any(isinstance(m, own_input) for m in parts):
+        return None
     width = linear.in_features
-    square = linear.out_features == width
+    if linear.out_features != width:
+        return ""
     above, _, part = top.rpartition(".")
-    if square and reads_media(type(model.get_submodule(above)), part):
-        return True
-    return any(
-        isinstance(m, own_input)
-        or (square and isinstance(m, torch.nn.Linear) and m.out_features == width != m.in_features)
-        for m in model.get_submodule(top).modules()
-    )
+    widens = any(isinstance(m, torch.nn.Linear) and m.out_features == width != m.in_features for m in parts)
+    if widens or reads_media(type(model.get_submodule(above)), part):
+        return None
+    return f"{above}." if above else ""
 
 
 # ---- tensors on disk that the model does not read --------------------------------------------------------------------

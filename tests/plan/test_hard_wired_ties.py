@@ -10,6 +10,7 @@ import pytest
 from families import build, randomize_gains, save
 
 from flashnorm_cli.cli import main
+from flashnorm_cli.plan.planner import HIDDEN_STATES
 
 
 def fold(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -39,6 +40,7 @@ def test_the_final_norm_is_kept_unless_it_is_forced(
 
     forced = json.loads(fold(capsys, tmp_path / "source", tmp_path / "untied", "--final-norm", "untie", "--json"))
     assert forced["lm_head"] == "untied"
-    (note,) = forced["notes"]
+    note, about_hidden_states = forced["notes"]
+    assert about_hidden_states == HIDDEN_STATES
     assert f"runtimes tie it for {family} whatever the files say" in note
     assert note.endswith("llama.cpp will drop the separate head and compute wrong logits")
