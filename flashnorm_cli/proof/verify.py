@@ -97,6 +97,8 @@ def verify(
         if (mine.folder / RECORD).exists():
             read_json(mine.folder / RECORD)
     except CheckpointError as error:
+        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+            raise  # a disk that does not answer says nothing of the files
         if not _was_checkpoint(folder):
             raise
         return _broken(str(folded), origin, error, environment(device, command))
