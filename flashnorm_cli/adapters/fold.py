@@ -20,6 +20,7 @@ from flashnorm_cli.checkpoint.header import build_header
 from flashnorm_cli.checkpoint.model import RECORD, Checkpoint, Progress, Source
 from flashnorm_cli.checkpoint.names import grouped
 from flashnorm_cli.checkpoint.open import open_checkpoint
+from flashnorm_cli.checkpoint.output import ADAPTER_CARD
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.plan.model import FORMAT
 from flashnorm_cli.record import write as record
@@ -252,7 +253,7 @@ def _card(text: str, adapter: Adapter, base: Checkpoint) -> str:
     The Hub reads `base_model` as the model to load it on: with the old one it would be silently wrong there.
     """
     sentence = (
-        f"> `flashnorm fold-adapter` made this from {adapter.source.name} for the folded checkpoint "
+        f"> {ADAPTER_CARD} {adapter.source.name} for the folded checkpoint "
         f"{base.source.name} ([FlashNorm](https://arxiv.org/abs/2407.09577)). On any other base it is wrong.\n\n"
     )
     matter = re.match(r"---\r?\n(.*?)^---[ \t]*\r?\n", text, re.DOTALL | re.MULTILINE)
