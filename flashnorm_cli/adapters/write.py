@@ -23,7 +23,7 @@ from flashnorm_cli.checkpoint.disk import write_text
 from flashnorm_cli.checkpoint.header import build_header
 from flashnorm_cli.checkpoint.model import RECORD, Checkpoint, Progress
 from flashnorm_cli.checkpoint.names import grouped
-from flashnorm_cli.checkpoint.output import flush, not_an_output, work_folder
+from flashnorm_cli.checkpoint.output import ADAPTER_CARD, flush, not_an_output, work_folder
 from flashnorm_cli.checkpoint.work import source_name
 from flashnorm_cli.plan.model import FORMAT
 from flashnorm_cli.record import write as record
@@ -119,7 +119,7 @@ def _card(text: str, adapter: Adapter, base: Checkpoint) -> str:
     The Hub reads `base_model` as the model to load it on: with the old one it would be silently wrong there.
     """
     sentence = (
-        f"> `flashnorm fold-adapter` made this from {adapter.source.name} for the folded checkpoint "
+        f"> {ADAPTER_CARD} {adapter.source.name} for the folded checkpoint "
         f"{base.source.name} ([FlashNorm](https://arxiv.org/abs/2407.09577)). On any other base it is wrong.\n\n"
     )
     matter = re.match(r"---\r?\n(.*?)^---[ \t]*\r?\n", text, re.DOTALL | re.MULTILINE)

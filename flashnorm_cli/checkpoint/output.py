@@ -33,6 +33,8 @@ __all__ = [
 
 # Beside the folder that is being filled, with the journal that says what for: finished shards and what was flushed.
 FLUSHED = "flushed.json"
+# What a folded adapter's card says.
+ADAPTER_CARD = "`flashnorm fold-adapter` made this from"
 
 
 # ---- before the work -------------------------------------------------------------------------------------------------
@@ -128,7 +130,7 @@ def _chain(path: Path) -> list[tuple[int, int] | None]:
         try:
             status = part.stat()
             found.append((status.st_dev, status.st_ino))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             found.append(None)
     return found
 
@@ -136,7 +138,7 @@ def _chain(path: Path) -> list[tuple[int, int] | None]:
 def not_an_output(folder: int, config: str = CONFIG, what: str = "a checkpoint") -> str | None:
     """Why the folder of a descriptor is not what a fold has written, None if it is.
 
-    A fold's config.json says so itself; an adapter's, where peft would warn, has flashnorm.json beside it.
+    A fold's config.json says so itself; an adapter's, where peft would warn, has flashnorm.json beside it, or its card.
     """
     said = _json(folder, config)
     if said is None:
@@ -146,8 +148,15 @@ def not_an_output(folder: int, config: str = CONFIG, what: str = "a checkpoint")
         folded = any(said.get(key) for key in ("flashnorm", "flashnorm_folded", "flash_norm"))
         folded = folded or ("source_files" in record and "layout" in record)
     else:
-        folded = record.get("kind") == "adapter"
+        folded = record.get("kind") == "adapter" or ADAPTER_CARD in _text(folder, "README.md")
     return None if folded else f"is {what}, but not one that flashnorm has folded"
+
+
+def _text(folder: int, name: str) -> str:
+    try:
+        return disk.read_small(name, folder).decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _is_there(folder: int, name: str) -> bool:

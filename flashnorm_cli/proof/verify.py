@@ -127,6 +127,8 @@ def verify_pair(
         if (folded.folder / RECORD).exists():
             FoldRecord.read(folded.folder / RECORD)
     except CheckpointError as error:
+        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+            raise  # a disk that does not answer says nothing of the files
         if isinstance(error, FolderError) or not _was_checkpoint(folder):
             raise
         return _broken(name, origin, error, where)

@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 
 from flashnorm_cli._version import __version__
+from flashnorm_cli.checkpoint.disk import write_bytes
 from flashnorm_cli.checkpoint.names import grouped, pattern_of
 from flashnorm_cli.plan.model import Norm, Plan
 from flashnorm_cli.proof.result import (
@@ -71,15 +72,7 @@ THRESHOLDS = {
 
 def write_report(result: Verification, path: Path) -> None:
     """Write the page; `path` is replaced in one step, or left as it was."""
-    page = render(result).encode()
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    try:
-        with partial.open("xb") as file:  # never through a link that somebody left there
-            file.write(page)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_bytes(path, render(result).encode())
 
 
 def render(result: Verification) -> str:
