@@ -47,7 +47,7 @@ TRAINED_TEXTS = (
     ROOT / "docs" / "kernels.md",
     ROOT / "flashnorm_cli" / "proof" / "layers.py",
 )
-PROMPT_TOKENS, TRAINED_PROMPTS = 64, 5
+PROMPT_TOKENS, TRAINED_PROMPTS = 32, 6
 
 
 def quiet(done: int, total: int, what: str) -> None:
