@@ -40,7 +40,14 @@ NAMES = (
     "qwen2_moe mixtral deepseek_v3 mamba2 jamba"
 ).split()
 TEXTS = 5
-PROMPT_TOKENS = 64
+TRAINED_TEXTS = (
+    prompts.PROMPTS,
+    HELD_OUT,
+    ROOT / "docs" / "how_it_works.md",
+    ROOT / "docs" / "kernels.md",
+    ROOT / "flashnorm_cli" / "proof" / "layers.py",
+)
+PROMPT_TOKENS, TRAINED_PROMPTS = 32, 6
 
 
 def quiet(done: int, total: int, what: str) -> None:
@@ -81,12 +88,12 @@ def texts_of(both: Pair, trained: bool) -> list[prompts.Prompts]:
     if not trained:
         made = [prompts._random_ids(both.source, 128, 32, 16, seed) for seed in range(TEXTS)]
         return [prompts.Prompts(ids, "random token ids", random=True) for ids in made]
-    built_in = prompts.read_prompts(both.source, None, None, False)
-    ids = built_in.tokenizer(HELD_OUT.read_text())["input_ids"]
-    found, step = [built_in], 6 * PROMPT_TOKENS
-    for k in range(TEXTS - 1):
-        rows = [ids[k * step + i : k * step + i + PROMPT_TOKENS] for i in range(0, step, PROMPT_TOKENS)]
-        found.append(prompts.Prompts(tuple(tuple(row) for row in rows if len(row) > 1), "held-out text", random=True))
+    tokenizer = prompts.read_prompts(both.source, None, None, False).tokenizer
+    found = []
+    for path in TRAINED_TEXTS:
+        ids = tokenizer(path.read_text(encoding="utf-8"))["input_ids"][: TRAINED_PROMPTS * PROMPT_TOKENS]
+        rows = tuple(tuple(ids[i : i + PROMPT_TOKENS]) for i in range(0, len(ids), PROMPT_TOKENS))
+        found.append(prompts.Prompts(rows, path.name, random=True))
     return found
 
 

@@ -72,22 +72,22 @@ def check_logits(pair: Pair, prompts: Prompts, options: VerifyOptions, report: P
         if setting.from_disk:
             prompts = in_few_lengths(prompts)
         try:
-            measured = _measure(setting, prompts, dtype, wide, report)
-            judgement = _judge(measured, dtype, options)
-            looks = 1
+            first = measured = _measure(setting, prompts, dtype, wide, report)
+            judgement = _judge(first, dtype, options)
+            greedy = _side_by_side(prompts, first.source_text, first.folded_text)
             if judgement.doubtful:
-                again = drawn_afresh(pair.source, len(prompts.ids))
-                looks, second = 2, _measure(setting, again, dtype, wide, report)
-                judgement = _judge(second, dtype, options)
+                prompts = drawn_afresh(pair.source, len(prompts.ids))
+                measured = _measure(setting, prompts, dtype, wide, report)
+                judgement = _judge(measured, dtype, options)
         except _SourceError as error:
             return LevelResult("logits", "skipped", reason=str(error))
         except _FoldedError as error:
             return LevelResult("logits", "failed", findings=(Finding("logits", str(error)),))
-    notes = list(measured.notes)
-    if looks == 2:
+    notes = list(first.notes)
+    if measured is not first:
         verdict = "over the limit again" if judgement.findings else "within the limit"
         notes.append(f"the rounding error was over the limit; measured again on other tokens, it was {verdict}")
-    figures = _figures(setting, measured, judgement, prompts, dtype)
+    figures = _figures(setting, measured, judgement, prompts, dtype, greedy)
     status = "failed" if judgement.findings else "passed"
     return LevelResult("logits", status, figures, judgement.findings, tuple(dict.fromkeys(notes)))
 
@@ -175,7 +175,12 @@ def _following(model: Any, ids: tuple[int, ...], logits: torch.Tensor) -> torch.
 
 
 def _figures(
-    setting: Setting, measured: _Measured, judgement: Judgement, prompts: Prompts, dtype: torch.dtype
+    setting: Setting,
+    measured: _Measured,
+    judgement: Judgement,
+    prompts: Prompts,
+    dtype: torch.dtype,
+    greedy: tuple[GreedyFigures, ...],
 ) -> LogitsFigures:
     return LogitsFigures(
         reference=dtype_name(measured.wide),
@@ -195,7 +200,7 @@ def _figures(
         source=measured.floor.figures(),
         folded=measured.folded.figures(),
         reference_perplexity=measured.baseline.perplexity(),
-        greedy=_side_by_side(prompts, measured.source_text, measured.folded_text),
+        greedy=greedy,
     )
 
 

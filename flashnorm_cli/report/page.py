@@ -109,6 +109,7 @@ def render(result: Verification) -> str:
         limit=limit,
         algebra_limit=algebra_limit(result),
         greedy=[_side_by_side(g) for g in dicts_in(figures_of(result, "logits").get("greedy"))],
+        users=dicts_in(figures_of(result, "users").get("users")),
         tasks=dicts_in(figures_of(result, "eval").get("tasks")),
         names=THRESHOLDS,
         environment={k: v for k, v in result.environment.items() if k not in ("command", "date")},

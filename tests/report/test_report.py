@@ -115,7 +115,10 @@ def verification(*levels: LevelResult, **more: Any) -> Verification:
 
 
 KERNELS = LevelResult("kernels", "passed", {"gpu": "NVIDIA H200", "sizes": [64, 2048], "error": 0.4987})
-FULL = verification(WEIGHTS, layers(*map(norm_row, range(16))), LOGITS, KERNELS, RUNTIME, EVAL)
+USERS = LevelResult(
+    "users", "passed", {"users": [{"user": "modules.json", "compared": "embeddings", "numbers": 9, "error": 2e-7}]}
+)
+FULL = verification(WEIGHTS, layers(*map(norm_row, range(16))), LOGITS, USERS, KERNELS, RUNTIME, EVAL)
 
 
 def charts(page: str) -> list[ET.Element]:
@@ -131,6 +134,11 @@ def charts(page: str) -> list[ET.Element]:
             (WEIGHTS, LevelResult("logits", "skipped")),
             "As planned, not run",
             "no run of both models was compared (passed: weights). Not run: log",
+        ),
+        (
+            (WEIGHTS, LOGITS, LevelResult("users", "skipped", reason="no sentence-transformers")),
+            "As planned, not run",
+            "Not everything that this checkpoint is used for was compared (passed: weights and logits). Not run: users",
         ),
         ((LevelResult("weights", "failed"), LOGITS), "NOT equivalent", "weights failed. Passed: logits."),
         ((LevelResult("weights", "skipped"),), "Not verified", "No level ran"),
