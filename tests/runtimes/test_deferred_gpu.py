@@ -92,7 +92,7 @@ def test_the_kernels_and_nothing_beside_them(rows):
     counts = {event.key: event.count for event in seen.key_averages()}
     assert counts.get("one_row" if rows == 1 else "few_rows") == 9, counts  # four a layer, and the head
     assert counts.get("rms_norm") == 1, counts
-    assert not any("gemm" in key or "silu" in key for key in counts), counts
+    assert not any("silu" in key for key in counts), counts
 
 
 def decoded(model, tokens, compiled=False):
