@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flashnorm_cli.errors import FlashNormError
 from flashnorm_cli.norms import fused_add_rms_norm
 from flashnorm_cli.norms.detect import PlainNorm, plain_norms
-from flashnorm_cli.runtimes.transformers.deferred import defer, states_of, undefer
+from flashnorm_cli.runtimes.transformers.deferred import choose_kernels, defer, states_of, undefer
 from flashnorm_cli.runtimes.transformers.swap import norms_replaced, on_kernel
 
 if TYPE_CHECKING:
@@ -30,6 +30,16 @@ WAYS = (
     "no norms",
 )
 COMPILED_WAYS = ("stock", TUNED_INDUCTOR, "flashnorm", "flashnorm deferred", "no norms")
+
+
+def tune_model(model: PreTrainedModel, on_progress: Callable[[int, int, str], None]) -> None:
+    """Measure again which kernels run for the products of a model on a GPU, and keep that on disk."""
+    with norms_replaced(model):
+        defer(model, measure=False)
+        try:
+            choose_kernels(model, on_progress, again=True)
+        finally:
+            undefer(model)
 
 
 @contextmanager

@@ -51,6 +51,12 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Time the model under torch.compile, too (minutes).")
     ] = True,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune", help="First measure again which kernels norm_linear uses for the model's products, and keep that."
+        ),
+    ] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Picture of the norms' share of a copy over tokens (.svg, .png or .pdf).")
     ] = None,
@@ -78,6 +84,8 @@ def bench(
         if plot.suffix.lower() not in PICTURES:
             raise UsageError(f"--plot {plot}: the name has to end in {', '.join(PICTURES)}")
         require_matplotlib()
+    if tune and model is None:
+        raise UsageError("--tune measures the products of a model: name one")
     command = options.command_line(["bench", *sys.argv[2:]])
     with out.progress() as report:
         report(0, 0, "Loading torch")
@@ -101,6 +109,10 @@ def bench(
             sizes = list(hidden or models.norm_sizes(loaded))
             if not sizes:
                 raise FlashNormError(f"{model}: has no plain RMSNorm")
+            if tune:
+                from flashnorm_cli.bench.ways import tune_model
+
+                tune_model(loaded, report)
             modes = [m for m in models.MODES if compiled or m != "decode, compiled"]
             of_model = models.bench(
                 loaded, trials or 20, new_tokens, batch, tuple(modes), on_progress=lambda what: report(0, 0, what)

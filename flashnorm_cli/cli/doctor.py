@@ -5,17 +5,25 @@ from __future__ import annotations
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output
 
+ALWAYS = ("gpu", "gpus", "capability", "driver_cuda", "nvrtc", "cupy", "torch", "torch_cuda")
+
 
 def doctor(json: options.JsonOpt = False, debug: options.DebugOpt = False) -> None:
-    """Tell which code the norms run on here: GPU, driver, CuPy, NVRTC, the path in use and why."""
+    """Tell which code the norms and norm_linear run on here: GPU, driver, CuPy, NVRTC, the path in use and why."""
     out = Output(json)
     from flashnorm_cli.norms import info
+    from flashnorm_cli.norms.linear import describe
 
-    found = info()
+    found = info() | describe()
     out.data(found)
     names = {
         "path": "Norms run on",
         "reason": "Because",
+        "norm_linear": "norm_linear runs on",
+        "norm_linear_reason": "Because of",
+        "norm_linear_choices": "Shapes measured here",
+        "norm_linear_on_kernels": "Of these, on kernels",
+        "norm_linear_file": "Kept in",
         "gpu": "GPU",
         "gpus": "GPUs",
         "capability": "Compute capability",
@@ -25,6 +33,7 @@ def doctor(json: options.JsonOpt = False, debug: options.DebugOpt = False) -> No
         "torch": "torch",
         "torch_cuda": "torch built for CUDA",
     }
-    shown = [(label, found[key]) for key, label in names.items() if not (key == "reason" and found[key] is None)]
+    # A reason is shown where there is one, and what was measured only where there are kernels.
+    shown = [(label, found[key]) for key, label in names.items() if found[key] is not None or key in ALWAYS]
     width = max(len(label) for label, _ in shown)
     out.text(*(f"{label:{width}}  {'none' if value is None else value}" for label, value in shown))

@@ -71,6 +71,11 @@ def choice_of(problem: Problem, rows: int, index: int) -> Choice | None:
     return _of_gpu(gpu_name(index)).get(_key(problem, rows))
 
 
+def known_choices(index: int) -> dict[str, Choice]:
+    """All that was chosen for a GPU."""
+    return _of_gpu(gpu_name(index))
+
+
 def remember(problem: Problem, rows: int, index: int, choice: Choice, save: bool = True) -> None:
     """Keep a choice for this process, and with `save` for later ones."""
     gpu = gpu_name(index)

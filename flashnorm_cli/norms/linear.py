@@ -227,14 +227,27 @@ ops._library.impl("norm_linear", _autograd, "Autograd")
 torch.library.register_fake("flashnorm::norm_linear", _fake, lib=ops._library)
 
 
-def describe(index: int) -> dict[str, Any]:
-    """What norm_linear runs on on a GPU: why not on its kernels, if so, and how many choices are known."""
-    reason = linear.why_not(index)
-    known = choices._of_gpu(choices.gpu_name(index)) if reason is None else {}
+def describe() -> dict[str, Any]:
+    """What norm_linear runs on here, why not on its kernels if so, and which choices are known.
+
+    Returns:
+        norm_linear: "kernels where they were measured to be faster" or "torch"; norm_linear_reason; and where there are
+        kernels norm_linear_choices (shapes and numbers of rows that were measured), norm_linear_on_kernels (of these,
+        where a kernel won), norm_linear_file (where they are kept). None where there is none.
+    """
+    found: dict[str, Any] = dict.fromkeys(
+        ("norm_linear_reason", "norm_linear_choices", "norm_linear_on_kernels", "norm_linear_file")
+    )
+    if not torch.cuda.is_available():
+        return {"norm_linear": "torch", **found, "norm_linear_reason": "torch sees no CUDA device"}
+    index = torch.cuda.current_device()
+    if reason := linear.why_not(index):
+        return {"norm_linear": "torch", **found, "norm_linear_reason": reason}
+    known = choices.known_choices(index)
     return {
-        "norm_linear": "torch" if reason else "cuda",
-        "norm_linear_reason": reason,
+        "norm_linear": "kernels where they were measured to be faster",
+        "norm_linear_reason": None,
         "norm_linear_choices": len(known),
         "norm_linear_on_kernels": sum(choice.variant is not None for choice in known.values()),
-        "norm_linear_file": str(choices.file_of(choices.gpu_name(index))) if reason is None else None,
+        "norm_linear_file": str(choices.file_of(choices.gpu_name(index))),
     }

@@ -150,6 +150,8 @@ class Calls:
         self.launches = max(2 * sets, 2000 * 2**20 // (2 * problem.k * lines))
         self.launches = max(16, min(128, self.launches))
         self.eps = 1e-5 if problem.norm else None
+        # Of all kernels: a graph knows its address and would not keep it alive.
+        self.y = torch.empty(rows, problem.n, **more)
 
     def library(self, i: int) -> Tensor:
         weight = self.weights[i % len(self.weights)]
@@ -163,14 +165,13 @@ class Calls:
         k, n = self.problem.k, self.problem.n
         launch = linear.Launch(variant, self.problem, self.rows, (2 * k, 2 * k, 2 * n), self.eps or 0.0)
         start = launch.start(function, self.index)
-        y = torch.empty(self.rows, n, dtype=self.x[0].dtype, device=self.x[0].device)
         call = linear.Ready(None, None, [0], launch, start, self.index, False, ())
         call.seen[0] = 0
 
         def run(i: int) -> Tensor:
             weight = self.weights[i % len(self.weights)]
             call.seen[0] = linear.version_of(weight)  # nobody writes these weights
-            linear.go(call, self.x[0], weight, y, None, self.residual)
-            return y
+            linear.go(call, self.x[0], weight, self.y, None, self.residual)
+            return self.y
 
         return run

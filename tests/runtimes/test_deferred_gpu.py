@@ -92,7 +92,7 @@ def test_the_kernels_and_nothing_beside_them(rows):
     counts = {event.key: event.count for event in seen.key_averages()}
     assert counts.get("one_row" if rows == 1 else "few_rows") == 9, counts  # four a layer, and the head
     assert counts.get("rms_norm") == 1, counts
-    assert not any("gemm" in key or "silu" in key for key in counts), counts
+    assert not any("silu" in key for key in counts), counts
 
 
 def decoded(model, tokens, compiled=False):
@@ -112,7 +112,8 @@ def decoded(model, tokens, compiled=False):
                 if isinstance(t, torch.Tensor) and not t.is_floating_point()]  # fmt: skip
     start = [t.clone() for t in counters]
     with torch.cuda.stream(side):
-        run()
+        for _ in range(3):
+            run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -138,6 +139,7 @@ def test_decoding_in_a_graph(family, compiled):
     want = wide(tokens).logits[:, -1:]
     before = off(decoded(model, tokens)(tokens[:, -1:]), want)
     weightless(model, deferred=True)
+    assert sum(why is None for why in deferred_modules(model).values()) >= 4
     torch._dynamo.reset()
     step = decoded(model, tokens, compiled)
     assert off(step(tokens[:, -1:]), want) < 1.3 * before + 1e-3

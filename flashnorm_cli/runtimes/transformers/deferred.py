@@ -156,7 +156,7 @@ class _Finder:
         if module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in vars(module):
             raise _Unfit("it has a hook")
         readers = []
-        for op in self.seen.uses_of(call.out):
+        for op in self.seen.uses_of(call.out, name):
             reader = self.modules.get(op.scope)
             if op.name != "linear" or not isinstance(reader, nn.Linear) or op.positional[0] is not call.out:
                 raise _Unfit(f"its output is also read by {op.name} in {op.scope or 'the model'}")

@@ -100,7 +100,7 @@ def _only_product(seen: Observed, out: Any, part: str, add: Op, modules: dict[st
     name = next(iter(makers), "")
     if len(makers) != 1 or not isinstance(modules[name], nn.Linear):
         raise LayerError(f"{part} does not end in a linear")
-    if any(op is not add and op.name != "dropout" for op in seen.uses_of(out)):
+    if any(op is not add and op.name != "dropout" for op in seen.uses_of(out, name)):
         raise LayerError(f"the output of {part} is read elsewhere too")
     return name
 

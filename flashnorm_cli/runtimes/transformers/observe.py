@@ -14,7 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 TOKENS = 3
 # Questions about a tensor that do not read its elements.
-_QUESTIONS = {"__get__", "size", "dim", "ndimension", "stride", "is_floating_point", "numel", "get_device", "__len__"}
+_QUESTIONS = set(
+    "__get__ size dim ndimension stride is_floating_point numel get_device __len__ data_ptr is_contiguous "
+    "storage_offset element_size".split()
+)
 
 
 @dataclass
@@ -51,8 +54,10 @@ class Observed:
         found = self.calls.get(name, [])
         return found[0] if len(found) == 1 else None
 
-    def uses_of(self, tensor: Any) -> list[Op]:
-        return self.uses.get(id(tensor), [])
+    def uses_of(self, tensor: Any, maker: str) -> list[Op]:
+        """What reads a tensor outside the module that made it."""
+        ops = self.uses.get(id(tensor), [])
+        return [op for op in ops if op.scope != maker and not op.scope.startswith(f"{maker}.")]
 
     def returned_by(self, tensor: Any) -> set[str]:
         """The modules whose output this very tensor is or is a part of."""

@@ -134,9 +134,9 @@ def assert_merged(weight: Tensor | None) -> None:
 
 
 def _merge(parts: list[Any]) -> Tensor:
-    """One matrix of which the parameters become views. A single one stays where it is."""
-    if len(parts) == 1:
-        return parts[0].detach()
+    """One matrix of which the parameters become views. Where they are already, nothing moves."""
+    if (found := _one_already(parts)) is not None:
+        return found
     whole = torch.empty(
         (sum(p.size(0) for p in parts), *parts[0].shape[1:]), dtype=parts[0].dtype, device=parts[0].device
     )
@@ -146,6 +146,18 @@ def _merge(parts: list[Any]) -> Tensor:
         part.data = whole[at : at + part.size(0)]
         at += part.size(0)
     return whole
+
+
+def _one_already(parts: list[Any]) -> Tensor | None:
+    """The matrix of which these are the rows, one after another, or None: a captured CUDA graph knows its address."""
+    first, at = parts[0], parts[0].storage_offset()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or part.storage_offset() != at or not part.is_contiguous():
+            return None
+        at += part.numel()
+    rows = sum(part.size(0) for part in parts)
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
 
 
 class Swapped(nn.Module):
