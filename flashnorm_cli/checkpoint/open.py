@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from flashnorm_cli.checkpoint.header import Header, read_header
-from flashnorm_cli.checkpoint.hub import hub_errors, hub_headers, progress_bar
+from flashnorm_cli.checkpoint.hub import cached_listing, checked_files, hub_headers, progress_bar
+from flashnorm_cli.checkpoint.hub_errors import hub_errors, is_bad_answer, with_retry
 from flashnorm_cli.checkpoint.model import CONFIG, INDEX, OTHER_WEIGHTS, SINGLE, Checkpoint, Progress, Source, read_json
 from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
 
@@ -135,12 +136,11 @@ def _check_index(index: dict[str, Any] | None, shards: dict[str, Header], where:
 
 def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Checkpoint:
     """Small files always come to the cache; shards only for `weights`, and only those that the index names."""
-    from huggingface_hub import get_cached_repo_tree, snapshot_download
-    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+    from huggingface_hub import snapshot_download
 
     def download(revision: str | None, **more: Any) -> Path:
-        return Path(
-            snapshot_download(
+        def ask() -> str:
+            return snapshot_download(
                 source.name,
                 revision=revision,
                 token=source.token,
@@ -148,19 +148,17 @@ def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Ch
                 local_files_only=source.local_files_only,
                 **{"tqdm_class": progress_bar("", None), **more},
             )
-        )
+
+        return Path(with_retry(ask, transient=is_bad_answer))
 
     with hub_errors(source.name):
         folder = download(source.revision, ignore_patterns=[f"*{suffix}" for suffix in OTHER_WEIGHTS])
         commit = folder.name
-        try:
-            tree = get_cached_repo_tree(source.name, revision=commit, cache_dir=source.cache_dir)
-            sizes = {file.path: file.size for file in tree}
-        except CachedRepoTreeNotFoundError:  # a cache that an older huggingface_hub has filled
-            paths = (path for path in folder.rglob("*") if path.is_file())
-            sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+        sizes, listed = cached_listing(source, folder)
     if CONFIG not in sizes:
         raise CheckpointError(f"{source.name}: there is no {CONFIG}: is this a transformers checkpoint?")
+    here = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    checked_files(source, folder, [n for n in here if not n.endswith(tuple(OTHER_WEIGHTS))], listed)
     index, names = _shard_names(folder, source.name, sizes)
     left_out = tuple(sorted(n for n in sizes if n.endswith(tuple(OTHER_WEIGHTS)) and n not in names))
     cached = all((folder / name).exists() for name in names)
@@ -170,7 +168,8 @@ def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Ch
         with hub_errors(source.name):
             download(commit, allow_patterns=names, tqdm_class=progress_bar(f"Downloading {source.name}", on_progress))
     if cached or weights:
-        return replace(_open_folder(source, folder, commit), left_out=left_out)
+        sha256 = checked_files(source, folder, names, listed, on_progress) if weights else {}
+        return replace(_open_folder(source, folder, commit), left_out=left_out, sha256=sha256)
     with hub_errors(source.name):
         shards = hub_headers(source, commit, {name: sizes[name] for name in names})
     _check_index(index, shards, source.name)

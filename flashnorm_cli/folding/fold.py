@@ -186,10 +186,10 @@ def _check_output(checkpoint: Checkpoint, output: Path, overwrite: bool) -> Path
     return check_output(output, overwrite, checkpoint.folder)
 
 
-def read_gains(checkpoint: Checkpoint, plan: Plan) -> dict[str, np.ndarray]:
-    """Gains of the folded norms, by tensor: float32 of shape (elements,)."""
+def read_gains(checkpoint: Checkpoint, plan: Plan, raw: Mapping[str, bytearray] | None = None) -> dict[str, np.ndarray]:
+    """Gains of the folded norms, by tensor: float32 of shape (elements,). `raw` are their bytes, if they are here."""
     gains = {}
-    raw = read_tensors(checkpoint, [norm.tensor for norm in plan.folded])
+    raw = raw if raw is not None else read_tensors(checkpoint, [norm.tensor for norm in plan.folded])
     for norm in plan.folded:
         weight = torch.frombuffer(raw[norm.tensor], dtype=TORCH_DTYPE[checkpoint.tensors[norm.tensor].dtype]).float()
         gain = weight if norm.scale == 1.0 else weight * norm.scale

@@ -11,38 +11,34 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from flashnorm_cli.checkpoint.hub import listed_ids
+from flashnorm_cli.checkpoint.hub_errors import hub_errors, with_retry
 from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, Progress, Source, read_json, refuse_folded
 from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.checkpoint.output import work_folder, write_text
+from flashnorm_cli.checkpoint.tensors import read_tensors
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.folding.engine import Engine, Stopped, any_executor, dask_engine, overlapping, results
 from flashnorm_cli.folding.fold import check_options, give_back_memory, plan_fingerprint, plan_fold, read_gains
 from flashnorm_cli.folding.jobs import ShardEdits, shard_edits
-from flashnorm_cli.hub.errors import push_errors
+from flashnorm_cli.hub.journal import SHA256, UPLOADED, Uploaded, read_journal, write_journal
+from flashnorm_cli.hub.progress import quiet_hub
 from flashnorm_cli.hub.push import NO_TOKEN, Push, PushResult, check_call, file_hashes
-from flashnorm_cli.hub.retry import persistently, quiet_hub
 from flashnorm_cli.hub.shard_job import AT_ONCE, HubJob, RemoteTensor, do_hub_job
 from flashnorm_cli.plan.model import Plan
 from flashnorm_cli.record import write as record
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
-
-
-# In the work folder: what has been uploaded.
-UPLOADED = "uploaded.json"
-# The Hub removes uploads that no commit names, after a day or so; huggingface_hub trusts them for as long, too.
-TRUSTED = 20 * 3600
 
 
 @dataclass(frozen=True)
@@ -62,15 +58,6 @@ class StreamResult:
     resumed: tuple[str, ...]
     left_out: tuple[str, ...]
     seconds: tuple[float, float, float]
-
-
-# ---- one shard -------------------------------------------------------------------------------------------------------
-
-
-# ---- trouble ---------------------------------------------------------------------------------------------------------
-
-
-# ---- the whole -------------------------------------------------------------------------------------------------------
 
 
 def fold_to_hub(
@@ -134,12 +121,15 @@ def fold_to_hub(
         source = Source(model, revision, token, Path(cache_dir) if cache_dir else None)
         checkpoint = open_checkpoint(source, weights=False)
         refuse_folded(checkpoint)
-        checkpoint = dataclasses.replace(checkpoint, sha256=_hashes(api, checkpoint))
+        ids = listed_ids(source, checkpoint.commit or "", list(checkpoint.shards))
+        meant = {name: known[0] for name, known in ids.items() if SHA256.fullmatch(known[0])}
+        checkpoint = dataclasses.replace(checkpoint, sha256=meant)
         plan = plan_fold(checkpoint, final_norm, trust_remote_code, report)
         give_back_memory()
         stack.enter_context(quiet_hub())  # after the plan: transformers switches the bars on again
         report(0, 0, "Reading norms")
-        gains = read_gains(checkpoint, plan)
+        raw = read_tensors(checkpoint, [norm.tensor for norm in plan.folded])
+        gains = read_gains(checkpoint, plan, raw)
         edits = shard_edits(checkpoint, plan, gains, layout)
         planned_at = time.monotonic()
 
@@ -148,10 +138,9 @@ def fold_to_hub(
         fingerprint = f"{plan_fingerprint(checkpoint, plan, gains, layout)} {constants.ENDPOINT} {repo_id} {create_pr}"
         fingerprint = hashlib.sha256(fingerprint.encode()).hexdigest()
         inside = stack.enter_context(work_folder(place, fingerprint, (), keep=UPLOADED))
-        stack.enter_context(push_errors(repo_id))
+        stack.enter_context(hub_errors(repo_id, writing=True))
         journal = inside.parent / UPLOADED
-        uploads: dict[str, dict[str, Any]] = json.loads(journal.read_text()) if journal.exists() else {}
-        uploads = {name: upload for name, upload in uploads.items() if time.time() - upload["at"] < TRUSTED}
+        uploads = read_journal(journal)
 
         report(0, 0, "Asking the Hub")
         push = _push_of(api, checkpoint, plan, edits, inside, repo_id, report)
@@ -165,12 +154,17 @@ def fold_to_hub(
         uploads = _still_there(api, push.repo_id, uploads)
         resumed = tuple(edit.name for edit in edits if edit.name in uploads)
 
+        read_before = {tensor: hashlib.sha256(data).hexdigest() for tensor, data in raw.items()}
+        spans = _spans(checkpoint, {*raw, *(origin.tensor for edit in edits for origin in edit.origins.values())})
         jobs = {
             edit.name: HubJob(
                 edits=edit,
                 source=model,
                 commit=checkpoint.commit or "",
                 sizes=(checkpoint.shards[edit.name].file_size, push.checkpoint.shards[edit.name].file_size),
+                ids=ids.get(edit.name, ()),
+                spans=spans[edit.name],
+                read_before={tensor: sha256 for tensor, sha256 in read_before.items() if tensor in spans[edit.name]},
                 origins=_origins(checkpoint, edit),
                 target=push.repo_id,
                 create_pr=create_pr,
@@ -184,8 +178,11 @@ def fold_to_hub(
         }
         downloaded, uploaded = _transfer(engine, jobs, uploads, journal, report)
         transferred_at = time.monotonic()
+        _check_copies(model, uploads, journal)
+        # From here on the hashes of the bytes that were folded, not those that were listed.
+        checkpoint = dataclasses.replace(checkpoint, sha256={name: uploads[name].source_sha256 for name in jobs})
 
-        flushed = {tensor: n for name in jobs for tensor, n in uploads[name]["flushed"].items()}
+        flushed = {tensor: n for name in jobs for tensor, n in uploads[name].flushed.items()}
         push.stored = {name: _uploaded_operation(name, upload) for name, upload in uploads.items()}
         _write_small_files(checkpoint, plan, layout, flushed, push)
         push.uploads = []
@@ -250,41 +247,56 @@ def _write_small_files(checkpoint: Checkpoint, plan: Plan, layout: str, flushed:
     push.checkpoint = dataclasses.replace(push.checkpoint, config=read_json(folder / CONFIG))
 
 
-def _file_hashes(push: Push, uploads: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+def _file_hashes(push: Push, uploads: Mapping[str, Uploaded]) -> dict[str, tuple[str, str]]:
     """sha256 and git id of every file; empty for shards that are still to come."""
-    shards = {name: (uploads[name]["sha256"] if name in uploads else "", "") for name in push.checkpoint.shards}
+    shards = {name: (uploads[name].sha256 if name in uploads else "", "") for name in push.checkpoint.shards}
     return {**file_hashes(dataclasses.replace(push.checkpoint, shards={}), 1, lambda *_: None), **shards}
 
 
-def _hashes(api: HfApi, checkpoint: Checkpoint) -> dict[str, str]:
-    """The sha256 of the source's shards."""
-    from huggingface_hub.hf_api import RepoFile
-
-    names, found = list(checkpoint.shards), {}
-    for start in range(0, len(names), 500):  # the Hub answers for 1,000 at most
-
-        def ask(batch: list[str] = names[start : start + 500]) -> list[Any]:
-            return api.get_paths_info(checkpoint.source.name, batch, revision=checkpoint.commit)
-
-        for file in persistently(checkpoint.source.name, ask):
-            if isinstance(file, RepoFile) and file.lfs:
-                found[file.path] = file.lfs.sha256
+def _spans(checkpoint: Checkpoint, tensors: Collection[str]) -> dict[str, dict[str, tuple[int, int]]]:
+    """Where tensors are in their shards, in bytes [start, end) of the file, by shard."""
+    found: dict[str, dict[str, tuple[int, int]]] = {name: {} for name in checkpoint.shards}
+    for tensor in sorted(tensors):
+        shard, entry = checkpoint.shard_of[tensor], checkpoint.tensors[tensor]
+        start = checkpoint.shards[shard].data_start
+        found[shard][tensor] = (start + entry.start, start + entry.end)
     return found
+
+
+def _check_copies(model: str, uploads: dict[str, Uploaded], journal: Path) -> None:
+    """Raise FlashNormError where a tensor came otherwise by ranges than in its own shard; both are done again then."""
+    seen = {tensor: sha256 for upload in uploads.values() for tensor, sha256 in upload.seen.items()}
+    for name, upload in list(uploads.items()):
+        wrong = [tensor for tensor, sha256 in upload.copied.items() if seen.get(tensor) != sha256]
+        if wrong:
+            del uploads[name]
+            write_journal(journal, uploads)
+            raise FlashNormError(
+                f"{model}: {wrong[0]} came with other bytes by ranges than in its shard: bytes changed on the way; "
+                "nothing was published, run the same command again"
+            )
 
 
 def _origins(checkpoint: Checkpoint, edits: ShardEdits) -> dict[str, RemoteTensor]:
     found = {}
     for tensor, origin in edits.origins.items():
         entry, start = checkpoint.tensors[origin.tensor], checkpoint.shards[origin.shard].data_start
-        span = (start + entry.start, start + entry.end)
-        found[tensor] = RemoteTensor(origin.tensor, origin.shard, *span, entry.dtype, entry.shape)
+        found[tensor] = RemoteTensor(
+            origin.tensor,
+            origin.shard,
+            checkpoint.shards[origin.shard].file_size,
+            start + entry.start,
+            start + entry.end,
+            entry.dtype,
+            entry.shape,
+        )
     return found
 
 
 def _transfer(
     engine: Engine,
     jobs: Mapping[str, HubJob],
-    uploads: dict[str, dict[str, Any]],
+    uploads: dict[str, Uploaded],
     journal: Path,
     report: Progress,
 ) -> tuple[int, int]:
@@ -310,13 +322,8 @@ def _transfer(
     waiting = [job for name, job in jobs.items() if name not in uploads]
     try:
         for job, result in results(engine, do_hub_job, waiting, arguments, stop.set):
-            uploads[job.edits.name] = {
-                "sha256": result.sha256,
-                "size": result.size,
-                "flushed": result.flushed,
-                "at": time.time(),
-            }
-            write_text(journal, json.dumps(uploads, indent=1))
+            uploads[job.edits.name] = result
+            write_journal(journal, uploads)
             downloaded, uploaded = downloaded + result.downloaded, uploaded + result.size
             if not engine.in_process:
                 done += sum(job.sizes)
@@ -326,7 +333,7 @@ def _transfer(
     return downloaded, uploaded
 
 
-def _still_there(api: HfApi, repo_id: str, uploads: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _still_there(api: HfApi, repo_id: str, uploads: dict[str, Uploaded]) -> dict[str, Uploaded]:
     """Those uploads of an earlier run that a commit can still name.
 
     The Hub can be asked for LFS objects. What went by Xet it does not tell, so that counts for as long as
@@ -338,22 +345,21 @@ def _still_there(api: HfApi, repo_id: str, uploads: dict[str, dict[str, Any]]) -
 
     if not uploads or is_xet_available():
         return uploads
-    infos = [UploadInfo(u["size"], b"", bytes.fromhex(u["sha256"])) for u in uploads.values()]
+    infos = [UploadInfo(u.size, b"", bytes.fromhex(u.sha256)) for u in uploads.values()]
     headers = build_hf_headers(token=api.token)
-    actions, _, _ = persistently(
-        repo_id,
-        lambda: post_lfs_batch_info(infos, None, "model", repo_id, endpoint=api.endpoint, headers=headers),
+    actions, _, _ = with_retry(
+        lambda: post_lfs_batch_info(infos, None, "model", repo_id, endpoint=api.endpoint, headers=headers)
     )
     there = {action["oid"] for action in actions if not action.get("actions")}
-    return {name: upload for name, upload in uploads.items() if upload["sha256"] in there}
+    return {name: upload for name, upload in uploads.items() if upload.sha256 in there}
 
 
-def _uploaded_operation(name: str, upload: Mapping[str, Any]) -> CommitOperationAdd:
+def _uploaded_operation(name: str, upload: Uploaded) -> CommitOperationAdd:
     """An addition as `preupload_lfs_files` leaves it: the commit needs nothing but hash and size."""
     from huggingface_hub import CommitOperationAdd
     from huggingface_hub.lfs import UploadInfo
 
     addition = CommitOperationAdd(name, b"")
-    addition.upload_info = UploadInfo(upload["size"], b"", bytes.fromhex(upload["sha256"]))
+    addition.upload_info = UploadInfo(upload.size, b"", bytes.fromhex(upload.sha256))
     addition._upload_mode, addition._is_uploaded = "lfs", True
     return addition

@@ -19,16 +19,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashnorm_cli.checkpoint.hub import hub_errors
+from flashnorm_cli.checkpoint.hub_errors import RETRY_STATUS, WAITS, hub_errors, status_of, wait_after, with_retry
 from flashnorm_cli.checkpoint.model import CONFIG, INDEX, RECORD, Checkpoint, Progress, Source, read_json
 from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.hub.card import REPORT, CardFacts, build_card, read_card
-from flashnorm_cli.hub.errors import push_errors, status_of
 from flashnorm_cli.hub.licence import check_licence, gate_of, terms
+from flashnorm_cli.hub.progress import quiet_hub, watched
 from flashnorm_cli.hub.published import Base, dump, published_record, same_fold
 from flashnorm_cli.hub.repository import SHOWN_FILES, Upload, _Remote
-from flashnorm_cli.hub.retry import RETRY_STATUS, WAITS, patiently, quiet_hub, wait_after, watched
 from flashnorm_cli.proof.files import CLAIMS, changed_files, is_paper
 from flashnorm_cli.proof.result import Verification
 from flashnorm_cli.report.page import render
@@ -127,7 +126,7 @@ def push_to_hub(
             f"{folded}: {doubt}. Verify it first: flashnorm verify {shlex.quote(str(folded))} (or publish it with "
             "--unverified, which its card will say)"
         )
-    with quiet_hub(), push_errors(repo_id):
+    with quiet_hub(), hub_errors(repo_id, writing=True):
         from huggingface_hub import HfApi, get_token
 
         if not (token or get_token()) and not dry_run:
@@ -265,7 +264,7 @@ class Push:
 
     def prepare(self, base_model: str | None, hashes: dict[str, tuple[str, str]], online: bool) -> None:
         if online:
-            user = patiently(self.api.whoami)
+            user = with_retry(self.api.whoami)
             if "/" not in self.repo_id:
                 self.repo_id = f"{user['name']}/{self.repo_id}"
             self.remote = self._remote()
@@ -334,7 +333,7 @@ class Push:
             return None
         base = self.base
         try:
-            info: ModelInfo = patiently(lambda: self.api.model_info(base.repo_id, revision=base.commit))
+            info: ModelInfo = with_retry(lambda: self.api.model_info(base.repo_id, revision=base.commit))
         except Exception as error:
             if status_of(error) not in (401, 403, 404):
                 raise
@@ -348,13 +347,13 @@ class Push:
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
         try:
-            info = patiently(lambda: self.api.model_info(self.repo_id))
+            info = with_retry(lambda: self.api.model_info(self.repo_id))
         except RepositoryNotFoundError:
             return _Remote()
         branch, revision = True, self.revision
         if revision != "main":
             try:
-                info = patiently(lambda: self.api.model_info(self.repo_id, revision=revision))
+                info = with_retry(lambda: self.api.model_info(self.repo_id, revision=revision))
             except RevisionNotFoundError:
                 branch = False  # it will start at main
         gated = info.gated or False
@@ -367,7 +366,7 @@ class Push:
             tree = self.api.list_repo_tree(self.repo_id, revision=revision, recursive=True)
             return {f.path: f.lfs.sha256 if f.lfs else f.blob_id for f in tree if isinstance(f, RepoFile)}
 
-        return patiently(listed)
+        return with_retry(listed)
 
     def contents(self, hashes: dict[str, tuple[str, str]]) -> None:
         """What will be uploaded: the checkpoint's own files, and card, record and report as they are published."""
@@ -455,7 +454,7 @@ class Push:
         from tempfile import TemporaryDirectory
 
         with TemporaryDirectory() as folder:  # not the cache: this is nobody's model yet
-            path = patiently(
+            path = with_retry(
                 lambda: self.api.hf_hub_download(self.repo_id, name, revision=self.remote.head, local_dir=folder)
             )
             return Path(path).read_bytes()
@@ -482,7 +481,7 @@ class Push:
         elif self.gate and not self.remote.gated:
             self.notes.append("the source is gated, and this repository is not: see its settings on the Hub")
         if not self.remote.branch and self.remote.exists:
-            patiently(lambda: self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True))
+            with_retry(lambda: self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True))
         additions = self._send(missing)
         return self.result(self._commit(missing, additions))
 
@@ -505,7 +504,7 @@ class Push:
                 hf_raise_for_status(answer)
             return answer
 
-        answer = patiently(ask)
+        answer = with_retry(ask)
         if answer.status_code == 400:
             said = "; ".join(str(error.get("message")) for error in answer.json().get("errors", []))
             raise FlashNormError(
@@ -513,12 +512,12 @@ class Push:
             )
 
     def create(self) -> None:
-        created = patiently(lambda: self.api.create_repo(self.repo_id, private=self.private, exist_ok=True))
+        created = with_retry(lambda: self.api.create_repo(self.repo_id, private=self.private, exist_ok=True))
         self.repo_id, self.created = created.repo_id, True
         self.remote = self._remote()
         if self.gate and not self.remote.private:
             gate: Any = self.gate
-            patiently(lambda: self.api.update_repo_settings(self.repo_id, gated=gate))
+            with_retry(lambda: self.api.update_repo_settings(self.repo_id, gated=gate))
             self.remote = replace(self.remote, gated=gate)
         elif self.gate:
             self.notes.append("the source is gated: gate this repository, too, before you make it public")
@@ -611,7 +610,7 @@ class Push:
 
     def _open_pull_request(self) -> PushResult | None:
         """An open pull request that proposes these very files already: a second one would help nobody."""
-        refs = patiently(lambda: self.api.list_repo_refs(self.repo_id, include_pull_requests=True))
+        refs = with_retry(lambda: self.api.list_repo_refs(self.repo_id, include_pull_requests=True))
         newest = sorted(refs.pull_requests or [], key=lambda ref: int(ref.ref.rsplit("/", 1)[-1]), reverse=True)
         for ref in newest[:5]:
             if self._missing(self._listed(ref.ref)):

@@ -232,7 +232,7 @@ def _source_files(pair: Pair) -> list[Finding]:
             findings.append(Finding(RECORD, f"speaks of {name} of the source, which is not there"))
             continue
         header = pair.source.shards.get(name)
-        now = record.file_facts(path, header.raw if header else None)
+        now = record.file_facts(path, header.raw if header else None, pair.source.sha256.get(name))
         if any(fact.get(key) != now[key] for key in now if key in fact):
             findings.append(Finding(RECORD, f"was made from another {name} than this source's"))
     return findings

@@ -70,7 +70,7 @@ def _entry(both: Pair, result: Verification, hashes: dict[str, str], before: Any
             "name": result.source,
             "commit": result.commit,
             "files": {
-                name: records.file_facts(both.source.folder / name, headers.get(name))
+                name: records.file_facts(both.source.folder / name, headers.get(name), both.source.sha256.get(name))
                 for name in (CONFIG, *both.source.shards)
             },
         },

@@ -20,8 +20,8 @@ from hub_server import Fault, HubServer
 import flashnorm_cli
 from flashnorm_cli.errors import FlashNormError
 from flashnorm_cli.hub.card import REPORT
+from flashnorm_cli.hub.progress import watched
 from flashnorm_cli.hub.push import push_to_hub
-from flashnorm_cli.hub.retry import watched
 
 ROOT = Path(flashnorm_cli.__file__).parents[1]
 MODEL = Path(flashnorm_cli.__file__).parent / "demo_model"
