@@ -18,6 +18,7 @@ RETRY_STATUS = (429, 500, 502, 503, 504)
 WAITS = (1.0, 2.0, 4.0)
 TRANSFER_WAITS = (2.0, 8.0)
 AGAIN = "what is uploaded stays uploaded: run the same command again later, and it goes on"
+NETWORK_OFF = "the network is off (HF_HUB_OFFLINE is set): unset it to publish"
 TOKENS = "https://huggingface.co/settings/tokens"
 LIBRARIES = ("httpx", "httpcore", "requests", "urllib3", "hf_xet")
 INCONSISTENT = "Consistency check failed"  # of huggingface_hub, for a download of another size than the file has
@@ -137,6 +138,8 @@ def hub_errors(name: str, writing: bool = False, disk: bool = True) -> Iterator[
         why = (_why_not_written if writing else _why_not_read)(error) if disk or not is_disk_error(error) else None
         if why is None:
             raise
+        if why == NETWORK_OFF:
+            raise FlashNormError(why) from None
         raise FlashNormError(f"{name}: {why}") from error
 
 
@@ -175,7 +178,7 @@ def _why_not_written(error: Exception) -> str | None:
     from huggingface_hub import errors
 
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return "the network is off (HF_HUB_OFFLINE is set): unset it to publish"
+        return NETWORK_OFF
     status = status_of(error)
     if status is not None:
         return _refusal(status, one_line(_said(error)).rstrip("."))

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flashnorm_cli.checkpoint.names import pattern_of
-from flashnorm_cli.errors import CheckpointError
 from flashnorm_cli.hub.published import Base
+from flashnorm_cli.hub.source_card import check_metadata, read_card
 from flashnorm_cli.plan.model import Plan
 from flashnorm_cli.proof.result import Verification
 from flashnorm_cli.report import formats, page
 
 if TYPE_CHECKING:
-    from huggingface_hub import CardData, ModelCard
+    from huggingface_hub import CardData
 
 RELATION = "quantized"
 TAGS = ("weightless-rmsnorm", "flashnorm")  # the first one is that of the collection of such models
@@ -55,43 +55,26 @@ class CardFacts:
     source_data: dict[str, Any]
 
 
-def read_card(text: str) -> ModelCard:
-    """A card from its text. Raises CheckpointError where its metadata are broken."""
-    from huggingface_hub import ModelCard
-    from huggingface_hub.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # a card without metadata is no reason to warn
-    try:
-        return ModelCard(text.lstrip("\ufeff"), ignore_metadata_errors=True)
-    except Exception as error:  # whatever the YAML parser raises
-        why = " ".join(str(error).split())
-        raise CheckpointError(
-            f"README.md: its metadata cannot be read ({why}); mend the block between the ---"
-        ) from error
-    finally:
-        logging.set_verbosity(level)
-
-
 def build_card(facts: CardFacts) -> str:
     """The text of README.md. It depends on `facts` alone: the same fold gives the same card."""
     from huggingface_hub import ModelCardData
 
     card = read_card(facts.source_card or "")
+    check_metadata(facts.source_data, "the source's card")
     known: CardData = ModelCardData(**facts.source_data, ignore_metadata_errors=True)
     if facts.source_card is None:
         card.data = known
     elif SOURCE_CARD not in card.text:  # the source's own card, not one of ours
         known = card.data
     data, text = card.data, card.text.split(SOURCE_CARD)[-1].strip()
-    parents, results = known.get("base_model"), known.get("eval_results", [])
+    parents, results = known.get("base_model"), _results(known)
     for claim in ("eval_results", "model_name", "model-index", "new_version"):
         data[claim] = None
     if facts.base is not None:
         data["base_model"] = facts.base.repo_id
         data["base_model_relation"] = RELATION
     data["library_name"] = data.get("library_name", "transformers")
-    data["tags"] = [*(tag for tag in data.get("tags", []) if tag not in TAGS), *TAGS]
+    data["tags"] = [*(tag for tag in data.get("tags") or [] if tag not in TAGS), *TAGS]
     plan = Plan.from_json(facts.record)
     sections = [
         *_head(facts, plan),
@@ -103,6 +86,14 @@ def build_card(facts: CardFacts) -> str:
     sections += ["## The source's card", "", SOURCE_CARD, "", text] if text else [SOURCE_CARD]
     card.text = "\n" + "\n".join(sections)
     return str(card).replace("\r\n", "\n").rstrip() + "\n"
+
+
+def _results(known: CardData) -> list[Any]:
+    """The evaluation results of a card, as far as huggingface_hub could read them."""
+    from huggingface_hub import EvalResult
+
+    found = known.get("eval_results")
+    return [result for result in found if isinstance(result, EvalResult)] if isinstance(found, list) else []
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------

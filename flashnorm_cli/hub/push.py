@@ -14,6 +14,7 @@ import re
 import shlex
 import threading
 import time
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,12 +23,14 @@ from typing import TYPE_CHECKING, Any
 from flashnorm_cli.checkpoint.hub_errors import RETRY_STATUS, WAITS, hub_errors, status_of, wait_after, with_retry
 from flashnorm_cli.checkpoint.model import CONFIG, INDEX, RECORD, Checkpoint, Progress, Source, read_json
 from flashnorm_cli.checkpoint.open import open_checkpoint
+from flashnorm_cli.checkpoint.places import local_paths, without_places
 from flashnorm_cli.errors import FlashNormError, UsageError
-from flashnorm_cli.hub.card import REPORT, CardFacts, build_card, read_card
+from flashnorm_cli.hub.card import REPORT, CardFacts, build_card
 from flashnorm_cli.hub.licence import check_licence, gate_of, terms
 from flashnorm_cli.hub.progress import quiet_hub, watched
 from flashnorm_cli.hub.published import Base, dump, published_record, same_fold
 from flashnorm_cli.hub.repository import SHOWN_FILES, Upload, _Remote
+from flashnorm_cli.hub.source_card import read_card
 from flashnorm_cli.proof.files import CLAIMS, changed_files, is_paper
 from flashnorm_cli.proof.result import Verification
 from flashnorm_cli.report.page import render
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo
 
 README, ATTRIBUTES = "README.md", ".gitattributes"
+LARGEST_JSON = 1 << 20  # bytes; larger ones are vocabularies
 MESSAGE = "Upload folded checkpoint"
 NO_TOKEN = (
     "there is no Hub token: log in with `hf auth login`, or pass --token (make one that may write at "
@@ -371,7 +375,9 @@ class Push:
     def contents(self, hashes: dict[str, tuple[str, str]]) -> None:
         """What will be uploaded: the checkpoint's own files, and card, record and report as they are published."""
         folder = self.checkpoint.folder
-        new = published_record(self.record, self.repo_id, self.base, self.doubt is None)
+        cleaned = self._cleaned(hashes)
+        clean = {name: hashlib.sha256(data).hexdigest() for name, data in cleaned.items()}
+        new = published_record(self.record, self.repo_id, self.base, self.doubt is None, clean)
         result = Verification.from_record(new, self.repo_id) if self.doubt is None else None
         text = (folder / README).read_bytes().decode("utf-8", "replace") if (folder / README).is_file() else None
         ours = read_card(text or "").data.to_dict()
@@ -396,7 +402,7 @@ class Push:
         )
         self.card = build_card(facts)
         new["card_sha256"] = hashlib.sha256(self.card.encode()).hexdigest()
-        made = {README: self.card.encode(), RECORD: dump(new)}
+        made = {**cleaned, README: self.card.encode(), RECORD: dump(new)}
         if result is not None:
             made[REPORT] = render(result).encode()
         for name, (sha256, oid) in hashes.items():
@@ -407,6 +413,28 @@ class Push:
         for name, data in made.items():
             oid = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
             self.uploads.append(Upload(name, data, len(data), hashlib.sha256(data).hexdigest(), oid))
+
+    def _cleaned(self, names: Collection[str]) -> dict[str, bytes]:
+        """JSON files that name a folder of this machine as the place where they came from, without it."""
+        found = {}
+        for name in names:
+            path = self.checkpoint.folder / name
+            if not name.endswith(".json") or name == INDEX or path.stat().st_size > LARGEST_JSON:
+                continue
+            data = path.read_bytes()
+            text = data.decode("utf-8", "surrogateescape")
+            if (short := without_places(text)) != text:
+                found[name] = short.encode("utf-8", "surrogateescape")
+        if found:
+            self._note(f"{', '.join(found)}: named a folder of this machine, and is published without it")
+        if elsewhere := local_paths(self.checkpoint.config):
+            keys = ", ".join(dict.fromkeys(elsewhere))
+            self._note(f"{CONFIG} names paths of a machine ({keys}), and is published with them")
+        return found
+
+    def _note(self, words: str) -> None:
+        if words not in self.notes:  # contents are made twice from Hub to Hub
+            self.notes.append(words)
 
     def _source_data(self) -> dict[str, Any]:
         """The metadata of the source's card where it is: on the Hub, or in its folder if that is still there."""

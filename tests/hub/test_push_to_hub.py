@@ -21,6 +21,7 @@ import flashnorm_cli
 from flashnorm_cli.errors import FlashNormError
 from flashnorm_cli.hub.card import REPORT
 from flashnorm_cli.hub.progress import watched
+from flashnorm_cli.hub.published import without_paths
 from flashnorm_cli.hub.push import push_to_hub
 
 ROOT = Path(flashnorm_cli.__file__).parents[1]
@@ -684,3 +685,56 @@ def test_interrupted(hub: HubServer, push: Push) -> None:
         _, said = client.communicate(timeout=60)
     hold.release.set()
     assert (client.returncode, said) == (130, "flashnorm: interrupted; the same command goes on where it stopped\n")
+
+
+# ---- folders of this machine -----------------------------------------------------------------------------------------
+
+
+def test_local_paths_in_configs(push: Push, hub: HubServer, tmp_path: Path) -> None:
+    """They say where the files came from; the page does not, and its verification is valid all the same."""
+    source = shutil.copytree(MODEL, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config |= {"_name_or_path": "/home/jane/secret-client/austen", "vision": {"_name_or_path": r"C:\Users\jane\secret"}}
+    (source / "config.json").write_text(json.dumps(config, indent=2))
+    tokenizer = {"name_or_path": "../secret-client/austen", "special_tokens_map_file": "~/secret-client/x.json"}
+    (source / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (source / "other.json").write_text('{"name_or_path": "jane/austen", "x": 1.50}')
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps(PROMPTS))
+    done(push.client.run("fold", source, tmp_path / "out", "--quiet"))
+    done(push.client.run("verify", tmp_path / "out", "--source", source, "--token-ids", ids, "--quiet"))
+    result = push("--private", folder=tmp_path / "out")
+    done(result)
+    assert "config.json, tokenizer_config.json: named a folder of this machine" in result.stdout
+    files = visible(hub)
+    text = b"".join(data for name, data in files.items() if not name.endswith(".safetensors")).decode()
+    for secret in ("secret-client", "C:", "/home/jane", str(tmp_path), "~/"):
+        assert secret not in text
+    assert json.loads(files["config.json"])["_name_or_path"] == "austen"
+    assert files["other.json"] == (source / "other.json").read_bytes()
+    # The published checkpoint is still the verified one: for `verify`, and for who pushes a copy of it.
+    copy = tmp_path / "copy"
+    for name, data in files.items():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(data)
+    result = push.client.run("verify", copy, "--source", source, "--level", "weights", "--json")
+    assert (result.returncode, json.loads(result.stdout)["notes"]) == (0, [])
+    done(push(folder=copy, repo="team/copy"))
+
+
+@pytest.mark.parametrize(
+    ("text", "short"),
+    [
+        ("see /home/me/a/b.txt", "see b.txt"),
+        ("error:/home/me/b", "error:b"),
+        ("file:///home/me/b", "b"),
+        (r"C:\Users\me\b", "b"),
+        ("C:/Users/me/b", "b"),
+        (r"\\server\share\b", "b"),
+        ("https://huggingface.co/a/b", "https://huggingface.co/a/b"),
+        ("layers/0 and a/b", "layers/0 and a/b"),
+        ("x=~/b/c", "x=c"),
+    ],
+)
+def test_paths(text: str, short: str) -> None:
+    assert without_paths(text) == short
