@@ -6,6 +6,7 @@ EXIT_OK = 0
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_NOT_EQUIVALENT = 3
+EXIT_NOT_RUN = 4  # `verify`: as planned, but no forward of both models was compared
 
 
 class FlashNormError(Exception):

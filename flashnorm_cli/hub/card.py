@@ -31,6 +31,7 @@ REPORT = "flashnorm-verification.html"
 SOURCE_CARD = "<!-- The source's own card begins here. -->"
 # Classes that transformers' AutoModelForCausalLM does not know, whatever they are called.
 NOT_AUTO = ("Mistral4ForCausalLM",)
+AS_PLANNED = "the files hold what the fold asks for; whether the model computes the same was not tried"
 PAPER = "https://arxiv.org/abs/2407.09577"
 
 
@@ -39,7 +40,8 @@ class CardFacts:
     """What a card speaks of.
 
     `record` and `config` are the published flashnorm.json and config.json. `verification` is None where there is no
-    valid one; then `unverified` says why. `sizes` are the bytes of all shards, of source and fold. `source_card` is
+    valid one. `ran` says that both models were run in it, and came out equivalent; else `unverified` says why nobody
+    knows that. `sizes` are the bytes of all shards, of source and fold. `source_card` is
     the text of the source's README.md, or an earlier card of ours; `source_data` are the source's own metadata as the
     Hub or its folder gives them, as far as they are known.
     """
@@ -53,6 +55,12 @@ class CardFacts:
     sizes: tuple[int, int]
     source_card: str | None
     source_data: dict[str, Any]
+    ran: bool = True
+
+    @property
+    def equivalent(self) -> bool:
+        """Whether both models were run, and shown to compute the same."""
+        return self.verification is not None and self.ran
 
 
 def build_card(facts: CardFacts) -> str:
@@ -101,7 +109,7 @@ def _results(known: CardData) -> list[Any]:
 
 def _head(facts: CardFacts, plan: Plan) -> list[str]:
     name = facts.repo_id.rsplit("/", 1)[-1]
-    computes = "computes" if facts.verification else "is meant to compute"
+    computes = "computes" if facts.equivalent else "is meant to compute"
     lines = [
         f"# {name}",
         "",
@@ -113,6 +121,13 @@ def _head(facts: CardFacts, plan: Plan) -> list[str]:
     if facts.verification is None:
         lines += [
             f"> **Not verified:** {facts.unverified}. Nobody has checked that it computes what its source does.",
+            "",
+        ]
+    elif not facts.ran:
+        lines += [
+            "> **As planned, not run:** every tensor was compared with what the fold asks for, but neither this model "
+            "nor its source was run. Nobody has checked that they compute the same; "
+            f"`flashnorm verify {facts.repo_id}` does.",
             "",
         ]
     return lines
@@ -162,7 +177,8 @@ def _proof(facts: CardFacts) -> list[str]:
     result = facts.verification
     if result is None:
         return []
-    lines = ["## Is it the same model?", "", page.verdict(result).sentence, "", "| | | |", "|--|--|--|"]
+    sentence = page.verdict(result).sentence if facts.ran else f"{_sentence(AS_PLANNED)} {_not_run(result)}"
+    lines = ["## Is it the same model?", "", sentence, "", "| | | |", "|--|--|--|"]
     lines += [f"| {what} | {_cell(much)} | {_cell(beside)} |" for what, much, beside in page.highlights(result)]
     logits = result.level("logits")
     figures = logits.figures if logits else {}
@@ -191,6 +207,12 @@ def _proof(facts: CardFacts) -> list[str]:
         "",
     ]
     return lines
+
+
+def _not_run(result: Verification) -> str:
+    ran = [page.title_of(level).lower() for level in result.levels if level.status == "passed"]
+    left_out = [page.title_of(level).lower() for level in result.levels if level.status == "skipped"]
+    return f"Passed: {', '.join(ran) or 'nothing'}. Not run: {', '.join(left_out) or 'either model'}."
 
 
 def _loading(facts: CardFacts, plan: Plan) -> list[str]:

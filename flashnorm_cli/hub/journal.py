@@ -26,7 +26,8 @@ class Uploaded:
     `sha256` and `size` are the folded shard's, `source_sha256` is that of the source's, computed over the bytes that
     were folded. `downloaded` counts bytes of this run, `flushed` products by tensor. `seen` are the sha256 of tensors
     of the source's shard that were read by ranges as well; `copied` those of tensors of other shards, as ranges gave
-    them. `at` is the time of the upload, in seconds since 1970.
+    them. `compared` is how many tensors were compared with the source before the upload. `at` is the time of the
+    upload, in seconds since 1970.
     """
 
     sha256: str
@@ -36,6 +37,7 @@ class Uploaded:
     flushed: Mapping[str, int]
     seen: Mapping[str, str]
     copied: Mapping[str, str]
+    compared: int
     at: float
 
 
@@ -61,7 +63,7 @@ def _entry(value: Any) -> Uploaded | None:
     hashes = [value["sha256"], value["source_sha256"]]
     for tensors in (value["seen"], value["copied"]):
         hashes += tensors.values() if isinstance(tensors, dict) else [None]
-    counts = [value["size"], value["downloaded"]]
+    counts = [value["size"], value["downloaded"], value["compared"]]
     counts += value["flushed"].values() if isinstance(value["flushed"], dict) else [None]
     fine = all(isinstance(h, str) and SHA256.fullmatch(h) for h in hashes)
     fine = fine and all(type(n) is int and n >= 0 for n in counts) and type(value["at"]) in (int, float)

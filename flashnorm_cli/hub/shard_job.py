@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flashnorm_cli._version import __version__
 from flashnorm_cli.checkpoint.header import build_header
@@ -23,6 +24,9 @@ from flashnorm_cli.folding.engine import Stopped
 from flashnorm_cli.folding.jobs import ShardEdits, check_version, fold_shard
 from flashnorm_cli.hub.journal import Uploaded
 from flashnorm_cli.hub.progress import quiet_hub, watched
+
+if TYPE_CHECKING:
+    from flashnorm_cli.proof.shards import ShardPlan
 
 # Per process: one shard may come in while another goes out, and only one is there twice, as source and as result.
 AT_ONCE = 2
@@ -56,7 +60,8 @@ class HubJob:
 
     `sizes` are the bytes of its source and of its result; `scratch` is the folder for them (None: the worker's own).
     `ids` are what the Hub lists the source as: its sha256, or its id in git. `spans` are the bytes [start, end) of its
-    tensors that are read by ranges as well; `read_before` are the sha256 of those that have been.
+    tensors that are read by ranges as well; `read_before` are the sha256 of those that have been. `proof` says what the
+    result must hold, if it is to be compared before it goes out.
     """
 
     edits: ShardEdits
@@ -67,6 +72,7 @@ class HubJob:
     spans: Mapping[str, tuple[int, int]]
     read_before: Mapping[str, str]
     origins: Mapping[str, RemoteTensor]
+    proof: ShardPlan | None
     target: str
     create_pr: bool
     endpoint: str
@@ -99,13 +105,29 @@ def do_hub_job(job: HubJob, on_bytes: Callable[[int], None] = lambda n: None) ->
             on_bytes(0)
             target = folder / "folded.safetensors"
             flushed = fold_shard(job.edits, source, target, origins, job.threads, lambda n: on_bytes(0), fsync=False)
+            compared = _prove(job, source, target, origins)
             for path in {source, *origins.values()} if not cached else {*origins.values()} - {source}:
                 path.unlink()
         with _uploading:
             on_bytes(0)
             uploaded = _upload(job, target, on_bytes)
     counts = {tensor: n for tensor, n in flushed.items() if n}
-    return Uploaded(uploaded, job.sizes[1], sha256, downloaded, counts, seen, copied, time.time())
+    return Uploaded(uploaded, job.sizes[1], sha256, downloaded, counts, seen, copied, compared, time.time())
+
+
+def _prove(job: HubJob, source: Path, folded: Path, origins: Mapping[str, Path]) -> int:
+    """Compare the folded shard with its source before it goes out; the number of tensors, 0 if nobody asked for it."""
+    if job.proof is None:
+        return 0
+    from flashnorm_cli.proof.shards import check_shard
+
+    compared, findings = check_shard(job.proof, source, folded, [path for path in origins.values() if path != source])
+    if findings:
+        first = findings[0]
+        raise FlashNormError(
+            f"{job.edits.name}: is not what it must be: {first.what} {first.message}; nothing was published"
+        )
+    return compared
 
 
 # ---- a folder for each job -------------------------------------------------------------------------------------------
