@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from flashnorm_cli.cli.output import Output, size
 from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_OK, UsageError
 
 if TYPE_CHECKING:
+    from flashnorm_cli.hub.publish import PushResult
     from flashnorm_cli.proof.result import LevelResult, Verification
 
 SHOWN_FINDINGS = 12
@@ -63,6 +65,12 @@ def verify(
         bool, typer.Option("--adopt", help="Give a checkpoint that another tool folded a record, if it passes.")
     ] = False,
     no_record: Annotated[bool, typer.Option("--no-record", help="Leave flashnorm.json alone.")] = False,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="For a fold on the Hub: commit the result to its card and record.")
+    ] = False,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="With --publish: open a pull request instead of committing to main.")
+    ] = False,
     revision: options.RevisionOpt = None,
     source_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the source.")] = None,
     token: options.TokenOpt = None,
@@ -86,15 +94,20 @@ def verify(
         raise UsageError("--text and --token-ids exclude each other")
     if eval_limit is not None and eval is None:
         raise UsageError("--eval-limit needs --eval")
+    if create_pr and not publish:
+        raise UsageError("--create-pr needs --publish")
+    if publish and (no_record or adopt):
+        raise UsageError("--publish excludes --no-record and --adopt")
     if report is not None:
         _check_report(report)
+    pushed: PushResult | None = None
     with out.progress() as progress:
         progress(0, 0, "Starting")
         from flashnorm_cli.proof.verify import verify as run
 
-        result = run(
-            folded,
-            source,
+        check = partial(
+            run,
+            source=source,
             levels=level or (),
             runtimes=runtime or (),
             tasks=[task for task in (eval or "").split(",") if task],
@@ -108,7 +121,6 @@ def verify(
             insist=bool(level),
             adopt=adopt,
             record=not no_record,
-            revision=revision,
             source_revision=source_revision,
             token=token,
             cache_dir=cache_dir,
@@ -118,12 +130,23 @@ def verify(
             command=options.command_line(sys.argv[1:]),
             on_progress=progress,
         )
+        if publish:
+            from flashnorm_cli.checkpoint.model import Source
+            from flashnorm_cli.hub.verified import verify_on_hub
+
+            where = Source(folded, revision, token, cache_dir, local_files_only)
+            result, pushed = verify_on_hub(where, check, create_pr=create_pr, on_progress=progress)
+        else:
+            result = check(folded, revision=revision)
         if report is not None:
             from flashnorm_cli.report.page import write_report
 
             write_report(result, report)
-    out.data({**result.to_json(), "report": str(report) if report else None})
+    published = {"published": pushed.url if pushed else None} if publish else {}
+    out.data({**result.to_json(), "report": str(report) if report else None, **published})
     out.text(*summary(result))
+    if publish:
+        out.text(f"Published: {pushed.url}" if pushed else "Not published: the page stays as it is.")
     if report is not None:
         out.text(f"Report: {report}")
     raise typer.Exit(EXIT_OK if result.equivalent else EXIT_NOT_EQUIVALENT)

@@ -738,3 +738,79 @@ def test_local_paths_in_configs(push: Push, hub: HubServer, tmp_path: Path) -> N
 )
 def test_paths(text: str, short: str) -> None:
     assert without_paths(text) == short
+
+
+# ---- what was run, and what was not ----------------------------------------------------------------------------------
+
+
+def test_as_planned_not_run(push: Push, hub: HubServer, folded: Path, tmp_path: Path) -> None:
+    """A verification that compared files only does not publish a promise."""
+    folder = shutil.copytree(folded, tmp_path / "out")
+    record = json.loads((folder / "flashnorm.json").read_text())
+    record["verify"]["verdict"], record["verify"]["equivalent"] = "as planned, not run", False
+    record["verify"]["levels"]["logits"] = {"status": "skipped", "reason": "no room for it"}
+    (folder / "flashnorm.json").write_text(json.dumps(record))
+    why = (
+        rf"{folder}: its files are as planned, but neither model was run, so nothing shows yet that it computes .* "
+        r"Run them: flashnorm verify .* \(or publish it with --unverified: the card says what was not run\)"
+    )
+    fails(push(folder=folder), why)
+    assert TARGET not in hub.repos
+    result = push("--unverified", folder=folder)
+    done(result)
+    assert "models NOT RUN, in the card's first lines" in result.stdout
+    files = visible(hub)
+    card = files["README.md"].decode()
+    assert "**As planned, not run:**" in card and "It is meant to compute the same function" in card
+    assert "computes the same function" not in card and "the same model as its source" not in card
+    assert "Passed: weights, layers. Not run: logits." in card
+    assert json.loads(files["flashnorm.json"])["verify"]["verdict"] == "as planned, not run"
+    # One that says "not equivalent" stays out altogether, whatever its levels say; --unverified says "not verified".
+    record["verify"]["verdict"] = "not equivalent"
+    (folder / "flashnorm.json").write_text(json.dumps(record))
+    fails(push(folder=folder, repo="me/bad"), r".*its verification failed.*")
+    # Records from before there were verdicts have a flag only.
+    del record["verify"]["verdict"]
+    record["verify"]["equivalent"] = True
+    (folder / "flashnorm.json").write_text(json.dumps(record))
+    done(push(folder=folder, repo="me/old"))
+
+
+@pytest.mark.parametrize("way", ["commit", "pull request"])
+def test_verify_on_the_hub(push: Push, hub: HubServer, folded: Path, tmp_path: Path, way: str) -> None:
+    """From Hub to Hub, and verified there: the page gets what was found, and no weight is sent."""
+    folder = shutil.copytree(folded, tmp_path / "out")
+    record = json.loads((folder / "flashnorm.json").read_text())
+    (folder / "flashnorm.json").write_text(json.dumps({**record, "verify": None}))
+    done(push("--unverified", folder=folder))
+    assert "Not verified" in visible(hub)["README.md"].decode()
+    sent, commits = hub.received("PUT /lfs/"), len(hub.repos[TARGET].history)
+    more = ["--create-pr"] if way == "pull request" else []
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps(PROMPTS))
+    cache = tmp_path / "cache"
+    options = ["--token-ids", ids, "--cache-dir", cache, "--publish", "--json", *more]
+    result = push.client.run("verify", TARGET, *options)
+    assert (result.returncode, result.stderr) == (0, "")
+    said = json.loads(result.stdout)
+    assert said["folded"] == TARGET and said["published"].startswith(hub.url)
+    assert hub.received("PUT /lfs/") == sent
+    assert len(hub.repos[TARGET].history) == commits + 1
+    files = visible(hub, revision="refs/pr/1" if way == "pull request" else "main")
+    card = files["README.md"].decode()
+    assert "It computes the same function" in card and "Not verified" not in card
+    entry = json.loads(files["flashnorm.json"])["verify"]
+    assert entry["environment"]["command"] == f"flashnorm verify {TARGET} --token-ids ids.json"
+    assert str(tmp_path) not in files["flashnorm.json"].decode() + card
+    assert not list(cache.glob("models--*/flashnorm-*"))
+    # A fold that is not right changes nothing.
+    repo = hub.repos[TARGET]
+    shard = bytearray(visible(hub)[SHARDS[0]])
+    shard[-1] ^= 1
+    repo.commit({**repo.commits[repo.refs["main"]], SHARDS[0]: hub.store(SHARDS[0], bytes(shard))})
+    commits = len(repo.history)
+    result = push.client.run("verify", TARGET, "--level", "weights", *options)
+    assert (result.returncode, json.loads(result.stdout)["published"], len(repo.history)) == (3, None, commits)
+    # What cannot be published is said before the work.
+    fails(push.client.run("verify", folder, "--publish"), rf"{folder}: is a folder; --publish is for .*", code=2)
+    fails(push.client.run("verify", TARGET, "--create-pr"), "--create-pr needs --publish", code=2)
