@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from flashnorm_cli.errors import FlashNormError
     from flashnorm_cli.folding.fold import FoldResult, fold
     from flashnorm_cli.folding.in_memory import fold_model_
-    from flashnorm_cli.hub.push import PushResult, push_to_hub
+    from flashnorm_cli.hub.publish import PushResult
+    from flashnorm_cli.hub.push import push_to_hub
     from flashnorm_cli.plan.model import Plan
     from flashnorm_cli.plan.planner import make_plan
     from flashnorm_cli.proof.result import Verification
@@ -65,7 +66,7 @@ _HOME = {
     "fold": "folding.fold",
     "Plan": "plan.planner",
     "make_plan": "plan.planner",
-    "PushResult": "hub.push",
+    "PushResult": "hub.publish",
     "push_to_hub": "hub.push",
     "Verification": "proof.result",
     "verify": "proof.verify",

@@ -14,7 +14,8 @@ from flashnorm_cli.adapters.kinds import FITTING_TYPES, check_adapter_config
 from flashnorm_cli.checkpoint.carry import find_files
 from flashnorm_cli.checkpoint.files import Seen
 from flashnorm_cli.checkpoint.header import Header, read_header
-from flashnorm_cli.checkpoint.hub import hub_errors
+from flashnorm_cli.checkpoint.hub import cached_listing, checked_files
+from flashnorm_cli.checkpoint.hub_errors import hub_errors
 from flashnorm_cli.checkpoint.model import ADAPTER_CONFIG, OTHER_WEIGHTS, RECORD, Checkpoint, LeftOut, Source, read_json
 from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError, shown
 
@@ -108,7 +109,7 @@ def _download(source: Source) -> Path:
 
     unwanted = [f"*{suffix}" for suffix in OTHER_WEIGHTS if suffix != ".safetensors"]
     with hub_errors(source.name):
-        return Path(
+        folder = Path(
             snapshot_download(
                 source.name,
                 revision=source.revision,
@@ -118,6 +119,10 @@ def _download(source: Source) -> Path:
                 ignore_patterns=[*unwanted, "checkpoint-*/*"],
             )
         )
+    _, listed = cached_listing(source, folder)
+    here = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    checked_files(source, folder, here, listed)
+    return folder
 
 
 def refuse_folded_adapter(adapter: Adapter, base: Checkpoint) -> None:

@@ -18,7 +18,15 @@ from flashnorm_cli.checkpoint.carry import find_files
 from flashnorm_cli.checkpoint.config_values import check_config
 from flashnorm_cli.checkpoint.files import open_file
 from flashnorm_cli.checkpoint.header import Header, read_header
-from flashnorm_cli.checkpoint.hub import RemoteFile, hub_errors, hub_headers, hub_reader, progress_bar
+from flashnorm_cli.checkpoint.hub import (
+    RemoteFile,
+    cached_listing,
+    checked_files,
+    hub_headers,
+    hub_reader,
+    progress_bar,
+)
+from flashnorm_cli.checkpoint.hub_errors import hub_errors, is_bad_answer, with_retry
 from flashnorm_cli.checkpoint.model import (
     CONFIG,
     INDEX,
@@ -215,19 +223,16 @@ def _check_index(
 
 def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Checkpoint:
     """Small files always come to the cache; shards, and other files of tensors that travel, only for `weights`."""
-    from huggingface_hub import constants, get_cached_repo_tree
-    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+    from huggingface_hub import constants
 
     with hub_errors(source.name):
         folder = _download(source, source.revision, ignore_patterns=[f"*{suffix}" for suffix in OTHER_WEIGHTS])
         commit = folder.name
-        try:
-            tree = get_cached_repo_tree(source.name, revision=commit, cache_dir=source.cache_dir)
-            sizes = {file.path: file.size for file in tree}
-        except CachedRepoTreeNotFoundError:  # a cache that an older huggingface_hub has filled
-            sizes = {name: seen.size for name, seen in find_files(folder).files.items()}
+        sizes, listed = cached_listing(source, folder)
     if CONFIG not in sizes:
         raise CheckpointError(f"{source.name}: there is no {CONFIG}: is this a transformers checkpoint?")
+    here = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    checked_files(source, folder, [n for n in here if not n.endswith(tuple(OTHER_WEIGHTS))], listed)
     config = _read_config(folder)
     index_name, index, names = _weights(config, folder, source.name, sizes)
     offline = source.local_files_only or constants.HF_HUB_OFFLINE
@@ -239,8 +244,10 @@ def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Ch
         with hub_errors(source.name):
             _download(source, commit, allow_patterns=names, tqdm_class=bar)
     if cached or weights:
+        sha256 = checked_files(source, folder, names, listed, on_progress) if weights else {}
         shards = {name: read_header(folder / name) for name in names}
     else:
+        sha256 = {}
         with hub_errors(source.name):
             shards = hub_headers(source, commit, {name: sizes[name] for name in names})
     _check_index(index, index_name, shards, source.name)
@@ -251,7 +258,7 @@ def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Ch
             return open_file(folder / name)
         if offline or is_whole_model(name):  # on the Hub such a name is not looked behind
             raise Closed
-        return RemoteFile(hub_reader(source.name, commit, source.token), name, sizes[name])
+        return RemoteFile(hub_reader(source.name, commit, source.token, sizes), name, sizes[name])
 
     rest = {name: size for name, size in sizes.items() if name not in (*names, CONFIG, index_name)}
     rest = {name: size for name, size in rest.items() if not {".git", ".cache"} & set(name.split("/"))}
@@ -263,6 +270,7 @@ def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Ch
     found = Checkpoint(
         source, folder, commit, config, shards, index, tuple(others), tuple(left_out), index_name or INDEX
     )
+    found = replace(found, sha256=sha256)
     return fetch_others(found, on_progress) if weights else _with_seen(found)
 
 
@@ -288,8 +296,8 @@ def _with_seen(checkpoint: Checkpoint) -> Checkpoint:
 def _download(source: Source, revision: str | None, **more: Any) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(
-        snapshot_download(
+    def ask() -> str:
+        return snapshot_download(
             source.name,
             revision=revision,
             token=source.token,
@@ -297,4 +305,5 @@ def _download(source: Source, revision: str | None, **more: Any) -> Path:
             local_files_only=source.local_files_only,
             **{"tqdm_class": progress_bar("", None), **more},
         )
-    )
+
+    return Path(with_retry(ask, transient=is_bad_answer))

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from flashnorm_cli.checkpoint.hub import hub_errors, hub_reader
+from flashnorm_cli.checkpoint.hub import hub_reader
+from flashnorm_cli.checkpoint.hub_errors import hub_errors
 from flashnorm_cli.checkpoint.model import Checkpoint
 from flashnorm_cli.errors import CheckpointError
 
@@ -36,9 +37,9 @@ def read_bytes(checkpoint: Checkpoint, tensor: str, start: int, end: int) -> byt
             raise CheckpointError(f"{path}: {error.strerror}") from error
     else:
         with hub_errors(checkpoint.source.name):
-            raw = bytearray(
-                hub_reader(checkpoint.source.name, checkpoint.commit, checkpoint.source.token)(shard, first, last)
-            )
+            sizes = {shard: checkpoint.shards[shard].file_size}
+            read = hub_reader(checkpoint.source.name, checkpoint.commit, checkpoint.source.token, sizes)
+            raw = bytearray(read(shard, first, last))
     if len(raw) != last - first:
         raise CheckpointError(f"{path}: {tensor} ends early")
     return raw

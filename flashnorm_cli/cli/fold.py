@@ -13,7 +13,7 @@ from flashnorm_cli.cli.output import Output, size
 from flashnorm_cli.cli.plan import left_out_lines, plan_lines, plan_summary
 from flashnorm_cli.cli.push_to_hub import done
 from flashnorm_cli.cli.verify import exit_code, summary
-from flashnorm_cli.errors import UsageError
+from flashnorm_cli.errors import EXIT_NOT_RUN, EXIT_OK, UsageError
 
 if TYPE_CHECKING:
     from flashnorm_cli.folding.fold import FoldResult
@@ -88,8 +88,8 @@ def fold(
     if push_to is None and (private is not None or commit_message is not None or create_pr):
         raise UsageError("--private, --commit-message and --create-pr need --push-to")
     if push_to is not None:
-        if output is not None or verify or local_files_only:
-            raise UsageError("--push-to excludes an output folder, --verify and --local-files-only")
+        if output is not None or local_files_only:
+            raise UsageError("--push-to excludes an output folder and --local-files-only")
         with out.progress() as report:
             report(0, 0, "Starting")
             from flashnorm_cli.hub.fold_to_hub import fold_to_hub
@@ -108,10 +108,12 @@ def fold(
                 private=private,
                 commit_message=commit_message,
                 create_pr=create_pr,
+                verify=verify,
                 dask=dask,
                 on_progress=report,
             )
-        return show_streamed(out, streamed)
+        show_streamed(out, streamed)
+        raise typer.Exit(EXIT_NOT_RUN if verify and not streamed.pushed.verified else EXIT_OK)
     with out.progress() as report:
         report(0, 0, "Starting")
         from flashnorm_cli.folding.fold import fold as run
@@ -189,7 +191,7 @@ def show_streamed(out: Output, result: StreamResult) -> None:
         f"Planned in {planning:.1f} s; {size(result.downloaded)} came in and {size(result.uploaded)} went out in "
         f"{moving:.1f} s; published in {committing:.1f} s:",
         *done(result.pushed),
-        f"To verify it: flashnorm verify {result.pushed.repo_id}",
+        *(() if result.pushed.verified else (f"To verify it: flashnorm verify {result.pushed.repo_id} --publish",)),
     )
 
 

@@ -11,7 +11,7 @@ from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output, size
 
 if TYPE_CHECKING:
-    from flashnorm_cli.hub.push import PushResult
+    from flashnorm_cli.hub.publish import PushResult
 
 
 def push_to_hub(
@@ -39,7 +39,10 @@ def push_to_hub(
         bool, typer.Option("--dry-run", help="Check everything, list the files and show the card; change nothing.")
     ] = False,
     unverified: Annotated[
-        bool, typer.Option("--unverified", help="Publish without a valid verification; the card will say so.")
+        bool,
+        typer.Option(
+            "--unverified", help="Publish although no valid verification says `equivalent`; the card will say so."
+        ),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace whatever the repository holds. Its history keeps it.")
@@ -113,9 +116,10 @@ def _page(result: PushResult) -> list[str]:
         who = f"everyone who accepts the terms (gated: {result.gated})"
     else:
         who = "everyone"
-    proof = (
-        "a verification that passed, with its report" if result.verified else "NOT VERIFIED, in the card's first lines"
-    )
+    proof = {
+        "equivalent": "a verification that passed, with its report",
+        "as planned, not run": "files as planned, models NOT RUN, in the card's first lines",
+    }.get(result.verdict, "NOT VERIFIED, in the card's first lines")
     lines = [
         "What a reader of the page sees:",
         f"  files      {who}",

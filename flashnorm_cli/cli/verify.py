@@ -6,6 +6,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from flashnorm_cli.cli.output import Output, check_writable, size, written
 from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_NOT_RUN, EXIT_OK, FlashNormError, UsageError
 
 if TYPE_CHECKING:
+    from flashnorm_cli.hub.publish import PushResult
     from flashnorm_cli.proof.result import LevelResult, Verification
 
 SHOWN_FINDINGS = 12
@@ -64,6 +66,12 @@ def verify(
         bool, typer.Option("--adopt", help="Give a checkpoint that another tool folded a record, if it passes.")
     ] = False,
     no_record: Annotated[bool, typer.Option("--no-record", help="Leave flashnorm.json alone.")] = False,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="For a fold on the Hub: commit the result to its card and record.")
+    ] = False,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="With --publish: open a pull request instead of committing to main.")
+    ] = False,
     revision: options.RevisionOpt = None,
     source_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the source.")] = None,
     token: options.TokenOpt = None,
@@ -90,17 +98,22 @@ def verify(
         raise UsageError("--text and --token-ids exclude each other")
     if eval_limit is not None and eval is None:
         raise UsageError("--eval-limit needs --eval")
+    if create_pr and not publish:
+        raise UsageError("--create-pr needs --publish")
+    if publish and (no_record or adopt):
+        raise UsageError("--publish excludes --no-record and --adopt")
     if report is not None:
         check_writable(report)
+    pushed: PushResult | None = None
     with out.progress() as progress:
         progress(0, 0, "Starting")
         from flashnorm_cli.checkpoint.leftover import leftovers, refuse_unfinished
         from flashnorm_cli.proof.verify import verify as run
 
         refuse_unfinished(Path(folded))
-        result = run(
-            folded,
-            source,
+        check = partial(
+            run,
+            source=source,
             levels=level or (),
             runtimes=runtime or (),
             tasks=[task for task in (eval or "").split(",") if task],
@@ -114,7 +127,6 @@ def verify(
             insist=bool(level),
             adopt=adopt,
             record=not no_record,
-            revision=revision,
             source_revision=source_revision,
             token=token,
             cache_dir=cache_dir,
@@ -125,11 +137,22 @@ def verify(
             command=options.command_line(sys.argv[1:]),
             on_progress=progress,
         )
+        if publish:
+            from flashnorm_cli.checkpoint.model import Source
+            from flashnorm_cli.hub.verified import verify_on_hub
+
+            where = Source(folded, revision, token, cache_dir, local_files_only)
+            result, pushed = verify_on_hub(where, check, create_pr=create_pr, on_progress=progress)
+        else:
+            result = check(folded, revision=revision)
     problems: list[str] = []
     reported = report is not None and _report(result, report, problems)
-    out.data({**result.to_json(), "report": str(report) if reported else None})
+    published = {"published": pushed.url if pushed else None} if publish else {}
+    out.data({**result.to_json(), "report": str(report) if reported else None, **published})
     out.text(*summary(result))
     out.remark(*leftovers(Path(folded), result.source or folded))
+    if publish:
+        out.text(f"Published: {pushed.url}" if pushed else "Not published: the page stays as it is.")
     if reported:
         out.text(f"Report: {report}")
     if problems:

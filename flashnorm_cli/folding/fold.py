@@ -213,10 +213,13 @@ def _shard_facts(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def read_gains(checkpoint: Checkpoint, plan: Plan) -> dict[str, np.ndarray]:
-    """Gains of the folded norms, by tensor: float32 of shape (elements,), float64 where the norm is stored so."""
+def read_gains(checkpoint: Checkpoint, plan: Plan, raw: Mapping[str, bytearray] | None = None) -> dict[str, np.ndarray]:
+    """Gains of the folded norms, by tensor: float32 of shape (elements,), float64 where the norm is stored so.
+
+    `raw` are their bytes, if they are here.
+    """
     gains = {}
-    raw = read_tensors(checkpoint, [norm.tensor for norm in plan.folded])
+    raw = raw if raw is not None else read_tensors(checkpoint, [norm.tensor for norm in plan.folded])
     for norm in plan.folded:
         stored = torch.frombuffer(raw[norm.tensor], dtype=TORCH_DTYPE[checkpoint.tensors[norm.tensor].dtype])
         weight = stored if stored.dtype == torch.float64 else stored.float()

@@ -11,21 +11,22 @@ precision); `finetune` would say that somebody trained it. The card says in word
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from flashnorm_cli.checkpoint.json_files import MAX_DEPTH, Fields, is_text
 from flashnorm_cli.checkpoint.names import pattern_of
-from flashnorm_cli.errors import CheckpointError
 from flashnorm_cli.hub.published import Base
+from flashnorm_cli.hub.source_card import check_metadata, read_card
 from flashnorm_cli.plan.model import Plan
 from flashnorm_cli.proof.result import Verification
 from flashnorm_cli.report import formats, page
 
 if TYPE_CHECKING:
-    from huggingface_hub import CardData, ModelCard
+    from huggingface_hub import CardData
+    from jinja2 import Template
 
-MAX_METADATA = 1 << 18  # characters of a card's metadata
 RELATION = "quantized"
 TAGS = ("weightless-rmsnorm", "flashnorm")  # the first one is that of the collection of such models
 REPORT = "flashnorm-verification.html"
@@ -41,7 +42,8 @@ class CardFacts:
     """What a card speaks of.
 
     `record` and `config` are the published flashnorm.json and config.json. `verification` is None where there is no
-    valid one; then `unverified` says why. `sizes` are the bytes of all shards, of source and fold. `source_card` is
+    valid one. `ran` says that both models were run in it, and came out equivalent; else `unverified` says why nobody
+    knows that. `sizes` are the bytes of all shards, of source and fold. `source_card` is
     the text of the source's README.md, or an earlier card of ours; `source_data` are the source's own metadata as the
     Hub or its folder gives them, as far as they are known.
     """
@@ -55,60 +57,12 @@ class CardFacts:
     sizes: tuple[int, int]
     source_card: str | None
     source_data: dict[str, Any]
+    ran: bool = True
 
-
-def read_card(text: str) -> ModelCard:
-    """A card from its text. Raises CheckpointError where its metadata are broken."""
-    import yaml  # type: ignore[import-untyped]
-    from huggingface_hub import ModelCard
-    from huggingface_hub.repocard import REGEX_YAML_BLOCK
-    from huggingface_hub.utils import logging
-
-    text = text.lstrip("\ufeff")
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # a card without metadata is no reason to warn
-    try:
-        _check_size(text)
-        card = ModelCard(text, ignore_metadata_errors=True)
-        block = REGEX_YAML_BLOCK.search(text)  # as it stands there: ModelCard takes a text of tags apart into letters
-        _check_types((yaml.safe_load(block[2]) if block else None) or {})
-        card.data.to_dict(), str(card)
-        return card
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever the YAML parser raises
-        why = " ".join(str(error).split())
-        raise CheckpointError(
-            f"README.md: its metadata cannot be read ({why}); mend the block between the ---"
-        ) from error
-    finally:
-        logging.set_verbosity(level)
-
-
-def _check_size(text: str) -> None:
-    """Raise ValueError for metadata that would keep the YAML parser busy: megabytes, or nesting without end."""
-    matter = text.split("\n---", 1)[0] if text.lstrip().startswith("---") else ""
-    if len(matter) > MAX_METADATA:
-        raise ValueError(f"{len(matter)} characters are more than the {MAX_METADATA} that are read")
-    depth = 0
-    for bracket in re.findall(r"[\[\]{}]", matter):
-        depth += 1 if bracket in "[{" else -1
-        if depth > MAX_DEPTH:
-            raise ValueError("nested too deeply")
-
-
-def _check_types(data: dict[str, Any]) -> None:
-    """Raise CheckpointError for keys of the metadata that are read here, and are of another type than the Hub's."""
-
-    def are_texts(value: Any) -> bool:
-        return isinstance(value, list) and all(map(is_text, value))
-
-    fields = Fields(data, "README.md", "mend the block between the ---")
-    for key in ("license_name", "license_link", "library_name", "pipeline_tag"):
-        fields.get(key, is_text, "a text", None)
-    for key in ("license", "base_model", "language"):
-        fields.get(key, lambda v: is_text(v) or are_texts(v), "a text or a list of texts", None)
-    fields.get("tags", are_texts, "a list of texts", None)
+    @property
+    def equivalent(self) -> bool:
+        """Whether both models were run, and shown to compute the same."""
+        return self.verification is not None and self.ran
 
 
 def build_card(facts: CardFacts) -> str:
@@ -116,186 +70,103 @@ def build_card(facts: CardFacts) -> str:
     from huggingface_hub import ModelCardData
 
     card = read_card(facts.source_card or "")
+    check_metadata(facts.source_data, "the source's card")
     known: CardData = ModelCardData(**facts.source_data, ignore_metadata_errors=True)
     if facts.source_card is None:
         card.data = known
     elif SOURCE_CARD not in card.text:  # the source's own card, not one of ours
         known = card.data
     data, text = card.data, card.text.split(SOURCE_CARD)[-1].strip()
-    parents, results = known.get("base_model"), known.get("eval_results", [])
+    parents, results = known.get("base_model"), _results(known)
     for claim in ("eval_results", "model_name", "model-index", "new_version"):
         data[claim] = None
     if facts.base is not None:
         data["base_model"] = facts.base.repo_id
         data["base_model_relation"] = RELATION
     data["library_name"] = data.get("library_name", "transformers")
-    data["tags"] = [*(tag for tag in data.get("tags", []) if tag not in TAGS), *TAGS]
-    plan = Plan.from_json(facts.record)
-    sections = [
-        *_head(facts, plan),
-        *_what_was_done(facts, plan),
-        *_proof(facts),
-        *_loading(facts, plan),
-        *_origin(facts, data, parents, results),
-    ]
-    sections += ["## The source's card", "", SOURCE_CARD, "", text] if text else [SOURCE_CARD]
-    card.text = "\n" + "\n".join(sections)
+    data["tags"] = [*(tag for tag in data.get("tags") or [] if tag not in TAGS), *TAGS]
+    known_parents = parents if isinstance(parents, list) else [parents] if parents else []
+    source_facts = {
+        "licence": _licence(data),
+        "gated": any(key.startswith("extra_gated_") for key in data.to_dict()),
+        "parents": known_parents if facts.base is not None and parents != facts.base.repo_id else [],
+        "results": results,
+        "text": text,
+    }
+    card.text = _template().render(**_figures(facts), **source_facts)
     return str(card).replace("\r\n", "\n").rstrip() + "\n"
 
 
-# ---- sections --------------------------------------------------------------------------------------------------------
+def _results(known: CardData) -> list[Any]:
+    """The evaluation results of a card, as far as huggingface_hub could read them."""
+    from huggingface_hub import EvalResult
+
+    found = known.get("eval_results")
+    return [result for result in found if isinstance(result, EvalResult)] if isinstance(found, list) else []
 
 
-def _head(facts: CardFacts, plan: Plan) -> list[str]:
-    name = facts.repo_id.rsplit("/", 1)[-1]
-    computes = "computes" if facts.verification else "is meant to compute"
-    lines = [
-        f"# {name}",
-        "",
-        f"{_source(facts)} with the weights of its RMSNorms folded into the linear layers that read them, by "
-        f"`{facts.record.get('tool', 'flashnorm')}`. It {computes} the same function; what it no longer needs are "
-        f"{_count(len(plan.folded), 'norm weight')}. Nothing was trained or quantized.",
-        "",
-    ]
-    if facts.verification is None:
-        lines += [
-            f"> **Not verified:** {facts.unverified}. Nobody has checked that it computes what its source does.",
-            "",
-        ]
-    return lines
+@cache
+def _template() -> Template:
+    import jinja2
+
+    place = jinja2.PackageLoader("flashnorm_cli.hub", ".")
+    environment = jinja2.Environment(loader=place, undefined=jinja2.StrictUndefined)
+    environment.filters.update(cell=_cell, code=_code, line=_line, sentence=_sentence, size=_size)
+    return environment.get_template("card.md.jinja")
 
 
-def _what_was_done(facts: CardFacts, plan: Plan) -> list[str]:
-    lines = [
-        "## What was done",
-        "",
-        "RMSNorm computes `x / rms(x) * g`, and a linear layer behind it `W @ .`, so `W @ (x / rms(x) * g)` is "
-        f"`(W * g) @ (x / rms(x))`: exact in real arithmetic ([FlashNorm]({PAPER})). Each product was computed in "
-        "float32 and rounded once to the tensor's dtype.",
-        "",
-        "| norm | how many | |",
-        "|--|--|--|",
-        *(f"| `{name}` | {number} | folded into {into} |" for name, number, into in page.folded_rows(plan)),
-        *(f"| `{name}` | {number} | kept: {_cell(why)} |" for name, number, why in page.kept_rows(plan)),
-        "",
-        f"{_sentence(page.HEADS.get(plan.lm_head, plan.lm_head))} {_layout(facts)}",
-        "",
-    ]
-    if plan.not_traced:
-        names = ", ".join(f"`{name}`" for name in dict.fromkeys(map(pattern_of, plan.not_traced)))
-        lines += [f"Not reached by a text forward, and as in the source: {names}.", ""]
-    if plan.notes:
-        lines += [*(f"- {_sentence(note)}" for note in plan.notes), ""]
+def _figures(facts: CardFacts) -> dict[str, Any]:
+    """What the template shows of the fold and of its verification."""
+    plan, result = Plan.from_json(facts.record), facts.verification
     before, after = facts.sizes
     change = "the same" if before == after else f"{_size(abs(after - before))} {'more' if after > before else 'less'}"
     if plan.bytes_added:
         change += f"; {_size(plan.bytes_added)} are the output head's own copy of the embedding, scaled"
-    return [*lines, f"Size of the weights: {_size(before)} before, {_size(after)} after ({change}).", ""]
+    found: dict[str, Any] = {
+        "facts": facts,
+        "plan": plan,
+        "result": result,
+        "page": page,
+        "formats": formats,
+        "count": _count,
+        "name": facts.repo_id.rsplit("/", 1)[-1],
+        "tool": facts.record.get("tool", "flashnorm"),
+        "source": _source(facts),
+        "source_at": _source(facts, commit=True),
+        "dropped": facts.record.get("layout") == "dropped",
+        "zeros": any(norm.identity == 0 for norm in plan.folded),
+        "not_traced": list(dict.fromkeys(map(pattern_of, plan.not_traced))),
+        "change": change,
+        "transformers": "\n".join(_transformers(facts, plan)),
+        "paper": PAPER,
+        "report": REPORT,
+        "relation": RELATION,
+        "mark": SOURCE_CARD,
+    }
+    if result is not None:
+        made = {k: result.environment[k] for k in ("torch", "transformers", "device") if k in result.environment}
+        found["with_what"] = ", ".join(f"{key} {value}" if key != "device" else value for key, value in made.items())
+        found["rows"] = _rows(result)
+        for status in ("passed", "skipped"):
+            titles = [page.title_of(level).lower() for level in result.levels if level.status == status]
+            found[status] = titles
+    return found
 
 
-def _layout(facts: CardFacts) -> str:
-    if facts.record.get("layout") == "dropped":
-        return (
-            "Layout `dropped`: the folded norms' tensors are left out, so that only runtimes that know of it can load "
-            "this checkpoint; see below."
-        )
-    return (
-        "Layout `identity`: every tensor has its name, shape, dtype and shard of the source, and folded norms hold "
-        "the value that scales by one."
-    )
-
-
-def _proof(facts: CardFacts) -> list[str]:
-    result = facts.verification
-    if result is None:
-        return []
-    lines = ["## Is it the same model?", "", page.verdict(result).sentence, "", "| | | |", "|--|--|--|"]
-    lines += [f"| {what} | {_cell(much)} | {_cell(beside)} |" for what, much, beside in page.highlights(result)]
+def _rows(result: Verification) -> list[tuple[str, str, str]]:
+    """The table of the verification: (what, how much, beside what)."""
+    rows = list(page.highlights(result))
     logits = result.level("logits")
     figures = logits.figures if logits else {}
     folded, source = figures.get("folded"), figures.get("source")
-    if isinstance(folded, dict) and isinstance(source, dict) and folded.get("perplexity") and source.get("perplexity"):
-        beside = f"the source: {formats.perplexity(source['perplexity'])}"
+    ours, theirs = (side.get("perplexity") if isinstance(side, Mapping) else None for side in (folded, source))
+    if ours and theirs:
+        beside = f"the source: {formats.perplexity(theirs)}"
         if figures.get("reference_perplexity"):
             beside += f", in {figures.get('reference')}: {formats.perplexity(figures['reference_perplexity'])}"
-        lines.append(
-            f"| Perplexity | {formats.perplexity(folded['perplexity'])} | {beside}; on {figures.get('text')} |"
-        )
-    for level in result.levels:
-        if level.status == "skipped":
-            lines.append(f"| {page.title_of(level)} | not run | {_cell(level.reason or '')} |")
-    made = {key: result.environment[key] for key in ("torch", "transformers", "device") if key in result.environment}
-    with_what = ", ".join(f"{key} {value}" if key != "device" else value for key, value in made.items())
-    lines += [
-        "",
-        f"Checked on {formats.date(result.environment.get('date'))} with {with_what}, against "
-        f"{_source(facts, commit=True)}. `flashnorm.json` holds every figure and the hash of every file; "
-        f"[{REPORT}]({REPORT}) shows them on a page (download it: the Hub does not display HTML). To check it again:",
-        "",
-        "```bash",
-        str(result.environment.get("command") or f"flashnorm verify {facts.repo_id}"),
-        "```",
-        "",
-    ]
-    return lines
-
-
-def _loading(facts: CardFacts, plan: Plan) -> list[str]:
-    dropped = facts.record.get("layout") == "dropped"
-    name = facts.repo_id.rsplit("/", 1)[-1]
-    vllm = f"vllm serve {facts.repo_id}"
-    if "auto_map" in facts.config:
-        vllm += " --trust-remote-code"
-    weightless = (
-        f'With flashnorm-cli, `flashnorm_cli.from_pretrained("{facts.repo_id}")` loads it so that its folded norms run '
-        "without weights."
-    )
-    lines = ["## How to load it", "", "**transformers**", "", "```python", *_transformers(facts, plan), "```", ""]
-    if dropped:
-        missing = "zeros, for the model computes `1 + w`" if any(n.identity == 0 for n in plan.folded) else "ones"
-        lines += [
-            f"transformers reports the norms that are left out as missing, and fills in {missing}: that is right. "
-            f"{weightless}",
-            "",
-            "**vLLM** loads it where flashnorm-cli is installed beside it, and its norms run without weights; without, "
-            "it refuses:",
-            "",
-            *("```bash", vllm, "```", ""),
-            "**llama.cpp** cannot load this layout: its converter writes a file that lacks the norms, and loading that "
-            "file fails. Fold the source again with `--layout identity` for it.",
-            "",
-        ]
-    else:
-        lines += [
-            weightless,
-            "",
-            "**vLLM** loads it as it loads the source, and multiplies by one; where flashnorm-cli is installed beside "
-            "it, its norms run without weights:",
-            "",
-            *("```bash", vllm, "```", ""),
-            "**llama.cpp**, if it knows the architecture, by its own converter:",
-            "",
-            "```bash",
-            f"hf download {facts.repo_id} --local-dir {name}",
-            f"python convert_hf_to_gguf.py {name} --outfile {name}.gguf",
-            f'llama-cli -m {name}.gguf -p "Hello"',
-            "```",
-            "",
-        ]
-    if plan.lm_head in ("folded", "untied"):
-        lines += [
-            "Not for embeddings: the final norm's weight went into the output head, so what comes before that head "
-            "(hidden states, pooling) is not what the source gives.",
-            "",
-        ]
-    base = facts.base.repo_id if facts.base else "<the source>"
-    return [
-        *lines,
-        "LoRA adapters that were trained on the source read the norm weights that are gone: fold them first, with "
-        f"`flashnorm fold-adapter <adapter> --base {facts.repo_id}`; put on as they are, they compute something else "
-        f"than on {base if facts.base else 'the source'}.",
-        "",
-    ]
+        rows.append(("Perplexity", formats.perplexity(ours), f"{beside}; on {figures.get('text')}"))
+    skipped = [level for level in result.levels if level.status == "skipped"]
+    return [*rows, *((page.title_of(level), "not run", level.reason or "") for level in skipped)]
 
 
 def _transformers(facts: CardFacts, plan: Plan) -> list[str]:
@@ -319,37 +190,6 @@ def _transformers(facts: CardFacts, plan: Plan) -> list[str]:
         f'model = {cls}.from_pretrained("{facts.repo_id}", dtype="auto")',
         f"{tokenizer})",
     ]
-
-
-def _origin(facts: CardFacts, data: CardData, parents: Any, results: list[Any]) -> list[str]:
-    lines = ["## Source and licence", "", f"Made from {_source(facts, commit=True)}. {_licence(data)}", ""]
-    gate = [key for key in data.to_dict() if key.startswith("extra_gated_")]
-    if gate:
-        lines += ["The source is gated; its terms are those of this repository, too.", ""]
-    if facts.base is not None:
-        if parents and parents != facts.base.repo_id:
-            names = parents if isinstance(parents, list) else [parents]
-            links = ", ".join(f"[{name}](https://huggingface.co/{name})" for name in names)
-            lines += [f"The source itself comes from {links}.", ""]
-        lines += [
-            f"`base_model_relation: {RELATION}` is the Hub's word for the same model in another form; nothing was "
-            "quantized here.",
-            "",
-        ]
-    if results:
-        lines += [
-            "The source's authors report these results of the source. They were not measured again on this model:",
-            "",
-            "| task | dataset | metric | value |",
-            "|--|--|--|--|",
-            *(
-                f"| {_cell(result.task_name or result.task_type)} | {_cell(result.dataset_name)} | "
-                f"{_cell(result.metric_name or result.metric_type)} | {_cell(result.metric_value)} |"
-                for result in results
-            ),
-            "",
-        ]
-    return lines
 
 
 def _licence(data: CardData) -> str:
@@ -380,6 +220,16 @@ def _count(n: int, what: str) -> str:
 
 def _sentence(words: str) -> str:
     return f"{words[:1].upper()}{words[1:]}."
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _code(name: str) -> str:
+    """A name as code, whatever characters it is made of."""
+    plain = _line(name).replace("`", "'").replace("|", "/")
+    return f"`{plain}`"
 
 
 def _cell(value: Any) -> str:

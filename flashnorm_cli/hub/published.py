@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
+
+from flashnorm_cli.checkpoint.places import LOCAL_PATH, last_part
 
 # Options of `verify` that are a part of what was checked; all others are about the machine or the output.
 KEPT_OPTIONS = (
@@ -20,8 +21,6 @@ KEPT_OPTIONS = (
 )
 KEPT_SWITCHES = ("--trust-remote-code",)
 BUILT_IN_TEXT = "the text that comes with flashnorm"
-# An absolute path, or one that starts at home or at `.`; not what follows `https:/`.
-LOCAL_PATH = re.compile(r"(?<![\w:/.~-])(?:~|\.{1,2})?(?:/[^\s/'\"`:,;]+)+/?")
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,9 @@ class Base:
     commit: str
 
 
-def published_record(record: dict[str, Any], repo_id: str, base: Base | None, verified: bool) -> dict[str, Any]:
+def published_record(
+    record: dict[str, Any], repo_id: str, base: Base | None, verified: bool, cleaned: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """A record to publish.
 
     Args:
@@ -40,6 +41,8 @@ def published_record(record: dict[str, Any], repo_id: str, base: Base | None, ve
         repo_id: where it will be published; the verification's command names it.
         base: the source on the Hub; without, the source is called by the last part of its folder's name.
         verified: whether the verification is passed and still valid; otherwise it is left out.
+        cleaned: sha256 of files that are published without folders of this machine, which say where they came from
+            and have no part in what was verified.
     """
     typed = _local_sources(record)
     source = base.repo_id if base else last_part(str(record.get("source", "")))
@@ -51,6 +54,7 @@ def published_record(record: dict[str, Any], repo_id: str, base: Base | None, ve
         environment = entry.setdefault("environment", {})
         environment["command"] = published_command(str(environment.get("command", "")), repo_id, base, list(levels))
         entry["source"] = {**entry.get("source", {}), "name": source, "commit": new["commit"]}
+        entry["files"] = {**entry.get("files", {}), **(cleaned or {})}
         logits = levels.get("logits", {}).get("figures", {})
         if logits.get("text", BUILT_IN_TEXT) != BUILT_IN_TEXT:  # a text of the user's may be a private one
             logits["text"] = last_part(str(logits["text"]))
@@ -89,7 +93,7 @@ def without_paths(value: Any, names: Sequence[str] = ()) -> Any:
         return {key: without_paths(inner, names) for key, inner in value.items()}
     if isinstance(value, list):
         return [without_paths(inner, names) for inner in value]
-    if not isinstance(value, str) or "/" not in value:
+    if not isinstance(value, str) or not ("/" in value or "\\" in value):
         return value
     for name in names:
         value = value.replace(name, last_part(name))
@@ -104,18 +108,13 @@ def same_fold(ours: dict[str, Any], theirs: Any) -> bool:
     )
 
 
-def last_part(path: str) -> str:
-    """The last part of a path: what a file or folder is called."""
-    return PurePosixPath(path).name or path.strip("/~.")
-
-
 def _local_sources(record: dict[str, Any]) -> list[str]:
     """The folders that a record names as the source, as they were typed."""
     entry = record.get("verify")
     said = [(record.get("source"), record.get("commit"))]
     if isinstance(entry, dict) and isinstance(entry.get("source"), dict):
         said.append((entry["source"].get("name"), entry["source"].get("commit")))
-    return [name for name, commit in said if isinstance(name, str) and "/" in name and commit is None]
+    return [name for name, commit in said if isinstance(name, str) and re.search(r"[\\/]", name) and commit is None]
 
 
 def dump(record: dict[str, Any]) -> bytes:

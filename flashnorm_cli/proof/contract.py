@@ -10,6 +10,7 @@ from flashnorm_cli.adapters.files import CONFIG as ADAPTER
 from flashnorm_cli.checkpoint.folded import CLASS, FLAGS
 from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, read_json
 from flashnorm_cli.checkpoint.names import pattern_of
+from flashnorm_cli.checkpoint.places import same_but_places, without_places
 from flashnorm_cli.errors import CheckpointError, PlanError, quoted
 from flashnorm_cli.proof.expected import config_findings, index_findings, json_equal, levels, short, unequal
 from flashnorm_cli.proof.files import CLAIMS, file_facts, is_paper
@@ -167,7 +168,7 @@ def _source_files(pair: Pair) -> list[Finding]:
             findings.append(Finding(RECORD, f"speaks of {name} of the source, which is not there"))
             continue
         header = pair.source.shards.get(name)
-        now = file_facts(path, header.raw if header else None)
+        now = file_facts(path, header.raw if header else None, pair.source.sha256.get(name))
         if any(fact.get(key) != now[key] for key in now if key in fact):
             findings.append(Finding(RECORD, f"was made from another {name} than this source's"))
     return findings
@@ -182,7 +183,7 @@ def _differing(pair: Pair) -> list[str]:
     for name in pair.source.others:
         here, there = pair.folded.folder / name, pair.source.folder / name
         if here.is_file() and name != RECORD and not _same_bytes(here, there):
-            if pair.foreign and name.endswith(".json") and _same_json(here, there):
+            if name.endswith(".json") and _same_json(here, there, pair.foreign):
                 continue
             found.append(name)
     return found
@@ -204,10 +205,14 @@ def _same_bytes(a: Path, b: Path) -> bool:
     return a.stat().st_size == b.stat().st_size and a.read_bytes() == b.read_bytes()
 
 
-def _same_json(a: Path, b: Path) -> bool:
+def _same_json(a: Path, b: Path, by_meaning: bool) -> bool:
+    """Equal apart from where they came from; `by_meaning`, whatever else differs in how they are written."""
     try:
-        return json_equal(json.loads(a.read_bytes()), json.loads(b.read_bytes()))
-    except ValueError:
+        texts = a.read_text(encoding="utf-8"), b.read_text(encoding="utf-8")
+        if not by_meaning:
+            return without_places(texts[0]) == without_places(texts[1])
+        return same_but_places(*map(json.loads, texts))
+    except (ValueError, RecursionError):
         return False
 
 

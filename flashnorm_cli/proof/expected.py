@@ -13,6 +13,7 @@ from typing import Any
 
 from flashnorm_cli.checkpoint.model import CONFIG, Checkpoint
 from flashnorm_cli.checkpoint.names import pattern_of
+from flashnorm_cli.checkpoint.places import PLACE_KEYS
 from flashnorm_cli.plan.model import FORMAT
 from flashnorm_cli.proof.pairing import Pair
 from flashnorm_cli.proof.result import Finding
@@ -73,6 +74,8 @@ def config_findings(pair: Pair) -> list[Finding]:
     untied = {f"{prefix}{TIE}" for prefix in places} if pair.expected_added and pair.plan.untie else set()
     findings = []
     for key, found, wanted in unequal(pair.folded.config, pair.source.config):
+        if key.rsplit(".", 1)[-1] in PLACE_KEYS:  # where it came from, which push-to-hub shortens
+            continue
         if key in ours or any(key.startswith(f"{each}.") for each in ours) or (key in untied and found is False):
             continue
         findings.append(_instead(CONFIG, key, found, False if key in untied else wanted))

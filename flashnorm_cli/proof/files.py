@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +37,11 @@ def changed_files(entry: dict[str, Any], hashes: dict[str, str]) -> list[str]:
 HASH_UP_TO = 64 << 20
 
 
-def file_facts(path: Path, header: bytes | None = None) -> dict[str, Any]:
+def file_facts(path: Path, header: bytes | None = None, sha256: str | None = None) -> dict[str, Any]:
     """What a record says of a file, found out afresh: size, sha256 where it is cheap or known, a shard's header's."""
     facts: dict[str, Any] = {"size": path.stat().st_size}
-    stored = path.resolve().name if path.is_symlink() else ""
-    if re.fullmatch(r"[0-9a-f]{64}", stored):
-        facts["sha256"] = stored
+    if sha256 is not None:
+        facts["sha256"] = sha256
     elif facts["size"] <= HASH_UP_TO:
         facts["sha256"] = sha256_of(path)
     if header is not None:

@@ -81,7 +81,8 @@ def _entry(both: Pair, result: Verification, hashes: dict[str, str], before: Any
             "name": result.source,
             "commit": result.commit,
             "files": {
-                name: file_facts(both.source.folder / name, headers.get(name)) for name in (CONFIG, *both.source.shards)
+                name: file_facts(both.source.folder / name, headers.get(name), both.source.sha256.get(name))
+                for name in (CONFIG, *both.source.shards)
             },
         },
         "files": hashes,

@@ -17,8 +17,8 @@ from flashnorm_cli.checkpoint.names import pattern_of
 from flashnorm_cli.plan.model import FORMAT, Plan
 from flashnorm_cli.record.read import LAYOUTS as LAYOUTS
 
-# Small files are hashed whole. A shard's sha256 is written where the Hub cache knows it already: hashing gigabytes
-# would cost as much as folding them.
+# Small files are hashed whole. A larger shard's sha256 is written where its bytes were hashed already, as those of the
+# Hub are when they come in: hashing gigabytes costs as much as folding them.
 HASH_UP_TO = 64 << 20
 
 
@@ -90,12 +90,11 @@ def dump_like(value: dict[str, Any], original: str) -> str:
     return text + ("\n" if original.endswith("\n") else "")
 
 
-def file_facts(path: Path, header: bytes | None = None) -> dict[str, Any]:
-    """Size and hash of a file: sha256 of the whole where it is cheap or known, of its header for other shards."""
+def file_facts(path: Path, header: bytes | None = None, sha256: str | None = None) -> dict[str, Any]:
+    """Size and hash of a file: of the whole where it is cheap or `sha256` was computed already, of a shard's header."""
     facts: dict[str, Any] = {"size": path.stat().st_size}
-    blob = path.resolve().name if path.is_symlink() else ""
-    if re.fullmatch(r"[0-9a-f]{64}", blob):  # the Hub cache names a large file by its sha256
-        facts["sha256"] = blob
+    if sha256 is not None:
+        facts["sha256"] = sha256
     elif facts["size"] <= HASH_UP_TO:
         facts["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     if header is not None:
@@ -109,7 +108,7 @@ def source_facts(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     facts = {name: file_facts(checkpoint.folder / name) for name in small}
     for name, header in checkpoint.shards.items():
         if (checkpoint.folder / name).exists():
-            facts[name] = file_facts(checkpoint.folder / name, header.raw)
+            facts[name] = file_facts(checkpoint.folder / name, header.raw, checkpoint.sha256.get(name))
         else:
             sha256 = {"sha256": checkpoint.sha256[name]} if name in checkpoint.sha256 else {}
             header_sha256 = hashlib.sha256(header.raw).hexdigest()

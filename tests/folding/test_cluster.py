@@ -326,7 +326,7 @@ def test_hub_to_hub(model: Path, expected: dict[str, bytes], cluster: Cluster, t
     died = tmp_path / "died"
 
     def dies_after_an_upload() -> None:
-        from flashnorm_cli.hub import fold_to_hub as stream
+        from flashnorm_cli.hub import shard_job as stream
 
         upload, mine = stream._upload, list[str]()
         journal = tmp_path / "cwd" / ".me--folded.partial" / "uploaded.json"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from huggingface_hub import ModelCard, ModelInfo
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flashnorm_cli.errors import CheckpointError, FlashNormError
-from flashnorm_cli.hub.card import NOT_AUTO, SOURCE_CARD, CardFacts, build_card, read_card
+from flashnorm_cli.hub.card import NOT_AUTO, SOURCE_CARD, CardFacts, build_card
 from flashnorm_cli.hub.licence import check_licence, gate_of, terms
 from flashnorm_cli.hub.published import Base, published_command, published_record, without_paths
+from flashnorm_cli.hub.source_card import check_metadata, read_card
 from flashnorm_cli.proof.result import Verification
 from flashnorm_cli.report.page import render
 
@@ -104,7 +106,7 @@ def test_parent_of_a_local_source_is_kept() -> None:
 
 @pytest.mark.parametrize("text", ["---\n- a list\n---\n# A card\n", "---\nlicense: [mit\n---\n# A card\n"])
 def test_broken_metadata(text: str) -> None:
-    with pytest.raises(CheckpointError, match=r"README\.md: its metadata cannot be read .*; mend the block"):
+    with pytest.raises(CheckpointError, match=r"README\.md: its metadata cannot be read .*; correct the block"):
         build_card(facts(None, source_card=text))
 
 
@@ -233,3 +235,76 @@ def test_gate_and_terms() -> None:
     assert terms({"license": "other", "license_name": "research-only-1.0"}) == "research-only-1.0 (non-commercial)"
     assert terms({"license": "llama3.2"}) == "llama3.2"
     assert terms({}) == "none named"
+
+
+# ---- cards as input --------------------------------------------------------------------------------------------------
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [*{old}, *{old}, *{old}, *{old}, *{old}, *{old}, *{old}, *{old}, *{old}]\n"
+    for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+STRANGE = {
+    "10 MB of tags": ("tags:\n" + "- a tag\n" * 1_250_000, "metadata have 10,000,005 characters"),
+    "billions of values": (LAUGHS, "too many or too deeply nested"),
+    "no end": ("a: &a [*a]\n", "too many or too deeply nested"),
+    "deep": ("a: " + "[" * 3000 + "]" * 3000 + "\n", "too many or too deeply nested|cannot be read"),
+    "tags are one word": ("tags: a tag\n", "`tags` .* not a list of words"),
+    "tags are lists": ("tags: [[a], [b]]\n", "`tags` .* not a list of words"),
+    "a licence of its own": ("license: {name: mit}\n", "`license` .* not a word or a list"),
+    "a licence list of lists": ("license: [[mit]]\n", "`license` .* not a word or a list"),
+    "a link that is a list": ("license_link: [a]\n", "`license_link` .* not a text"),
+    "a name that is a number": ("license_name: 3\n", "`license_name` .* not a text"),
+    "a base that is an object": ("base_model: {a: b}\n", "`base_model` .* not a word"),
+    "a key that is a list": ("? [a]\n: b\n", "cannot be read"),
+    "a key that is a number": ("1: b\n", "has|have the key 1"),
+    "control characters": ("license: \x00\n", "cannot be read"),
+    "escapes in what it says": ("license: [\x9b31m\n", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_strange_metadata(name: str) -> None:
+    """One line, at once, that can be printed."""
+    block, words = STRANGE[name]
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match=words) as caught:
+        build_card(facts(None, source_card=f"---\n{block}---\n# A card\n"))
+    assert time.monotonic() - started < 15
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+
+
+def test_strange_metadata_of_the_source() -> None:
+    with pytest.raises(CheckpointError, match=r"the source's card: `tags` .* not a list of words"):
+        build_card(facts("plain", source_data={"tags": {"a": 1}}))
+    with pytest.raises(CheckpointError, match="too many"):
+        build_card(facts(None, source_data={"tags": ["a"] * 1_000_000}))
+
+
+METADATA = [
+    "license: mit\ntags: [1, 2.5, true, 2020-01-01]\n",
+    "license: 2020-01-01\n",
+    "model-index: 3\n",
+    "model-index:\n- name: x\n  results: [1]\n",
+    "model-index:\n- {results: {}}\n",
+    "eval_results: [1]\nmodel_name: x\n",
+    "tags: null\nlanguage: [null]\n".replace("[null]", "null"),
+    "base_model: [a/b, c/d]\nbase_model_relation: merge\n",
+    "new_version: x/y\nlicense: [mit, apache-2.0]\n",
+    "extra_gated_fields: {Name: text}\n",
+]
+
+
+@pytest.mark.parametrize("block", METADATA)
+def test_metadata_that_are_unusual(block: str) -> None:
+    card = build_card(facts(None, source_card=f"---\n{block}---\n# A card\n"))
+    assert ModelCard(card).data.to_dict()["tags"][-2:] == ["weightless-rmsnorm", "flashnorm"]
+    terms(read_card(card).data.to_dict())
+
+
+def test_a_long_card() -> None:
+    with pytest.raises(CheckpointError, match="more than 10,485,760 are not read"):
+        read_card("x" * (11 << 20))
+    assert check_metadata({}) == {}
+    started = time.monotonic()
+    build_card(facts(None, source_card="\n" * 3_000_000 + "---\nlicense: mit\n---\n" + " \n---" * 500_000))
+    assert time.monotonic() - started < 10

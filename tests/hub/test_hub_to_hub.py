@@ -7,21 +7,31 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hub_folds import SOURCE, TARGET, TOKEN, assert_published, downloaded, files_of, save, shards_of
 from hub_server import Fault, HubServer
+from transformers import LlamaConfig, LlamaForCausalLM
 from zygote import Run, Zygote
 
 import flashnorm_cli
 from flashnorm_cli.checkpoint.header import read_header
 from flashnorm_cli.checkpoint.hub import FIRST_BYTES
+from flashnorm_cli.checkpoint.model import Source
+from flashnorm_cli.checkpoint.open import open_checkpoint
+from flashnorm_cli.checkpoint.tensors import read_tensors
 from flashnorm_cli.folding.fold import fold
+from flashnorm_cli.hub.shard_job import _bytes_in
+from flashnorm_cli.plan.planner import make_plan
+from flashnorm_cli.proof.shards import check_shard, shard_plan
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +217,61 @@ def test_trouble_that_passes(hub: HubServer, client: Client, expected: dict[str,
     assert list(hub.root.glob("put-*")) == []
 
 
+# ---- with a proof ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("layout", ["identity", "dropped"])
+def test_verified_shard_by_shard(hub: HubServer, client: Client, tmp_path: Path, layout: str, tied: bool) -> None:
+    """Every tensor is compared before it goes out; the page says that, and that nothing was run."""
+    source = save(tmp_path / "source", tie_word_embeddings=tied)
+    hub.add_repo("them/other", source)
+    code, out, err = client("--verify", "--layout", layout, "--json", source="them/other")
+    assert (code, err) == (4, "")
+    said = json.loads(out)
+    assert (said["verified"], said["verdict"]) == (False, "as planned, not run")
+    files = hub.files(TARGET)
+    assert shards_of(files) == shards_of(files_of(fold(source, tmp_path / "local", layout=layout).output))
+    entry = json.loads(files["flashnorm.json"])["verify"]
+    assert (entry["verdict"], entry["equivalent"]) == ("as planned, not run", False)
+    figures = entry["levels"]["weights"]["figures"]
+    tensors = sum(len(read_header(path).tensors) for path in source.glob("*.safetensors"))
+    norms = 7 if layout == "dropped" else 0
+    assert figures["tensors"] == figures["identical"] == tensors + tied - norms
+    card = files["README.md"].decode()
+    assert "As planned, not run" in card and "is meant to compute the same function" in card
+    assert "computes the same function" not in card and "is the same model" not in card
+    # Once more: the same proof of the same files, so there is nothing to commit. Without one, it is not taken away.
+    commits = len(hub.repos[TARGET].history)
+    code, out, _ = client("--verify", "--layout", layout, "--json", source="them/other")
+    assert (code, "nothing was committed" in out, len(hub.repos[TARGET].history)) == (4, True, commits)
+    code, _, err = client("--layout", layout, source="them/other")
+    assert (code, "holds this fold with its verification" in err) == (1, True)
+
+
+def test_a_fold_that_goes_wrong_is_not_published(model: Path, tmp_path: Path) -> None:
+    """The comparison is not the fold's own: each way to spoil a shard is seen, with the tensor."""
+    checkpoint = open_checkpoint(Source(str(model)))
+    plan = make_plan(checkpoint)
+    raw = read_tensors(checkpoint, [norm.tensor for norm in plan.folded])
+    gains = {name: (bytes(data), checkpoint.tensors[name].dtype) for name, data in raw.items()}
+    folded = fold(model, tmp_path / "out").output
+    for name, header in checkpoint.shards.items():
+        wanted = shard_plan(plan, header.tensors, name == list(checkpoint.shards)[-1], gains, dropped=False)
+        compared, findings = check_shard(wanted, model / name, folded / name, [])
+        assert (compared, findings) == (len(header.tensors), ())
+        for tensor, entry in header.tensors.items():
+            data = bytearray((folded / name).read_bytes())
+            data[header.data_start + entry.start + 1] ^= 1  # of the first value
+            (tmp_path / "spoilt").write_bytes(data)
+            _, findings = check_shard(wanted, model / name, tmp_path / "spoilt", [])
+            assert [finding.what for finding in findings] == [tensor]
+        shutil.copy(model / name, tmp_path / "unfolded")
+        changed = {*header.tensors} & {*raw, *(reader.tensor for reader in plan.readers)}
+        _, findings = check_shard(wanted, model / name, tmp_path / "unfolded", [])
+        assert {finding.what for finding in findings} == changed
+
+
 # ---- trouble that stays ----------------------------------------------------------------------------------------------
 
 STAYS = [
@@ -246,6 +311,81 @@ def test_uploads_that_the_hub_has_removed(hub: HubServer, client: Client, expect
     assert (len(result["resumed_shards"]), set(downloaded(hub))) == (4, {name})
     assert hub.received("PUT /lfs/") == len(data)
     assert_published(hub, expected)
+
+
+JOURNALS = {
+    "cut": lambda text: text[: len(text) // 2],
+    "empty": lambda text: "",
+    "a list": lambda text: "[1, 2]",
+    "no entries": lambda text: json.dumps(dict.fromkeys(json.loads(text))),
+    "half an entry": lambda text: text.replace('"source_sha256"', '"other"', 1),
+    "another hash": lambda text: re.sub('"sha256": "..', '"sha256": "zz', text, count=1),
+    "a time to come": lambda text: re.sub('"at": [0-9.]+', '"at": 1e18', text, count=1),
+    "no text": lambda text: "\udcff",
+    "deep": lambda text: "[" * 100_000,
+}
+
+
+def test_a_journal_that_is_broken(hub: HubServer, client: Client, expected: dict[str, bytes]) -> None:
+    """As a disk that was full, or lost its power, leaves it: what cannot be read is done again."""
+    hub.fail("POST .*/commit/", status=409)
+    client()
+    journal = client.cwd / f".{TARGET.replace('/', '--')}.partial" / "uploaded.json"
+    whole = journal.read_text()
+    for what, broken in JOURNALS.items():
+        journal.write_bytes(broken(whole).encode("utf-8", "surrogateescape"))
+        hub.log.clear()
+        code, _, err = client()
+        assert (what, code, "reports a conflict" in err) == (what, 1, True)
+        assert len(downloaded(hub)) == (1 if what in ("half an entry", "another hash", "a time to come") else 5)
+    hub.faults.clear()
+    journal.write_text(whole[:-1])
+    assert client.succeeds()["resumed_shards"] == []
+    assert_published(hub, expected)
+
+
+def test_many_tiny_shards(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    """Jobs that begin and end all the time do not get in each other's way."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=8, vocab_size=64, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        torch.nn.init.uniform_(parameter, 0.4, 1.8)
+    model.save_pretrained(tmp_path / "tiny", max_shard_size="1KB")
+    (tmp_path / "tiny" / "README.md").write_text("---\nlanguage: de\n---\n")
+    hub.add_repo("them/tiny", tmp_path / "tiny")
+    local = files_of(fold(tmp_path / "tiny", tmp_path / "local").output)
+    assert len(shards_of(local)) == 60
+    for _ in range(4):
+        client.succeeds(source="them/tiny")
+        assert shards_of(hub.files(TARGET)) == shards_of(local)
+        del hub.repos[TARGET]
+        for name, data in shards_of(local).items():
+            if data != (tmp_path / "tiny" / name).read_bytes():  # those are the source's, too
+                hub.blob_path(hub.store(name, data).sha256).unlink()
+
+
+def test_a_neighbours_files_come_and_go(tmp_path: Path) -> None:
+    """What the other job holds is counted while it is being written, moved and cleared."""
+    stop = threading.Event()
+
+    def churn() -> None:
+        while not stop.is_set():
+            for inner in ("a/b", "a/c/d"):
+                (tmp_path / inner).mkdir(parents=True, exist_ok=True)
+                (tmp_path / inner / "model-00001.safetensors.incomplete").write_bytes(b"x" * 10)
+            shutil.rmtree(tmp_path / "a")
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        for _ in range(2000):
+            assert _bytes_in(tmp_path) in (0, 10, 20)
+    finally:
+        stop.set()
+        thread.join()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
@@ -329,8 +469,8 @@ def test_bad_input(hub: HubServer, client: Client, model: Path) -> None:
     client.fails(local, source=str(model), code=2)
     code, _, err = client(token="")
     assert (code, "there is no Hub token" in err, err.count("\n")) == (1, True, 1)
-    for arguments in (["out"], ["--verify"], ["--local-files-only"]):
-        client.fails("--push-to excludes an output folder, --verify and --local-files-only", *arguments, code=2)
+    for arguments in (["out"], ["--local-files-only"]):
+        client.fails("--push-to excludes an output folder and --local-files-only", *arguments, code=2)
     code, _, err = client(target="me/bad..name")
     assert (code, "does not take this name" in err, err.count("\n")) == (2, True, 1)
     code, _, err = client(target="nobody/model")

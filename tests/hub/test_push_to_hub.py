@@ -21,8 +21,9 @@ import flashnorm_cli
 from flashnorm_cli.checkpoint.output import work_folder
 from flashnorm_cli.errors import FlashNormError
 from flashnorm_cli.hub.card import REPORT
+from flashnorm_cli.hub.progress import watched
+from flashnorm_cli.hub.published import without_paths
 from flashnorm_cli.hub.push import push_to_hub
-from flashnorm_cli.hub.retry import watched
 
 ROOT = Path(flashnorm_cli.__file__).parents[1]
 MODEL = Path(flashnorm_cli.__file__).parent / "demo_model"
@@ -687,3 +688,132 @@ def test_interrupted(hub: HubServer, push: Push) -> None:
         _, said = client.communicate(timeout=60)
     hold.release.set()
     assert (client.returncode, said) == (130, "flashnorm: interrupted; the same command goes on where it stopped\n")
+
+
+# ---- folders of this machine -----------------------------------------------------------------------------------------
+
+
+def test_local_paths_in_configs(push: Push, hub: HubServer, tmp_path: Path) -> None:
+    """They say where the files came from; the page does not, and its verification is valid all the same."""
+    source = shutil.copytree(MODEL, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config |= {"_name_or_path": "/home/jane/secret-client/austen", "vision": {"_name_or_path": r"C:\Users\jane\secret"}}
+    (source / "config.json").write_text(json.dumps(config, indent=2))
+    tokenizer = {"name_or_path": "../secret-client/austen", "special_tokens_map_file": "~/secret-client/x.json"}
+    (source / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (source / "other.json").write_text('{"name_or_path": "jane/austen", "x": 1.50}')
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps(PROMPTS))
+    done(push.client.run("fold", source, tmp_path / "out", "--quiet"))
+    done(push.client.run("verify", tmp_path / "out", "--source", source, "--token-ids", ids, "--quiet"))
+    result = push("--private", folder=tmp_path / "out")
+    done(result)
+    assert "config.json, tokenizer_config.json: named a folder of this machine" in result.stdout
+    files = visible(hub)
+    text = b"".join(data for name, data in files.items() if not name.endswith(".safetensors")).decode()
+    for secret in ("secret-client", "C:", "/home/jane", str(tmp_path), "~/"):
+        assert secret not in text
+    assert json.loads(files["config.json"])["_name_or_path"] == "austen"
+    assert files["other.json"] == (source / "other.json").read_bytes()
+    # The published checkpoint is still the verified one: for `verify`, and for who pushes a copy of it.
+    copy = tmp_path / "copy"
+    for name, data in files.items():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(data)
+    result = push.client.run("verify", copy, "--source", source, "--level", "weights", "--json")
+    assert (result.returncode, json.loads(result.stdout)["notes"]) == (0, [])
+    done(push(folder=copy, repo="team/copy"))
+
+
+@pytest.mark.parametrize(
+    ("text", "short"),
+    [
+        ("see /home/me/a/b.txt", "see b.txt"),
+        ("error:/home/me/b", "error:b"),
+        ("file:///home/me/b", "b"),
+        (r"C:\Users\me\b", "b"),
+        ("C:/Users/me/b", "b"),
+        (r"\\server\share\b", "b"),
+        ("https://huggingface.co/a/b", "https://huggingface.co/a/b"),
+        ("layers/0 and a/b", "layers/0 and a/b"),
+        ("x=~/b/c", "x=c"),
+    ],
+)
+def test_paths(text: str, short: str) -> None:
+    assert without_paths(text) == short
+
+
+# ---- what was run, and what was not ----------------------------------------------------------------------------------
+
+
+def test_as_planned_not_run(push: Push, hub: HubServer, folded: Path, tmp_path: Path) -> None:
+    """A verification that compared files only does not publish a promise."""
+    folder = shutil.copytree(folded, tmp_path / "out")
+    record = json.loads((folder / "flashnorm.json").read_text())
+    record["verify"]["verdict"], record["verify"]["equivalent"] = "as planned, not run", False
+    record["verify"]["levels"]["logits"] = {"status": "skipped", "reason": "no room for it"}
+    (folder / "flashnorm.json").write_text(json.dumps(record))
+    why = (
+        rf"{folder}: its files are as planned, but neither model was run, so nothing shows yet that it computes .* "
+        r"Run them: flashnorm verify .* \(or publish it with --unverified: the card says what was not run\)"
+    )
+    fails(push(folder=folder), why)
+    assert TARGET not in hub.repos
+    result = push("--unverified", folder=folder)
+    done(result)
+    assert "models NOT RUN, in the card's first lines" in result.stdout
+    files = visible(hub)
+    card = files["README.md"].decode()
+    assert "**As planned, not run:**" in card and "It is meant to compute the same function" in card
+    assert "computes the same function" not in card and "the same model as its source" not in card
+    assert "Passed: weights, layers. Not run: logits." in card
+    assert json.loads(files["flashnorm.json"])["verify"]["verdict"] == "as planned, not run"
+    # One that says "not equivalent" stays out altogether, whatever its levels say; --unverified says "not verified".
+    record["verify"]["verdict"] = "not equivalent"
+    (folder / "flashnorm.json").write_text(json.dumps(record))
+    fails(push(folder=folder, repo="me/bad"), r".*its verification failed.*")
+    # Records from before there were verdicts have a flag only.
+    del record["verify"]["verdict"]
+    record["verify"]["equivalent"] = True
+    (folder / "flashnorm.json").write_text(json.dumps(record))
+    done(push(folder=folder, repo="me/old"))
+
+
+@pytest.mark.parametrize("way", ["commit", "pull request"])
+def test_verify_on_the_hub(push: Push, hub: HubServer, folded: Path, tmp_path: Path, way: str) -> None:
+    """From Hub to Hub, and verified there: the page gets what was found, and no weight is sent."""
+    folder = shutil.copytree(folded, tmp_path / "out")
+    record = json.loads((folder / "flashnorm.json").read_text())
+    (folder / "flashnorm.json").write_text(json.dumps({**record, "verify": None}))
+    done(push("--unverified", folder=folder))
+    assert "Not verified" in visible(hub)["README.md"].decode()
+    sent, commits = hub.received("PUT /lfs/"), len(hub.repos[TARGET].history)
+    more = ["--create-pr"] if way == "pull request" else []
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps(PROMPTS))
+    cache = tmp_path / "cache"
+    options = ["--token-ids", ids, "--cache-dir", cache, "--publish", "--json", *more]
+    result = push.client.run("verify", TARGET, *options)
+    assert (result.returncode, result.stderr) == (0, "")
+    said = json.loads(result.stdout)
+    assert said["folded"] == TARGET and said["published"].startswith(hub.url)
+    assert hub.received("PUT /lfs/") == sent
+    assert len(hub.repos[TARGET].history) == commits + 1
+    files = visible(hub, revision="refs/pr/1" if way == "pull request" else "main")
+    card = files["README.md"].decode()
+    assert "It computes the same function" in card and "Not verified" not in card
+    entry = json.loads(files["flashnorm.json"])["verify"]
+    assert entry["environment"]["command"] == f"flashnorm verify {TARGET} --token-ids ids.json"
+    assert str(tmp_path) not in files["flashnorm.json"].decode() + card
+    assert not list(cache.glob("models--*/flashnorm-*"))
+    # A fold that is not right changes nothing.
+    repo = hub.repos[TARGET]
+    shard = bytearray(visible(hub)[SHARDS[0]])
+    shard[-1] ^= 1
+    repo.commit({**repo.commits[repo.refs["main"]], SHARDS[0]: hub.store(SHARDS[0], bytes(shard))})
+    commits = len(repo.history)
+    result = push.client.run("verify", TARGET, "--level", "weights", *options)
+    assert (result.returncode, json.loads(result.stdout)["published"], len(repo.history)) == (3, None, commits)
+    # What cannot be published is said before the work.
+    fails(push.client.run("verify", folder, "--publish"), rf"{folder}: is a folder; --publish is for .*", code=2)
+    fails(push.client.run("verify", TARGET, "--create-pr"), "--create-pr needs --publish", code=2)

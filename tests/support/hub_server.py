@@ -73,8 +73,11 @@ class Fault:
 
     With a `status`, that is the answer; with `after`, the connection breaks after so many bytes of the answer's body
     (0: what was asked for is done, but the answer is lost); with `received`, it is reset after so many bytes of the
-    request's body. `delay` is how many seconds each 64 KiB of a body take, in either direction. With `hold`, the
+    request's body. `delay` is how many seconds each `piece` of a body takes, in either direction. With `hold`, the
     request stops where it would break, `reached` is set, and it goes on (or breaks) when `release` is set.
+
+    With `lie`, what would be answered is changed: it is called with the status, the headers and the body, and gives
+    back all three. A header that it sets to None is not sent; a Content-Length of its own is.
     """
 
     pattern: str
@@ -82,6 +85,8 @@ class Fault:
     after: int | None = None
     received: int | None = None
     delay: float = 0.0
+    piece: int = 1 << 16
+    lie: Callable[[int, dict[str, str | None], bytes], tuple[int, dict[str, str | None], bytes]] | None = None
     hold: bool = False
     times: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
@@ -502,17 +507,23 @@ class _Handler(WriteRoutes, BaseHTTPRequestHandler):
             self._send(status, file.read(end - start), {"Content-Type": "application/octet-stream", **headers})
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        if self.fault and self.fault.lie:
+            status, headers, body = self.fault.lie(status, {**headers}, body)
         self.status = status
         self.send_response(status)
         headers = {"Content-Length": str(len(body)), "X-Request-Id": "Root=1-00000000-local", **headers}
         for name, value in headers.items():
-            self.send_header(name, value)
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
+        if int(headers["Content-Length"] or 0) != len(body):
+            self.close_connection = True
         if self.command == "HEAD":
             return
         cut = self.fault.after if self.fault else None
-        for at in range(0, len(body[:cut]), CHUNK):
-            self.sent += self.wfile.write(body[:cut][at : at + CHUNK])
+        piece = self.fault.piece if self.fault else CHUNK
+        for at in range(0, len(body[:cut]), piece):
+            self.sent += self.wfile.write(body[:cut][at : at + piece])
             time.sleep(self.fault.delay if self.fault else 0)
         if cut is not None:
             self.fault.stop(self.connection)
