@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from flashnorm_cli.plan.planner import make_plan
     from flashnorm_cli.proof.result import Verification
     from flashnorm_cli.proof.verify import verify
-    from flashnorm_cli.runtimes.transformers.weightless import from_pretrained, weighted, weightless, weightless_norms
+    from flashnorm_cli.runtimes.transformers.weightless import (
+        deferred_modules,
+        from_pretrained,
+        weighted,
+        weightless,
+        weightless_norms,
+    )
 
 __all__ = [
     "AdapterResult",
@@ -35,6 +41,7 @@ __all__ = [
     "Source",
     "Verification",
     "__version__",
+    "deferred_modules",
     "fold",
     "fold_adapter",
     "fold_model_",
@@ -64,6 +71,7 @@ _HOME = {
     "Verification": "proof.result",
     "verify": "proof.verify",
     "fold_model_": "folding.in_memory",
+    "deferred_modules": "runtimes.transformers.weightless",
     "from_pretrained": "runtimes.transformers.weightless",
     "weighted": "runtimes.transformers.weightless",
     "weightless": "runtimes.transformers.weightless",

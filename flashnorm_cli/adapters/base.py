@@ -14,6 +14,7 @@ from flashnorm_cli.checkpoint.model import Checkpoint
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE, read_tensor
 from flashnorm_cli.errors import PlanError
 from flashnorm_cli.modeling import build, disk_names
+from flashnorm_cli.plan.model import REMEDY, Plan, Reader
 from flashnorm_cli.plan.planner import traced
 
 TASK_HEADS = {
@@ -54,7 +55,7 @@ class FoldedModel:
 
     Args:
         source, base: opened with or without their weights; of the source only norms are read.
-        record: content of the base's flashnorm.json.
+        plan: that of the fold, from the base's flashnorm.json.
         task: `task_type` of the adapter's config; heads for classification read the final norm, too.
     Raises:
         PlanError: the model cannot be traced, or the trace does not allow what the record says was folded.
@@ -64,12 +65,12 @@ class FoldedModel:
         self,
         source: Checkpoint,
         base: Checkpoint,
-        record: dict[str, Any],
+        plan: Plan,
         task: str | None,
         trust_remote_code: bool = False,
     ) -> None:
-        self.source, self.base, self.record = source, base, record
-        self.untied = bool(record.get("untie"))
+        self.source, self.base, self.plan = source, base, plan
+        self.untied = plan.untie
         config = build.load_config(source.folder, trust_remote_code)
         cls = _class_for(task, config, source, trust_remote_code)
         has_head = task not in TASK_HEADS
@@ -89,23 +90,23 @@ class FoldedModel:
 
     def _read_norms(self) -> None:
         """Gains of the folded norms, from the source; and one table from the trace's ids to factors."""
-        folded = [norm for norm in self.record["norms"] if norm.get("folded") is True]
+        folded = self.plan.folded
         for norm in folded:
-            name = norm["tensor"]
+            name = norm.tensor
             entry = self.source.tensors.get(name)
-            if entry is None or entry.dtype not in TORCH_DTYPE or list(entry.shape) != norm["shape"]:
+            if entry is None or entry.dtype not in TORCH_DTYPE or entry.shape != norm.shape:
                 raise PlanError(f"{name}: the base's record says that it is folded, but the source has no such norm")
         with ThreadPoolExecutor(8) as pool:
-            weights = list(pool.map(lambda norm: read_tensor(self.source, norm["tensor"]), folded))
+            weights = list(pool.map(lambda norm: read_tensor(self.source, norm.tensor), folded))
         self.norms: dict[str, FoldedNorm] = {}
         self.by_tensor: dict[str, torch.Tensor] = {}
         last = max((g.first_id + g.size for g in self.trace.gains.values()), default=1)
         table = torch.ones(last)
         for norm, weight in zip(folded, weights, strict=True):
-            name = norm["tensor"]
+            name = norm.tensor
             parameter = self.first.get(self.loads[name][0], "")
             gain = self.trace.gains.get(parameter)
-            if gain is None or (gain.scale, gain.offset) != (norm["scale"], norm["offset"]):
+            if gain is None or (gain.scale, gain.offset) != (norm.scale, norm.offset):
                 raise PlanError(
                     f"{name}: is folded in the base, but the forward of {type(self.model).__name__} does not show "
                     "it as a norm's weight"
@@ -131,8 +132,8 @@ class FoldedModel:
         return found
 
     @cached_property
-    def _readers_on_disk(self) -> dict[str, dict[str, Any]]:
-        return {reader["tensor"]: reader for reader in self.record["readers"]}
+    def _readers_on_disk(self) -> dict[str, Reader]:
+        return {reader.tensor: reader for reader in self.plan.readers}
 
     @cached_property
     def head(self) -> str | None:
@@ -164,16 +165,26 @@ class FoldedModel:
             entry = self.base.tensors[name]
             reader = self._readers_on_disk.get(name)
             factor = self.factor_on_disk(reader) if reader is not None else None
-            return Target(name, entry.shape, reader["dim"] if reader else 0, factor, disk=(name, name))
+            return Target(name, entry.shape, reader.dim if reader else 0, factor, disk=(name, name))
         return None
 
-    def factor_on_disk(self, reader: dict[str, Any]) -> torch.Tensor:
-        """What the fold multiplied a reader of the record by: float32 of shape (shape[dim],)."""
+    def factor_on_disk(self, reader: Reader) -> torch.Tensor:
+        """What the fold multiplied a reader of the record by: float32 of shape (shape[dim],).
+
+        Raises PlanError where the record speaks of another shape than the base's tensor has.
+        """
+        shape = self.base.tensors[reader.tensor].shape
+        channels = sum(run.length * run.repeat for run in reader.runs)
+        if reader.dim >= len(shape) or shape[reader.dim] != channels:
+            raise PlanError(
+                f"{reader.tensor}: the base's record scales {channels} channels along dimension {reader.dim}, and its "
+                f"shape is {list(shape)}; {REMEDY}"
+            )
         parts = []
-        for norm, start, length, repeat in reader["runs"]:
-            gain = self.by_tensor.get(norm) if norm else None
-            part = torch.ones(length) if gain is None else gain[start : start + length]
-            parts.append(part.repeat(repeat))
+        for run in reader.runs:
+            gain = self.by_tensor.get(run.norm) if run.norm else None
+            part = torch.ones(run.length) if gain is None else gain[run.start : run.start + run.length]
+            parts.append(part.repeat(run.repeat))
         return torch.cat(parts)
 
     def _parameter(self, name: str) -> Target:
@@ -188,7 +199,8 @@ class FoldedModel:
         disk = None
         candidates = self._disk_of.get(first, [])
         if len(candidates) == 1 and self.base.tensors[candidates[0]].shape == shape:
-            values_from = self._readers_on_disk.get(candidates[0], {}).get("values_from")
+            known = self._readers_on_disk.get(candidates[0])
+            values_from = known.values_from if known and known.values_from in self.source.tensors else None
             disk = (values_from or candidates[0], candidates[0])
         return Target(first, shape, dim, factor, self.norms.get(first), disk)
 

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 
 from flashnorm_cli.adapters.base import FoldedModel
-from flashnorm_cli.adapters.plan import AdapterPlan, LoraModule
+from flashnorm_cli.adapters.lora import LoraModule
+from flashnorm_cli.adapters.plan import AdapterPlan
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE, read_tensor
 from flashnorm_cli.errors import FlashNormError
+from flashnorm_cli.plan.model import Reader
 
 ROWS = 32  # of each weight: enough to tell, and a small ranged request on the Hub
 SAMPLES = 32  # random activations
@@ -52,21 +54,24 @@ def check_base(model: FoldedModel) -> AdapterCheck:
 
     Raises FlashNormError where it is not.
     """
-    readers: dict[str, dict[str, Any]] = {}
-    for reader in model.record["readers"]:
-        tensor = reader["tensor"]
+    readers: dict[str, Reader] = {}
+    for reader in model.plan.readers:
+        tensor = reader.tensor
         if tensor in model.base.tensors and model.base.tensors[tensor].dtype in TORCH_DTYPE:
-            for run in reader["runs"]:
-                if run[0] in model.by_tensor:
-                    readers.setdefault(run[0], reader)
+            for run in reader.runs:
+                if run.norm in model.by_tensor:
+                    readers.setdefault(str(run.norm), reader)
 
-    def error(reader: dict[str, Any]) -> float:
-        name, dim = reader["tensor"], reader["dim"]
-        origin = reader.get("values_from") or name
+    def error(reader: Reader) -> float:
+        name, dim = reader.tensor, reader.dim
+        origin = reader.values_from or name
         shape = model.base.tensors[name].shape
+        factor = model.factor_on_disk(reader)
+        entry = model.source.tensors.get(origin)
+        if entry is None or entry.shape != shape or entry.dtype not in TORCH_DTYPE:
+            raise FlashNormError(f"{model.source.source.name}: its {origin} is not what {name} in the base is made of")
         rows = _some_rows(shape[0], ROWS if len(shape) == 2 else 1)
         before, after = read_tensor(model.source, origin, rows), read_tensor(model.base, name, rows)
-        factor = model.factor_on_disk(reader)
         factor = factor[rows[0] : rows[1]] if dim == 0 else factor
         expected = before.double() * factor.double().view([-1 if d == dim else 1 for d in range(before.ndim)])
         return _units(after.double(), expected, after.dtype)
@@ -76,7 +81,7 @@ def check_base(model: FoldedModel) -> AdapterCheck:
     for norm, units in errors.items():
         if not units <= MAX_UNITS:
             raise FlashNormError(
-                f"{model.base.source.name}: {readers[norm]['tensor']} does not hold what {model.source.source.name} "
+                f"{model.base.source.name}: {readers[norm].tensor} does not hold what {model.source.source.name} "
                 f"holds times {norm}: is that its source? `flashnorm verify` tells more"
             )
     return AdapterCheck(len(errors), max(errors.values(), default=0.0), 0, None, None)

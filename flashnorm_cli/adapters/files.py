@@ -5,24 +5,29 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
 from flashnorm_cli.adapters.kinds import FITTING_TYPES
+from flashnorm_cli.checkpoint.carry import find_files
+from flashnorm_cli.checkpoint.files import Seen
 from flashnorm_cli.checkpoint.header import Header, read_header
 from flashnorm_cli.checkpoint.hub import cached_listing, checked_files
 from flashnorm_cli.checkpoint.hub_errors import hub_errors
-from flashnorm_cli.checkpoint.model import OTHER_WEIGHTS, RECORD, Checkpoint, Source, read_json
-from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
+from flashnorm_cli.checkpoint.model import ADAPTER_CONFIG, OTHER_WEIGHTS, RECORD, Checkpoint, LeftOut, Source, read_json
+from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError, shown
 
-CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+CONFIG, WEIGHTS, CARD = ADAPTER_CONFIG, "adapter_model.safetensors", "README.md"
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT adapter on this disk. `others` are files to carry over, `left_out` those that would be unfolded copies."""
+    """A PEFT adapter on this disk.
+
+    `others` are files to carry over, in `seen` as they were found; `left_out` are weights besides the adapter's own.
+    """
 
     source: Source
     folder: Path
@@ -30,7 +35,8 @@ class Adapter:
     config: dict[str, Any]
     header: Header
     others: tuple[str, ...]
-    left_out: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
+    seen: dict[str, Seen]
 
     @cached_property
     def _tensors(self) -> Any:
@@ -72,25 +78,29 @@ def open_adapter(source: Source) -> Adapter:
                 "{'format': 'pt'})\""
             )
         raise CheckpointError(f"{source.name}: there is no {WEIGHTS}")
+    found = find_files(folder, source.follow_links)
+    inside: dict[str, int] = {}  # adapters in subfolders, of steps of the training, say: their folders and bytes
+    folders = {name.removesuffix(f"/{CONFIG}") for name in found.files if name.endswith(f"/{CONFIG}")}
     others, left_out = [], []
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        parts = [folder / Path(*relative.parts[:i]) for i in range(1, len(relative.parts))]
-        if {".git", ".cache"} & set(relative.parts) or relative.as_posix() in (CONFIG, WEIGHTS, RECORD):
+    for name, seen in found.files.items():
+        above = [str(parent) for parent in PurePosixPath(name).parents][-2::-1]
+        adapter = next((parent for parent in above if parent in folders), None)
+        if adapter is not None:
+            inside[adapter] = inside.get(adapter, 0) + seen.size
+        elif name in (CONFIG, WEIGHTS, RECORD):
             continue
-        inner_adapter = any((part / CONFIG).exists() for part in parts)  # a checkpoint of the training, say
-        if path.is_dir() and not path.is_symlink():
-            if (path / CONFIG).exists() and not inner_adapter:
-                left_out.append(f"{relative.as_posix()}/")
-        elif inner_adapter:
-            continue
-        elif path.name.endswith(tuple(OTHER_WEIGHTS)) or path.is_dir():
-            left_out.append(relative.as_posix())
-        elif path.is_file() and os.access(path, os.R_OK):
-            others.append(relative.as_posix())
+        elif name.endswith(tuple(OTHER_WEIGHTS)):
+            left_out.append(LeftOut(name, seen.size, "weights besides the adapter's, made for the unfolded base"))
+        elif os.access(folder / name, os.R_OK):
+            others.append(name)
         else:
-            raise CheckpointError(f"{path}: cannot be read, so it cannot be carried over")
-    return Adapter(source, folder, commit, config, read_header(folder / WEIGHTS), tuple(others), tuple(left_out))
+            raise CheckpointError(f"{shown(folder / name)}: cannot be read, so it cannot be carried over")
+    left_out += [LeftOut(f"{name}/", size, "an adapter of its own; fold it by itself") for name, size in inside.items()]
+    left_out += [LeftOut(name, 0, "a link to a folder that it lies in") for name in found.loops]
+    left_out.sort(key=lambda each: each.name)
+    seen_others = {name: found.files[name] for name in others}
+    header = read_header(folder / WEIGHTS)
+    return Adapter(source, folder, commit, config, header, tuple(others), tuple(left_out), seen_others)
 
 
 def _download(source: Source) -> Path:

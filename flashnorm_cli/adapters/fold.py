@@ -1,35 +1,26 @@
 """Fold a PEFT adapter that was trained on a source, so that it fits the folded base.
 
-`adapter_plan.py` decides what happens to each tensor and why that is exact; here are the files around it.
+`plan.py` decides what happens to each tensor and why that is exact; `write.py` writes it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import re
-import shutil
-import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashnorm_cli._version import __version__
-from flashnorm_cli.adapters.files import CARD, CONFIG, WEIGHTS, Adapter, open_adapter, refuse_folded_adapter, same_model
-from flashnorm_cli.checkpoint.header import build_header
-from flashnorm_cli.checkpoint.model import RECORD, Checkpoint, Progress, Source
-from flashnorm_cli.checkpoint.names import grouped
+from flashnorm_cli.adapters.files import CONFIG, Adapter, open_adapter, refuse_folded_adapter, same_model
+from flashnorm_cli.adapters.kinds import refuse_unfoldable
+from flashnorm_cli.checkpoint.carry import check_names
+from flashnorm_cli.checkpoint.model import Checkpoint, LeftOut, Progress, Source
 from flashnorm_cli.checkpoint.open import open_checkpoint
+from flashnorm_cli.checkpoint.output import check_output
 from flashnorm_cli.errors import FlashNormError, UsageError
-from flashnorm_cli.plan.model import FORMAT
-from flashnorm_cli.record import write as record
-from flashnorm_cli.record.read import config_record_of, recorded_source
+from flashnorm_cli.record.read import FoldRecord, record_of_base, recorded_source
 
 if TYPE_CHECKING:
-    import torch
-
     from flashnorm_cli.adapters.check import AdapterCheck
-    from flashnorm_cli.adapters.plan import AdapterPlan
 
 
 @dataclass(frozen=True)
@@ -49,7 +40,7 @@ class AdapterResult:
     tensors: int
     changed: dict[str, int]
     added: tuple[str, ...]
-    left_out: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
     flushed: dict[str, int]
     check: AdapterCheck
     notes: tuple[str, ...]
@@ -66,7 +57,7 @@ class AdapterResult:
             "tensors": self.tensors,
             "changed": self.changed,
             "added": list(self.added),
-            "left_out": list(self.left_out),
+            "left_out": [asdict(each) for each in self.left_out],
             "flushed_to_zero": self.flushed,
             "check": self.check.to_json(),
             "notes": list(self.notes),
@@ -88,6 +79,7 @@ def fold_adapter(
     local_files_only: bool = False,
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    follow_links: bool = False,
     on_progress: Progress | None = None,
 ) -> AdapterResult:
     """Write an adapter that does to a folded base what the given one does to the base's source.
@@ -105,6 +97,7 @@ def fold_adapter(
         token, cache_dir, local_files_only: as in huggingface_hub.
         trust_remote_code: let the source's own Python code define the architecture.
         overwrite: replace an output folder that holds an adapter.
+        follow_links: follow links of local folders also where they lead out of them.
         on_progress: called with (done, all, what is going on).
     Raises:
         UsageError: the call contradicts itself or the file system.
@@ -113,95 +106,77 @@ def fold_adapter(
     """
     report = on_progress or (lambda done, total, what: None)
     where = Path(cache_dir) if cache_dir else None
+    if source is None and source_revision is not None:
+        raise UsageError("--source-revision needs --source")
     report(0, 0, "Reading headers")
-    mine = open_adapter(Source(str(adapter), revision, token, where, local_files_only))
-    folded = open_checkpoint(Source(str(base), base_revision, token, where, local_files_only), weights=False)
-    said = config_record_of(folded)
-    refuse_folded_adapter(mine, folded)
-
-    from flashnorm_cli.adapters.base import FoldedModel
-    from flashnorm_cli.adapters.check import check_adapter, check_base
-    from flashnorm_cli.adapters.kinds import refuse_unfoldable
-    from flashnorm_cli.adapters.plan import plan_adapter
-    from flashnorm_cli.checkpoint.output import check_output, disk_errors, flush, publish, write_text
-
-    refuse_unfoldable(mine.config)
-    name = mine.source.name.rsplit("/", 1)[-1] if mine.commit else mine.folder.resolve().name
-    wanted = Path(output) if output else Path(f"{name}-FlashNorm")
-    target = check_output(wanted, overwrite, mine.folder, CONFIG, "an adapter")
-    for folder in (folded.folder, Path(str(source)).expanduser() if source else folded.folder):
-        if folder.is_dir() and target.resolve() == folder.resolve():
-            raise UsageError(f"{wanted}: is the base or its source; choose another output folder")
-
+    opened = open_adapter(Source(str(adapter), revision, token, where, local_files_only, follow_links))
+    folded = open_checkpoint(
+        Source(str(base), base_revision, token, where, local_files_only, follow_links), weights=False
+    )
+    base_record = record_of_base(folded)
+    refuse_folded_adapter(opened, folded)
+    refuse_unfoldable(opened.config)
+    target = _output_folder(opened, folded, output, source, overwrite)
     if source is not None:
         origin = Source(str(source), source_revision, token, where, local_files_only)
-    elif source_revision is not None:
-        raise UsageError("--source-revision needs --source")
     else:
-        origin = recorded_source(said, folded.source.name, folded.folder, token, where, local_files_only)
-    theirs = open_checkpoint(origin, weights=False)
-    _check_source(theirs, said)
-    report(0, 0, f"Tracing {', '.join(theirs.config.get('architectures') or ['the model'])}")
-    model = FoldedModel(theirs, folded, said, mine.config.get("task_type"), trust_remote_code)
+        origin = recorded_source(base_record, folded.source.name, folded.folder, token, where, local_files_only)
+    unfolded = open_checkpoint(replace(origin, follow_links=follow_links), weights=False)
+    _check_source(unfolded, base_record)
+
+    from flashnorm_cli.adapters.base import FoldedModel
+    from flashnorm_cli.adapters.check import check_base
+    from flashnorm_cli.adapters.plan import plan_adapter
+    from flashnorm_cli.adapters.write import write_adapter
+
+    report(0, 0, f"Tracing {', '.join(unfolded.config.get('architectures') or ['the model'])}")
+    model = FoldedModel(unfolded, folded, base_record.plan, opened.config.get("task_type"), trust_remote_code)
     report(0, 0, "Comparing base and source")
     errors = check_base(model)
-    plan = plan_adapter(mine.config, mine.header, model, mine.read, report)
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with disk_errors(target):
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        with disk_errors(target):
-            inside = work / "adapter"
-            inside.mkdir()
-            flushed, written = _write_weights(mine, plan, inside / WEIGHTS, report)
-            report(0, 0, "Checking on random activations")
-            check = check_adapter(model, plan, mine.read, inside / WEIGHTS, errors)
-            for relative in mine.others:
-                (inside / relative).parent.mkdir(parents=True, exist_ok=True)
-                if relative == CARD:
-                    card = (mine.folder / CARD).read_text(encoding="utf-8", errors="surrogateescape")
-                    write_text(inside / CARD, _card(card, mine, folded))
-                else:
-                    shutil.copyfile(mine.folder / relative, inside / relative)
-            result = AdapterResult(
-                output=target,
-                adapter=str(adapter),
-                base=str(base),
-                source=theirs.source.name,
-                peft_type=str(mine.config["peft_type"]),
-                tensors=len(mine.header.tensors) + len(plan.added),
-                changed=plan.kinds(),
-                added=tuple(plan.added),
-                left_out=mine.left_out,
-                flushed=flushed,
-                check=check,
-                notes=(*_about_names(mine, theirs, folded), *plan.notes),
-                bytes_written=written,
-            )
-            write_text(
-                inside / RECORD, json.dumps(_adapter_record(mine, folded, theirs, plan, result), indent=2) + "\n"
-            )
-            config = {**mine.config, **plan.config, "base_model_name_or_path": str(base), "revision": base_revision}
-            original = (mine.folder / CONFIG).read_text(encoding="utf-8")
-            write_text(inside / CONFIG, record.dump_like(config, original))
-            report(0, 0, "Waiting for the disk")
-            flush(inside, 1)
-            publish(inside, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return result
+    plan = plan_adapter(opened.config, opened.header, model, opened.read, report)
+    names = {"base_model_name_or_path": str(base), "revision": base_revision}
+    written = write_adapter(opened, model, plan, errors, target, names, overwrite, report)
+    return AdapterResult(
+        output=target,
+        adapter=str(adapter),
+        base=str(base),
+        source=unfolded.source.name,
+        peft_type=str(opened.config["peft_type"]),
+        tensors=len(opened.header.tensors) + len(plan.added),
+        changed=plan.kinds(),
+        added=tuple(plan.added),
+        left_out=opened.left_out,
+        flushed=written.flushed,
+        check=written.check,
+        notes=(*_about_names(opened, unfolded, folded), *plan.notes, *written.notes),
+        bytes_written=written.bytes,
+    )
 
 
 # ---- before the work -------------------------------------------------------------------------------------------------
 
 
-def _check_source(source: Checkpoint, said: dict[str, Any]) -> None:
+def _output_folder(
+    adapter: Adapter, base: Checkpoint, output: str | Path | None, source: str | Path | None, overwrite: bool
+) -> Path:
+    """Where the folded adapter goes. Raises UsageError where that could lose something."""
+    name = adapter.source.name.rsplit("/", 1)[-1] if adapter.commit else adapter.folder.resolve().name
+    wanted = Path(output) if output else Path(f"{name}-FlashNorm")
+    check_names(wanted, adapter.others)
+    target = check_output(wanted, overwrite, adapter.folder, config=CONFIG, what="an adapter")
+    for folder in (base.folder, Path(str(source)).expanduser() if source else base.folder):
+        if folder.is_dir() and target.resolve() == folder.resolve():
+            raise UsageError(f"{wanted}: is the base or its source; choose another output folder")
+        if folder.is_dir():
+            check_output(wanted, overwrite, folder, config=CONFIG, what="an adapter")
+    return target
+
+
+def _check_source(source: Checkpoint, record: FoldRecord) -> None:
     """The source has to be the one that was folded, as far as its headers tell; its values are compared later."""
-    facts = said.get("source_files")
-    for name, fact in (facts if isinstance(facts, dict) else {}).items():
+    for name, fact in (record.source_files or {}).items():
         header = source.shards.get(name)
-        if header is None or not isinstance(fact, dict) or "header_sha256" not in fact:
+        if header is None or "header_sha256" not in fact:
             continue
         if hashlib.sha256(header.raw).hexdigest() != fact["header_sha256"]:
             raise FlashNormError(f"{source.source.name}: the base was folded from another {name} than this one")
@@ -218,83 +193,3 @@ def _about_names(adapter: Adapter, source: Checkpoint, base: Checkpoint) -> list
         f"the adapter says that it was trained on {made_for}, while the base was folded from {source.source.name}; "
         "right if the two hold the same weights"
     ]
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
-
-
-def _write_weights(adapter: Adapter, plan: AdapterPlan, path: Path, report: Progress) -> tuple[dict[str, int], int]:
-    """Write the folded tensors in the order of the original, added ones at the end. Returns flushes and bytes."""
-    from flashnorm_cli.adapters.edits import apply
-
-    entries = [(e.name, e.dtype, e.shape) for e in adapter.header.tensors.values()]
-    tensors = adapter.header.tensors
-    entries += [(name, tensors[o].dtype, tensors[o].shape) for name, (o, _) in plan.added.items()]
-    header = build_header(entries, adapter.header.metadata)
-    flushed = {}
-    edits = {**plan.edits, **{name: edit for name, (_, edit) in plan.added.items() if edit is not None}}
-    origins = {name: origin for name, (origin, _) in plan.added.items()}
-    with (adapter.folder / WEIGHTS).open("rb") as source, path.open("xb") as file:
-        file.write(header.raw)
-        for name, _, _ in sorted(entries, key=lambda entry: header.tensors[entry[0]].start):
-            origin = origins.get(name, name)
-            if name in edits:
-                result, zeros = apply(name, adapter.read(origin), edits[name])
-                file.write(_bytes_of(result))
-                if zeros:
-                    flushed[name] = zeros
-            else:
-                source.seek(adapter.header.data_start + tensors[origin].start)
-                file.write(source.read(tensors[origin].nbytes))
-            report(file.tell(), header.file_size, path.name)
-    return flushed, header.file_size
-
-
-def _card(text: str, adapter: Adapter, base: Checkpoint) -> str:
-    """The model card with the base that the adapter is for now, and a sentence that says so.
-
-    The Hub reads `base_model` as the model to load it on: with the old one it would be silently wrong there.
-    """
-    sentence = (
-        f"> `flashnorm fold-adapter` made this from {adapter.source.name} for the folded checkpoint "
-        f"{base.source.name} ([FlashNorm](https://arxiv.org/abs/2407.09577)). On any other base it is wrong.\n\n"
-    )
-    matter = re.match(r"---\r?\n(.*?)^---[ \t]*\r?\n", text, re.DOTALL | re.MULTILINE)
-    if matter is None:
-        return sentence + text
-    base_model = r"^base_model:[ \t]*(\S[^\r\n]*|(\r?\n[ \t]*-[^\r\n]*)*)"
-    head = re.sub(base_model, lambda _: f"base_model: {json.dumps(base.source.name)}", matter[0], flags=re.MULTILINE)
-    return f"{head}\n{sentence}{text[matter.end() :].lstrip()}"
-
-
-def _bytes_of(tensor: torch.Tensor) -> bytes:
-    import torch
-
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _adapter_record(
-    adapter: Adapter, base: Checkpoint, source: Checkpoint, plan: AdapterPlan, result: AdapterResult
-) -> dict[str, Any]:
-    """The content of the adapter's flashnorm.json. It stands beside adapter_config.json because peft warns of keys
-    there that it does not know."""
-    edited = [*plan.edits, *(name for name, (_, edit) in plan.added.items() if edit is not None)]
-    return {
-        "format": FORMAT,
-        "tool": f"flashnorm-cli {__version__}",
-        "kind": "adapter",
-        "adapter": adapter.source.name,
-        "commit": adapter.commit,
-        "adapter_files": {name: record.file_facts(adapter.folder / name) for name in (CONFIG, WEIGHTS)},
-        "base": {"name": base.source.name, "commit": base.commit},
-        "source": {"name": source.source.name, "commit": source.commit},
-        "changed": result.changed,
-        "patterns": [pattern for pattern, _ in grouped(edited)],
-        "added": list(plan.added),
-        "left_out": list(adapter.left_out),
-        "flushed_to_zero": result.flushed,
-        "check": result.check.to_json(),
-    }
-
-
-# ---- in memory -------------------------------------------------------------------------------------------------------

@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashnorm_cli.bench.timing import graph_times, host_times
+from flashnorm_cli.bench.timing import graph_times, host_times, spread
 from flashnorm_cli.cuda import driver, variants
 from flashnorm_cli.cuda.variants import Launch, Operation
 from flashnorm_cli.norms import fused_add_rms_norm, info, rms_norm
@@ -334,8 +334,7 @@ def measure(
             continue
         values = times[contender]
         each_one.us = round(median(values), 4)
-        low = quantiles(values, n=10) if len(values) > 1 else [values[0]] * 9
-        each_one.spread = (round(low[0], 4), round(low[-1], 4))
+        each_one.spread = spread(values, 4)
         each_one.host_us = round(hosts[contender], 3) if contender in hosts else None
         if contender != "empty launch":
             each_one.gb_per_s = round(moved / each_one.us / 1e3, 1)

@@ -7,20 +7,18 @@ timed. So what differs is the code of the norms.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from statistics import median, quantiles
+from collections.abc import Callable
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from flashnorm_cli.bench.timing import spread
+from flashnorm_cli.bench.ways import COMPILED_WAYS, TUNED_INDUCTOR, WAYS, swapped
 from flashnorm_cli.errors import FlashNormError
 from flashnorm_cli.modeling.quiet import first_line, quiet_transformers
-from flashnorm_cli.norms import fused_add_rms_norm
-from flashnorm_cli.norms.detect import PlainNorm, plain_norms
-from flashnorm_cli.runtimes.transformers.swap import norms_replaced, on_kernel
+from flashnorm_cli.norms.detect import plain_norms
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -45,9 +43,7 @@ _LLAMA_8B = {
 }
 # Shapes of models that are known by name, so that nothing has to be downloaded to time them.
 SHAPES = {"llama-3.2-1b": _LLAMA_1B, "llama-3.1-8b": _LLAMA_8B}
-WAYS = ("stock", "notebook swap", "F.rms_norm", "flashnorm", "flashnorm fused", "no norms")
 MODES = ("decode", "decode, CUDA graph", "decode, compiled", "prefill")
-COMPILED_WAYS = ("stock", "flashnorm", "no norms")
 PREFILL_TOKENS = 4096
 CPU_PREFILL_TOKENS = 256
 REPLAYS = 20
@@ -80,102 +76,6 @@ def load(name: str, config_only: bool, device: str, dtype: torch.dtype, trust_re
     except Exception as error:  # transformers raises anything, remote code included
         raise FlashNormError(f"{name}: cannot be loaded as a causal language model: {first_line(error)}") from error
     return model.eval()
-
-
-@contextmanager
-def swapped(model: PreTrainedModel, way: str) -> Iterator[None]:
-    """Run the model's norms another way, one of WAYS, within the block.
-
-    Raises:
-        FlashNormError: the way is not for this model.
-    """
-    if way == "stock":
-        yield
-    elif way == "flashnorm fused":
-        with _fused(model):
-            yield
-    else:
-        choose = on_kernel if way == "flashnorm" else lambda module, norm: _forward(way, module, norm)
-        with norms_replaced(model, choose) as names:
-            if not names:
-                raise FlashNormError("the model has no plain RMSNorm")
-            yield
-
-
-def _forward(way: str, module: nn.Module, norm: PlainNorm) -> Callable[[Tensor], Tensor]:
-    weight = norm.parameter(module).detach()
-    eps, shape = norm.eps, weight.shape
-    gain: Any = None if norm.is_identity(module) else (weight.float() + norm.offset).to(weight.dtype)
-
-    def notebook(x: Tensor) -> Tensor:
-        y = F.rms_norm(x.float(), shape, None, eps).to(x.dtype)
-        return y if gain is None else y * gain
-
-    ways: dict[str, Callable[[Tensor], Tensor]] = {
-        "notebook swap": notebook,
-        "F.rms_norm": lambda x: F.rms_norm(x, shape, gain, eps),
-        "no norms": lambda x: x,
-    }
-    return ways[way]
-
-
-@contextmanager
-def _fused(model: PreTrainedModel) -> Iterator[None]:
-    """Let each norm add what the block before it left: layers hand on (their output, the residual stream)."""
-    base: Any = model.base_model
-    found = {id(module): norm for module, norm in plain_norms(model).values()}
-    layers: Any = getattr(base, "layers", None)
-    final: Any = getattr(base, "norm", None)
-    parts = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-    if layers is None or id(final) not in found or any(set(dict(x.named_children())) != parts for x in layers):
-        raise FlashNormError("fusing is written for layers of two norms, attention and MLP, as Llama's")
-    if any(id(n) not in found for layer in layers for n in (layer.input_layernorm, layer.post_attention_layernorm)):
-        raise FlashNormError("fusing is written for plain RMSNorms")
-    stream: list[Tensor] = []  # the residual stream, while it is not in the layers' output
-
-    def add_norm(module: nn.Module) -> Callable[[Tensor], None]:
-        norm = found[id(module)]
-        eps, offset = norm.eps, norm.offset
-        weight = None if norm.is_identity(module) else norm.parameter(module)
-        return lambda x: fused_add_rms_norm(x, stream[0], eps, weight=weight, offset=offset)
-
-    def layer_forward(layer: Any, first: bool) -> Callable[..., Tensor]:
-        before, after = add_norm(layer.input_layernorm), add_norm(layer.post_attention_layernorm)
-        start, attention, mlp = (
-            on_kernel(layer.input_layernorm, found[id(layer.input_layernorm)]),
-            layer.self_attn,
-            layer.mlp,
-        )
-
-        def forward(hidden_states: Tensor, **arguments: Any) -> Tensor:
-            x = hidden_states
-            if first:
-                stream[:] = [x]
-                x = start(x)
-            else:
-                before(x)
-            x, _ = attention(hidden_states=x, **arguments)
-            after(x)
-            out: Tensor = mlp(x)
-            return out
-
-        return forward
-
-    last = add_norm(final)
-
-    def final_forward(x: Tensor) -> Tensor:
-        last(x)
-        return x
-
-    changed = [*layers, final]
-    for i, layer in enumerate(layers):
-        layer.forward = layer_forward(layer, i == 0)
-    final.forward = final_forward
-    try:
-        yield
-    finally:
-        for module in changed:
-            del module.forward
 
 
 def check(model: PreTrainedModel, way: str) -> str | None:
@@ -262,7 +162,8 @@ def _graph(model: PreTrainedModel, way: str, length: int, batch: int, compiled: 
 
         if compiled:
             torch._dynamo.reset()
-            forward = torch.compile(forward, dynamic=False)
+            more: Any = {"coordinate_descent_tuning": True} if way == TUNED_INDUCTOR else None
+            forward = torch.compile(forward, dynamic=False, options=more)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -318,7 +219,8 @@ def bench(
     for mode in modes:
         if not gpu and mode not in ("decode", "prefill"):
             continue
-        mine = [way for way in good if mode != "decode, compiled" or way in COMPILED_WAYS]
+        compiled = mode == "decode, compiled"
+        mine = [way for way in good if (way in COMPILED_WAYS if compiled else way != TUNED_INDUCTOR)]
         timers: dict[str, Callable[[], float]] = {}
         for way in mine:
             on_progress(f"{mode}: {way}")
@@ -352,12 +254,11 @@ def _timer(model: PreTrainedModel, mode: str, way: str, tokens: int, batch: int)
 
 
 def _row(mode: str, way: str, speeds: list[float], stock: list[float] | None) -> dict[str, Any]:
-    low = quantiles(speeds, n=10) if len(speeds) > 1 else speeds * 9
     row: dict[str, Any] = {
         "mode": mode,
         "way": way,
         "tok_per_s": round(median(speeds), 2),
-        "spread": [round(low[0], 2), round(low[-1], 2)],
+        "spread": list(spread(speeds, 2)),
         "trials": [round(s, 2) for s in speeds],
     }
     if stock is not None:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from statistics import median
+from statistics import median, quantiles
 
 import torch
 
 Call = Callable[[int], object]  # runs a contender once, on the buffers of that number
+
+
+def spread(values: list[float], digits: int) -> tuple[float, float]:
+    """10th and 90th percentile, never outside what was measured (`statistics.quantiles` extrapolates by default)."""
+    if len(values) < 2:
+        return round(values[0], digits), round(values[0], digits)
+    tenths = quantiles(values, n=10, method="inclusive")
+    return round(tenths[0], digits), round(tenths[-1], digits)
 
 
 def graph_times(

@@ -12,13 +12,16 @@ Three things that it lets pass although the format forbids them are refused as w
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from flashnorm_cli.errors import CheckpointError
+from flashnorm_cli.checkpoint.files import open_file
+from flashnorm_cli.checkpoint.json_files import MAX_DIGITS
+from flashnorm_cli.errors import CheckpointError, quoted, shown
 
 # Bits, not bytes: F4 and F6 pack several values into a byte.
 DTYPE_BITS: dict[str, int] = {
@@ -125,7 +128,7 @@ def header_size(start: bytes, file_size: int, where: str) -> int:
 def read_header(path: Path) -> Header:
     """Read and check the header of the file at `path`. Raises CheckpointError, also if it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             file_size = file.seek(0, 2)
             file.seek(0)
             start = file.read(LENGTH_BYTES)
@@ -163,7 +166,7 @@ def build_header(entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: 
     position = 0
     for name, dtype, shape in entries:
         if name in fields or name == METADATA_KEY:
-            raise CheckpointError(f"{where}: tensor {name!r} occurs twice")
+            raise CheckpointError(f"{where}: tensor {quoted(name)} occurs twice")
         end = position + _checked_nbytes(name, dtype, shape, where)
         fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
@@ -180,14 +183,15 @@ def _parse_json(text: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"{constant} is not JSON")
 
     def parse_int(digits: str) -> int | float:
+        if len(digits) > MAX_DIGITS:
+            raise ValueError(f"a number of {len(digits)} digits")
         return -0.0 if digits == "-0" else int(digits)  # Python would make a valid 0 of it
 
     def object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{where}: {twice!r} occurs twice in the header")
+            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise CheckpointError(f"{where}: {quoted(twice)} occurs twice in the header")
         return result
 
     try:
@@ -218,19 +222,19 @@ def _check_metadata(value: Any, where: str) -> dict[str, str] | None:
 def _check_entry(name: str, value: Any, where: str) -> TensorEntry:
     """One tensor's JSON, everything checked that does not depend on the other tensors."""
     if not isinstance(value, dict) or value.keys() != _FIELDS:
-        raise CheckpointError(f"{where}: tensor {name!r} needs exactly dtype, shape and data_offsets")
+        raise CheckpointError(f"{where}: tensor {quoted(name)} needs exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str):
-        raise CheckpointError(f"{where}: tensor {name!r} has the dtype {dtype!r}")
+        raise CheckpointError(f"{where}: tensor {quoted(name)} has the dtype {quoted(dtype)}")
     if not _is_sizes(shape):
-        raise CheckpointError(f"{where}: tensor {name!r} has the shape {shape!r}")
+        raise CheckpointError(f"{where}: tensor {quoted(name)} has the shape {shown(shape)}")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where}: tensor {name!r} has the data offsets {offsets!r}")
+        raise CheckpointError(f"{where}: tensor {quoted(name)} has the data offsets {shown(offsets)}")
     entry = TensorEntry(name, dtype, tuple(shape), *offsets)
     nbytes = _checked_nbytes(name, dtype, entry.shape, where)
     if entry.nbytes != nbytes:
         raise CheckpointError(
-            f"{where}: tensor {name!r} takes {entry.nbytes} bytes, but {dtype} {shape} are {nbytes} bytes"
+            f"{where}: tensor {quoted(name)} takes {entry.nbytes} bytes, but {dtype} {shown(shape)} are {nbytes} bytes"
         )
     return entry
 
@@ -244,11 +248,11 @@ def _checked_nbytes(name: str, dtype: str, shape: tuple[int, ...], where: str) -
     try:
         nbytes = tensor_nbytes(dtype, shape)
     except KeyError:
-        raise CheckpointError(f"{where}: tensor {name!r} has the unknown dtype {dtype!r}") from None
+        raise CheckpointError(f"{where}: tensor {quoted(name)} has the unknown dtype {quoted(dtype)}") from None
     except OverflowError:
-        raise CheckpointError(f"{where}: tensor {name!r} has the impossible shape {list(shape)}") from None
+        raise CheckpointError(f"{where}: tensor {quoted(name)} has the impossible shape {shown(list(shape))}") from None
     if nbytes is None:
-        raise CheckpointError(f"{where}: tensor {name!r}: {dtype} {list(shape)} ends within a byte")
+        raise CheckpointError(f"{where}: tensor {quoted(name)}: {dtype} {shown(list(shape))} ends within a byte")
     return nbytes
 
 
@@ -259,12 +263,12 @@ def _check_layout(entries: Iterable[TensorEntry], data_size: int, where: str) ->
         if entry.start != position:
             problem = "overlaps the tensor before it" if entry.start < position else "has a hole before it"
             raise CheckpointError(
-                f"{where}: tensor {entry.name!r} {problem}: it starts at byte {entry.start}, not {position}"
+                f"{where}: tensor {quoted(entry.name)} {problem}: it starts at byte {entry.start}, not {position}"
             )
         position = entry.end
         if position > data_size:
             raise CheckpointError(
-                f"{where}: truncated: tensor {entry.name!r} ends at byte {position} of {data_size} data bytes"
+                f"{where}: truncated: tensor {quoted(entry.name)} ends at byte {position} of {data_size} data bytes"
             )
     if position < data_size:
         raise CheckpointError(f"{where}: {data_size - position} bytes after the last tensor")

@@ -8,6 +8,7 @@ with the hash that the repository's listing has for it.
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -117,6 +118,48 @@ def _body(answer: Any, name: str, length: int) -> bytes:
     if len(data) < length:
         raise BadAnswer(f"sent {len(data)} of the {length} bytes of {name} that were asked for")
     return bytes(data)
+
+
+class RemoteFile(io.RawIOBase):
+    """A file on the Hub for a parser that reads its beginning or its end: in blocks, and a few at most."""
+
+    BLOCK, MOST = 1 << 18, 64
+
+    def __init__(self, read: Callable[[str, int, int], bytes], name: str, size: int) -> None:
+        self._read, self._path, self._size = read, name, size
+        self._position = 0
+        self._blocks: dict[int, bytes] = {}
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._position = max(0, offset + (0, self._position, self._size)[whence])
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, n: int = -1) -> bytes:
+        """Up to `n` bytes. Raises ValueError beyond the most blocks: such a file tells nothing cheaply."""
+        end = self._size if n < 0 else min(self._position + n, self._size)
+        data = b""
+        while self._position < end:
+            number, start = divmod(self._position, self.BLOCK)
+            if number not in self._blocks:
+                if len(self._blocks) == self.MOST:
+                    raise ValueError(f"{self._path}: takes more than {self.MOST} requests to look into")
+                first = number * self.BLOCK
+                self._blocks[number] = self._read(self._path, first, min(first + self.BLOCK, self._size))
+            piece = self._blocks[number][start : start + end - self._position]
+            if not piece:
+                break
+            data += piece
+            self._position += len(piece)
+        return data
 
 
 def hub_headers(source: Source, commit: str, sizes: dict[str, int]) -> dict[str, Header]:

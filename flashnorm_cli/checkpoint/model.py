@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from flashnorm_cli.checkpoint.files import Seen
+from flashnorm_cli.checkpoint.folded import flags_of, in_words, is_ours
 from flashnorm_cli.checkpoint.header import Header, TensorEntry
+from flashnorm_cli.checkpoint.json_files import read_object
 from flashnorm_cli.errors import CheckpointError, FlashNormError
 
 CONFIG = "config.json"
@@ -24,7 +26,11 @@ SINGLE = "model.safetensors"
 RECORD = "flashnorm.json"
 
 
-# Weights in other formats would be an unfolded copy beside the folded one: they are left out, and named.
+# Of peft, beside an adapter's weights.
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+# How files of tensors are called. What they hold decides whether they travel: see belongs.py.
 OTHER_WEIGHTS = (
     ".bin .bin.index.json .pt .pth .ckpt .h5 .msgpack .gguf .onnx .onnx_data .ot .tflite .mlmodel .npz .safetensors"
 ).split()
@@ -43,6 +49,16 @@ class Source:
     token: str | bool | None = None
     cache_dir: Path | None = None
     local_files_only: bool = False
+    follow_links: bool = False  # also out of the folder
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file of the source that a folded checkpoint does not hold: its relative path, bytes, and why."""
+
+    name: str
+    bytes: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -51,8 +67,9 @@ class Checkpoint:
 
     `folder` holds the small files (and the shards too, unless only the headers of a Hub repository were read).
     `shards` maps the shards' file names, in the index's order, to their headers. `others` are the relative paths
-    of the files to carry over, `left_out` those of weights in other formats and of links to folders. `sha256` are the
-    shards' hashes where the Hub was asked for them.
+    of the files to carry over, in `seen` as they were found (those that are on this disk), `left_out` the other files.
+    `index_name` is the index's file name, which config.json may choose. `sha256` are the shards' hashes where the Hub
+    was asked for them.
     """
 
     source: Source
@@ -62,7 +79,9 @@ class Checkpoint:
     shards: dict[str, Header]
     index: dict[str, Any] | None
     others: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    index_name: str = INDEX
+    seen: dict[str, Seen] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
 
     @cached_property
@@ -86,22 +105,35 @@ class Checkpoint:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError if it is missing, or not one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return read_object(path)
+    except CheckpointError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
         raise CheckpointError(f"{path.parent}: there is no {path.name}: is this a transformers checkpoint?") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds no JSON object")
-    return value
+
+
+def refuse_adapter(checkpoint: Checkpoint) -> None:
+    """Raise FlashNormError for a model with an adapter at its side: transformers and peft load both as one."""
+    if ADAPTER_CONFIG in checkpoint.others:
+        raise FlashNormError(
+            f"{checkpoint.source.name}: holds an adapter ({ADAPTER_CONFIG}) beside the model, and transformers applies "
+            "it at once; it would not fit the folded weights. Move the adapter's files into a folder of their own, "
+            "fold the model, then: flashnorm fold-adapter <that folder> --base <the folded model>"
+        )
 
 
 def refuse_folded(checkpoint: Checkpoint) -> None:
     """Raise FlashNormError for a checkpoint that says it has been folded already."""
     has_record = (checkpoint.folder / RECORD).exists()
-    if has_record or checkpoint.config.get("flashnorm_folded") or "flashnorm" in checkpoint.config:
-        where = RECORD if has_record else "config.json"
+    flags = flags_of(checkpoint.config)
+    name = checkpoint.source.name
+    if has_record or is_ours(checkpoint.config):
         raise FlashNormError(
-            f"{checkpoint.source.name}: is folded already ({where} says so); folding twice would do nothing good. "
-            "Fold its source instead"
+            f"{name}: is folded already ({RECORD if has_record else CONFIG} says so); folding twice would do nothing "
+            "good. Fold its source instead"
+        )
+    if flags:
+        raise FlashNormError(
+            f"{name}: is folded already, by another tool ({CONFIG} has {in_words(flags)}); fold its source instead, or "
+            f"check this one and give it a record: flashnorm verify {name} --source <its source> --adopt"
         )

@@ -1,101 +1,199 @@
-"""Output folders: written beside their name, and there as a whole or not at all."""
+"""Output folders: written beside their name, and there as a whole or not at all.
+
+What is there already is touched only if it shows that it is this tool's: an older output by its record, a work folder
+by the mark in it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
+import json
 import os
-import shutil
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from flashnorm_cli.checkpoint.model import CONFIG
-from flashnorm_cli.errors import CheckpointError, FlashNormError, GainOverflowError, UsageError
+from flashnorm_cli.checkpoint import disk
+from flashnorm_cli.checkpoint.disk import write_bytes, write_text
+from flashnorm_cli.checkpoint.model import CONFIG, RECORD
+from flashnorm_cli.checkpoint.work import WorkFolder, partial_folder, unlike_work_folder
+from flashnorm_cli.errors import CheckpointError, FlashNormError, GainOverflowError, GainUnderflowError, UsageError
 
-# In a work folder: the fingerprint of the fold that it belongs to.
-JOURNAL = "journal"
-# Beside the folder that is being filled, with the journal that says what for: the counts of finished shards.
+__all__ = [
+    "FLUSHED",
+    "check_output",
+    "disk_errors",
+    "flush",
+    "partial_folder",
+    "work_folder",
+    "write_bytes",
+    "write_text",
+]
+
+# Beside the folder that is being filled, with the journal that says what for: finished shards and what was flushed.
 FLUSHED = "flushed.json"
 
 
-def check_output(output: Path, overwrite: bool, source: Path, config: str = CONFIG, what: str = "a checkpoint") -> Path:
+# ---- before the work -------------------------------------------------------------------------------------------------
+
+
+def check_output(
+    output: Path,
+    overwrite: bool,
+    *sources: Path,
+    config: str = CONFIG,
+    what: str = "a checkpoint",
+) -> Path:
     """The output's absolute path, which may be written. Raises UsageError where that could lose something.
 
-    `source` is a folder that it must not overlap with; `config` the file that shows `what` an older output is.
+    `sources` are folders that neither it nor its work folder may overlap with; `config` is the file that an older
+    output of this kind has, `what` it is called.
     """
-    target = output.expanduser().absolute()
+    target = _named(output)
+    try:
+        _check_names(output, target, sources)
+        if target.exists() and any(target.iterdir()):
+            if not overwrite:
+                raise UsageError(f"{output}: exists already; add --overwrite to replace it")
+            folder = disk.open_folder(target)
+            try:
+                why = not_an_output(folder, config, what)
+            finally:
+                os.close(folder)
+            if why:
+                raise UsageError(f"{output}: {why}, so it will not be overwritten")
+            if not os.access(target, os.W_OK | os.X_OK):
+                raise UsageError(f"{output}: cannot be replaced: its files are not yours to remove")
+    except OSError as error:
+        raise UsageError(f"{output}: {error.strerror or error}") from error
+    return target
+
+
+def _named(output: Path) -> Path:
+    """The absolute path whose last part is the folder's own name, not `..` nor nothing."""
+    try:
+        target = output.expanduser().absolute()
+    except RuntimeError as error:  # ~somebody
+        raise UsageError(f"{output}: {error}") from error
+    if ".." in target.parts:
+        target = target.resolve() if target.name == ".." else target.parent.resolve() / target.name
+    if not target.name:
+        raise UsageError(f"{output}: cannot be an output folder; name one inside it")
+    return target
+
+
+def _check_names(output: Path, target: Path, sources: Collection[Path]) -> None:
+    """Everything that will be made or replaced, against what is there. Raises UsageError and OSError."""
     if target.is_symlink():
         raise UsageError(f"{output}: is a symbolic link; name the folder itself")
     if target.exists() and not target.is_dir():
         raise UsageError(f"{output}: exists and is not a folder")
-    real, theirs = target.resolve(), source.resolve()
-    if real == theirs or theirs in real.parents or real in theirs.parents:
-        raise UsageError(f"{output}: overlaps with the source {source}; choose another output folder")
-    if target.exists() and any(target.iterdir()):
-        if not overwrite:
-            raise UsageError(f"{output}: exists already; add --overwrite to replace it")
-        if not (target / config).exists():
-            raise UsageError(f"{output}: is not {what} (no {config}), so it will not be overwritten")
+    if target.is_dir() and os.path.ismount(target):
+        raise UsageError(f"{output}: is where a file system is mounted, and keeps its name; name a folder inside it")
+    partial = partial_folder(target)
+    for source in sources:
+        for path, name in ((target, output), (partial, partial)):
+            if _overlap(path, source):
+                raise UsageError(f"{name}: overlaps with the source {source}; choose another output folder")
     parent = target.parent
-    while not parent.exists():
+    while not os.path.lexists(parent):
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UsageError(f"{output}: cannot write in {parent}")
-    return target
+    if os.path.lexists(partial) and (why := unlike_work_folder(partial)):
+        raise UsageError(f"{partial}: {why}, and a fold into {target.name} would work there; move or remove it")
 
 
-def partial_folder(target: Path) -> Path:
-    """The work folder of an output."""
-    return target.with_name(f".{target.name}.partial")
+def _overlap(path: Path, source: Path) -> bool:
+    """Whether two folders are one, or one is in the other, by whatever name; or the source's files lie in `path`."""
+    mine, theirs = _chain(path.resolve()), _chain(source.resolve())
+    if path.exists() and mine[0] in theirs:
+        return True
+    if source.exists() and theirs[0] in mine:
+        return True
+    real = path.resolve()
+    for folder, folders, names in os.walk(source):
+        for name in (*folders, *names):
+            inner = Path(folder, name)
+            if inner.is_symlink() and real in inner.resolve().parents:
+                return True
+    return False
+
+
+def _chain(path: Path) -> list[tuple[int, int] | None]:
+    """Device and inode of a path and of the folders that it is in, from itself up; None for what is not there."""
+    found: list[tuple[int, int] | None] = []
+    for part in (path, *path.parents):
+        try:
+            status = part.stat()
+            found.append((status.st_dev, status.st_ino))
+        except FileNotFoundError:
+            found.append(None)
+    return found
+
+
+def not_an_output(folder: int, config: str = CONFIG, what: str = "a checkpoint") -> str | None:
+    """Why the folder of a descriptor is not what a fold has written, None if it is.
+
+    A fold's config.json says so itself; an adapter's, where peft would warn, has flashnorm.json beside it.
+    """
+    said = _json(folder, config)
+    if said is None:
+        return f"is not {what} (no {config})" if not _is_there(folder, config) else f"its {config} cannot be read"
+    record = _json(folder, RECORD) or {}
+    if config == CONFIG:
+        folded = any(said.get(key) for key in ("flashnorm", "flashnorm_folded", "flash_norm"))
+        folded = folded or ("source_files" in record and "layout" in record)
+    else:
+        folded = record.get("kind") == "adapter"
+    return None if folded else f"is {what}, but not one that flashnorm has folded"
+
+
+def _is_there(folder: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=folder)
+    except OSError:
+        return False
+    return True
+
+
+def _json(folder: int, name: str) -> dict[str, object] | None:
+    try:
+        value = json.loads(disk.read_small(name, folder, 1 << 30))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+# ---- the work --------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def work_folder(target: Path, fingerprint: str, finished: Collection[str], keep: str = FLUSHED) -> Iterator[Path]:
-    """A folder beside the output, `.<name>.partial`, held by this process alone; yields the folder to fill in it.
+def work_folder(
+    target: Path, fingerprint: str, finished: Collection[str], keep: str = FLUSHED, *, source: str = ""
+) -> Iterator[WorkFolder]:
+    """A folder beside the output, `.<name>.partial`, held by this process alone.
 
     What an earlier run of the same fold left there under the names in `finished` stays, and so does the file `keep`
-    beside it; everything else is removed. After an error the whole is removed, unless running the same command again
-    could go on from something that is finished.
+    beside it; everything else in it is removed. After an error the whole is removed, unless running the same command
+    again could go on from something that is finished. `source` is written into it, for who finds it.
+
+    Raises UsageError if what has that name is not this tool's work folder, FlashNormError if another process holds it.
     """
-    work = partial_folder(target)
-    inside = work / "checkpoint"
-    with disk_errors(target):
-        work.mkdir(parents=True, exist_ok=True)
-        lock = os.open(work / JOURNAL, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        _lock(lock, work / JOURNAL, target)
-        with disk_errors(target):
-            same = os.pread(lock, 1 << 10, 0).decode(errors="replace") == fingerprint
-            for path in [*work.iterdir(), *(inside.iterdir() if inside.exists() else ())]:
-                stays = same and (path.name in finished if path.parent == inside else path.name == keep)
-                if not stays and path not in (inside, work / JOURNAL):
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            inside.mkdir(exist_ok=True)
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, fingerprint.encode(), 0)
-            try:
-                yield inside
-            except BaseException as error:
-                hopeless = isinstance(error, (GainOverflowError, CheckpointError))
-                if hopeless or not ((work / keep).exists() or any((inside / name).exists() for name in finished)):
-                    shutil.rmtree(work, ignore_errors=True)
-                raise
-            shutil.rmtree(work, ignore_errors=True)  # still locked: nobody else may begin in it
-    finally:
-        os.close(lock)
-
-
-def _lock(lock: int, journal: Path, target: Path) -> None:
-    """Hold the journal, and make sure that it is still the one that a second process would find."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        mine = os.fstat(lock).st_ino == journal.stat().st_ino
-    except OSError:
-        mine = False
-    if not mine:
-        raise FlashNormError(f"{target}: another fold is writing it right now")
+    with disk_errors(target), WorkFolder(target) as work:
+        work.begin(fingerprint, finished, keep, source)
+        try:
+            yield work
+        except BaseException as error:
+            hopeless = isinstance(error, (GainOverflowError, GainUnderflowError, CheckpointError))
+            over = hopeless or work.published or not work.has(finished, keep)
+            why = work.remove() if over else None
+            if why and isinstance(error, FlashNormError):
+                raise type(error)(f"{error}; {why}") from error
+            raise
+        if why := work.remove():
+            work.notes.append(why)
 
 
 @contextlib.contextmanager
@@ -106,8 +204,8 @@ def disk_errors(target: Path) -> Iterator[None]:
     except OSError as error:
         raise FlashNormError(f"{target}: {error.strerror or error}{_hint(error)}") from error
     except FlashNormError as error:
-        if hint := _hint(error.__cause__):
-            raise FlashNormError(f"{error}{hint}") from error
+        if (hint := _hint(error.__cause__)) and hint not in str(error):
+            raise type(error)(f"{error}{hint}") from error
         raise
 
 
@@ -116,41 +214,29 @@ def _hint(error: BaseException | None) -> str:
     return "; free some space and run the same command again" if full else ""
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is there as a whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.rename(path)
+def flush(work: WorkFolder, workers: int) -> None:
+    """Return when everything in the work folder is on the disk.
 
-
-def flush(folder: Path, workers: int) -> None:
-    """Return when everything below a folder is on the disk."""
+    After an error nothing in it counts as finished any more: what the system could not write it has forgotten.
+    """
 
     def fsync(path: Path) -> None:
-        fd = os.open(path, os.O_RDONLY)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             os.fsync(fd)
+        except OSError as error:
+            if not path.is_dir():
+                raise
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
         finally:
             os.close(fd)
 
-    with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(fsync, [p for p in folder.rglob("*") if not p.is_symlink()]):
-            pass
-    fsync(folder)
-
-
-def publish(work: Path, target: Path) -> None:
-    """Give the finished folder its name; an older output is removed only then."""
-    old = target.with_name(f".{target.name}.old")
-    if target.exists() and any(target.iterdir()):
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-    elif target.exists():
-        target.rmdir()
-    work.rename(target)
-    shutil.rmtree(old, ignore_errors=True)  # also that of a run which was killed just before this line
-    folder = os.open(target.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        with ThreadPoolExecutor(workers) as pool:
+            for _ in pool.map(fsync, [p for p in work.inside.rglob("*") if not p.is_symlink()]):
+                pass
+        fsync(work.inside)
+    except OSError:
+        work.distrust()
+        raise

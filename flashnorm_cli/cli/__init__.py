@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import Annotated, NoReturn
@@ -15,10 +16,11 @@ from flashnorm_cli.cli.demo import demo
 from flashnorm_cli.cli.doctor import doctor
 from flashnorm_cli.cli.fold import fold
 from flashnorm_cli.cli.fold_adapter import fold_adapter
+from flashnorm_cli.cli.output import printable, stdout_errors
 from flashnorm_cli.cli.plan import plan
 from flashnorm_cli.cli.push_to_hub import push_to_hub
 from flashnorm_cli.cli.verify import verify
-from flashnorm_cli.errors import EXIT_ERROR, EXIT_USAGE, FlashNormError
+from flashnorm_cli.errors import EXIT_ERROR, EXIT_USAGE, MOST_OF_A_LINE, FlashNormError, cut, one_line
 
 INTERRUPTED = 130
 
@@ -84,7 +86,8 @@ app.command(epilog=options.examples("flashnorm doctor", "flashnorm doctor --json
 
 def _print_version(value: bool) -> None:
     if value:
-        print(f"flashnorm {__version__}")
+        with stdout_errors():
+            print(f"flashnorm {__version__}", flush=True)
         raise typer.Exit()
 
 
@@ -108,32 +111,38 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = result if isinstance(result, int) else 0
         if code == INTERRUPTED:  # typer has caught Ctrl-C already
             raise KeyboardInterrupt
-    except FlashNormError as error:
-        if "--debug" in arguments:
-            raise
-        code = _fail(str(error), error.exit_code)
-    except typer.TyperException as error:  # an unknown option, a missing argument
-        context = getattr(error, "ctx", None)
-        where = context.command_path if context is not None else "flashnorm"
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
-        code = _fail(f"{' '.join(message.split()).rstrip('.')}. See: {where} --help", EXIT_USAGE)
+        with stdout_errors():
+            print(end="", flush=True)
     except (KeyboardInterrupt, typer.Abort):
         goes_on = "; the same command goes on where it stopped" if {"fold", "push-to-hub"} & {*arguments} else ""
         code = _fail(f"interrupted{goes_on}", INTERRUPTED)
-    except BrokenPipeError:  # `flashnorm plan ... | head`
-        sys.stderr.close()
-        code = EXIT_ERROR
-    except Exception as error:  # a mistake of ours still ends in one line; --debug shows the rest
-        if "--debug" in arguments:
+    except Exception as error:  # whatever it is, it ends in one line; --debug shows the rest
+        if "--debug" in arguments and not isinstance(error, typer.TyperException):
             raise
-        code = _fail(
-            f"{type(error).__name__}: {' '.join(str(error).split())} (a bug in flashnorm: please report it with the "
-            "output of --debug)",
-            EXIT_ERROR,
-        )
+        code = _fail(*_words(error))
     sys.exit(code)
 
 
+def _words(error: Exception) -> tuple[str, int]:
+    """One line for an error, and the exit code."""
+    if isinstance(error, FlashNormError):
+        return str(error), error.exit_code
+    if isinstance(error, typer.TyperException):  # an unknown option, a missing argument
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context is not None else "flashnorm"
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        return f"{' '.join(message.split()).rstrip('.')}. See: {where} --help", EXIT_USAGE
+    if isinstance(error, OSError) and error.errno:  # of the disk, where no better words were found
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}", EXIT_ERROR
+    if isinstance(error, MemoryError):
+        return "not enough memory", EXIT_ERROR
+    words = " ".join(str(error).split())
+    bug = "(a bug in flashnorm: please report it with the output of --debug)"
+    return f"{type(error).__name__}: {cut(words, MOST_OF_A_LINE // 2)} {bug}", EXIT_ERROR
+
+
 def _fail(message: str, code: int) -> int:
-    print(f"flashnorm: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody is listening
+        print(f"flashnorm: {printable(one_line(message), sys.stderr)}", file=sys.stderr, flush=True)
     return code

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from flashnorm_cli.checkpoint.output import write_text
 from flashnorm_cli.cli import options
-from flashnorm_cli.cli.output import Output
+from flashnorm_cli.cli.output import Output, check_writable, written
 from flashnorm_cli.errors import FlashNormError, UsageError
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def bench(
     for path in (plot, save):
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"{path.absolute().parent}: no such folder")
+        if path is not None:
+            check_writable(path)
     if plot is not None:
         from flashnorm_cli.bench.report import PICTURES, require_matplotlib
 
@@ -106,14 +109,17 @@ def bench(
         rows = list(tokens or (MODEL_TOKENS if model else kernels.TOKENS))
         results = _measure(device, sizes, rows, getattr(torch, dtype), trials or 11, report)
         data = kernels.record(command, results, device=device, model=model, models=of_model)
+    problems: list[str] = []
     if save is not None:
-        save.write_text(json_module.dumps(data, indent=1) + "\n")
-    out.data(data)
-    _show(out, results, of_model, device, markdown)
+        written(save, lambda: write_text(save, json_module.dumps(data, indent=1) + "\n"), problems)
     if plot is not None:
         from flashnorm_cli.bench.report import plot as draw
 
-        draw(results, plot)
+        written(plot, lambda: draw(results, plot), problems)
+    out.data(data)
+    _show(out, results, of_model, device, markdown)
+    if problems:
+        raise FlashNormError("; ".join(problems))
 
 
 def _measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,10 +10,10 @@ import typer
 
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output, size
-from flashnorm_cli.cli.plan import plan_lines, plan_summary
+from flashnorm_cli.cli.plan import left_out_lines, plan_lines, plan_summary
 from flashnorm_cli.cli.push_to_hub import done
-from flashnorm_cli.cli.verify import summary
-from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_NOT_RUN, EXIT_OK, UsageError
+from flashnorm_cli.cli.verify import exit_code, summary
+from flashnorm_cli.errors import EXIT_NOT_RUN, EXIT_OK, UsageError
 
 if TYPE_CHECKING:
     from flashnorm_cli.folding.fold import FoldResult
@@ -71,8 +72,9 @@ def fold(
         bool, typer.Option("--create-pr", help="With --push-to: open a pull request instead of writing to main.")
     ] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Then check it, levels weights and logits; exit code 3 if it fails.")
+        bool, typer.Option("--verify", help="Then check it as `flashnorm verify` does, with its exit codes.")
     ] = False,
+    follow_links: options.FollowLinksOpt = False,
     json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
     debug: options.DebugOpt = False,
@@ -128,6 +130,7 @@ def fold(
             layout=layout,
             workers=workers,
             overwrite=overwrite,
+            follow_links=follow_links,
             dask=dask,
             on_progress=report,
         )
@@ -138,13 +141,13 @@ def fold(
             verification = check(
                 result.output,
                 model,
-                levels=("weights", "logits"),
                 source_revision=result.plan.commit,
                 token=token,
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
                 trust_remote_code=trust_remote_code,
                 workers=workers,
+                follow_links=follow_links,
                 command=options.command_line(["verify", str(result.output), "--source", model]),
                 on_progress=report,
             )
@@ -166,7 +169,7 @@ def fold(
     )
     if verification is not None:
         out.text("", *summary(verification))
-        raise typer.Exit(EXIT_OK if verification.equivalent else EXIT_NOT_EQUIVALENT)
+        raise typer.Exit(exit_code(verification))
 
 
 def show_streamed(out: Output, result: StreamResult) -> None:
@@ -204,8 +207,8 @@ def _facts(result: FoldResult | StreamResult) -> dict[str, Any]:
         "bytes_added": plan.bytes_added,
         "flushed_to_zero": result.flushed,
         "resumed_shards": list(result.resumed),
-        "left_out": list(result.left_out),
-        "notes": [*plan.notes, *([DROPPED] if result.layout == "dropped" else [])],
+        "left_out": [asdict(each) for each in result.left_out],
+        "notes": [*plan.notes, *result.notes, *([DROPPED] if result.layout == "dropped" else [])],
     }
 
 
@@ -219,8 +222,7 @@ def _outcome(result: FoldResult | StreamResult) -> list[str]:
         lines.append(
             f"{flushed} products in {len(result.flushed)} tensors were too small for their dtype and became zero."
         )
-    if result.left_out:
-        lines.append(f"Left out (weights in other formats, links to folders): {', '.join(result.left_out)}")
+    lines += left_out_lines(result.left_out)
     if result.layout == "dropped":
         lines.append(DROPPED)
-    return lines
+    return lines + [f"Note: {note}." for note in result.notes]

@@ -9,6 +9,7 @@ import typer
 
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output, size
+from flashnorm_cli.cli.plan import left_out_lines
 
 if TYPE_CHECKING:
     from flashnorm_cli.adapters.fold import AdapterResult
@@ -35,6 +36,7 @@ def fold_adapter(
     local_files_only: options.LocalFilesOnlyOpt = False,
     trust_remote_code: options.TrustRemoteCodeOpt = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that holds an adapter.")] = False,
+    follow_links: options.FollowLinksOpt = False,
     json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
     debug: options.DebugOpt = False,
@@ -62,6 +64,7 @@ def fold_adapter(
             local_files_only=local_files_only,
             trust_remote_code=trust_remote_code,
             overwrite=overwrite,
+            follow_links=follow_links,
             on_progress=report,
         )
     out.data(result.to_json())
@@ -95,7 +98,6 @@ def summary(result: AdapterResult) -> list[str]:
     if result.flushed:
         flushed = sum(result.flushed.values())
         lines.append(f"{flushed} products in {len(result.flushed)} tensors were too small for their dtype, now zero.")
-    if result.left_out:
-        lines.append(f"Left out (weights in other formats, adapters in subfolders): {', '.join(result.left_out)}")
+    lines += left_out_lines(result.left_out)
     lines += [f"Note: {note}." for note in result.notes]
     return [*lines, f"Wrote {size(result.bytes_written)}:", str(result.output)]

@@ -28,6 +28,9 @@ FinalNormOpt = Annotated[
     ),
 ]
 WorkersOpt = Annotated[int | None, typer.Option(min=1, help="Threads.", show_default="one per processor, up to 8")]
+FollowLinksOpt = Annotated[
+    bool, typer.Option("--follow-links", help="Follow links of a local folder also where they lead out of it.")
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 DebugOpt = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -3,9 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from secrets import token_hex
 from typing import Any
+
+from flashnorm_cli.errors import MOST_OF_A_NAME, FlashNormError, UsageError, one_line
+
+
+def printable(text: str, stream: Any) -> str:
+    """Text in what the stream can encode: under LANG=C, everything beyond ASCII is escaped."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+@contextmanager
+def stdout_errors() -> Iterator[None]:
+    """Raise FlashNormError where stdout cannot be written: a full disk behind `> file`, a reader that went away."""
+    try:
+        yield
+    except OSError as error:
+        with suppress(OSError, ValueError, AttributeError):  # what is left in the buffer would fail again at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise FlashNormError(f"standard output: {error.strerror or error}") from error
 
 
 class Output:
@@ -18,14 +41,23 @@ class Output:
         self._err = Console(stderr=True)
 
     def text(self, *lines: str) -> None:
-        """Print for people; nothing under --json or --quiet."""
+        """Print for people, whatever files say fit for a terminal; nothing under --json or --quiet."""
         if not self.as_json and not self.quiet:
-            print("\n".join(lines))
+            safe = "\n".join(one_line(line) for text in lines for line in text.split("\n"))
+            with stdout_errors():
+                print(printable(safe, sys.stdout), flush=True)
+
+    def remark(self, *lines: str) -> None:
+        """Print beside the result, on stderr, what a user should know that is no part of it; nothing under --quiet."""
+        if not self.quiet:
+            for line in lines:
+                print(printable(f"flashnorm: note: {one_line(line)}", sys.stderr), file=sys.stderr)
 
     def data(self, value: dict[str, Any]) -> None:
-        """Print for scripts, under --json only."""
+        """Print for scripts, as it is (ASCII, escaped as JSON has it), under --json only."""
         if self.as_json:
-            print(json.dumps(value, indent=2))
+            with stdout_errors():
+                print(json.dumps(value, indent=2), flush=True)
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[int, int, str], None]]:
@@ -63,9 +95,45 @@ class Output:
             task = bar.add_task("", total=None)
 
             def update(done: int, total: int, what: str) -> None:
-                bar.update(task, completed=done, total=total or None, description=what, counting=bool(total))
+                bar.update(
+                    task,
+                    completed=done,
+                    total=total or None,
+                    description=one_line(what, MOST_OF_A_NAME),
+                    counting=bool(total),
+                )
 
             yield update
+
+
+def check_writable(path: Path) -> None:
+    """Before long work: a file can be written at `path` when it is done.
+
+    Raises UsageError for a path that cannot be a file's, FlashNormError where the disk says no.
+    """
+    try:
+        if path.is_dir():
+            raise UsageError(f"{path}: is a folder; name a file")
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path}: is not a regular file")
+        if not path.absolute().parent.is_dir():
+            raise UsageError(f"{path}: there is no folder {path.absolute().parent}")
+        probe = path.with_name(f".{path.name}.{token_hex(4)}")  # as long as the name that it will be written under
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise FlashNormError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def written(path: Path, write: Callable[[], object], problems: list[str]) -> bool:
+    """Whether `write` has written `path` after long work. If not, `problems` says why, and the result is not lost."""
+    try:
+        write()
+    except (OSError, FlashNormError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        problems.append(reason if str(path) in reason else f"{path}: cannot be written: {reason}")
+        return False
+    return True
 
 
 def size(n: float) -> str:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output, size
 
 if TYPE_CHECKING:
+    from flashnorm_cli.checkpoint.model import LeftOut
     from flashnorm_cli.plan.model import Norm, Plan
+
+
+# Of files in one line; --json and the record name all.
+MOST_NAMES = 10
 
 
 def plan(
@@ -20,6 +28,7 @@ def plan(
     cache_dir: options.CacheDirOpt = None,
     local_files_only: options.LocalFilesOnlyOpt = False,
     trust_remote_code: options.TrustRemoteCodeOpt = False,
+    follow_links: options.FollowLinksOpt = False,
     json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
     debug: options.DebugOpt = False,
@@ -28,17 +37,21 @@ def plan(
     output = Output(json, quiet)
     with output.progress() as report:
         report(0, 0, "Reading headers")
-        from flashnorm_cli.checkpoint.model import Source
+        from flashnorm_cli.checkpoint.leftover import leftovers, refuse_unfinished
+        from flashnorm_cli.checkpoint.model import Source, refuse_adapter
         from flashnorm_cli.checkpoint.open import open_checkpoint
         from flashnorm_cli.plan.planner import make_plan
 
-        source = Source(model, revision, token, cache_dir, local_files_only)
+        source = Source(model, revision, token, cache_dir, local_files_only, follow_links)
+        refuse_unfinished(Path(model))
         checkpoint = open_checkpoint(source, weights=False)
+        refuse_adapter(checkpoint)
         report(0, 0, "Tracing the model")
         result = make_plan(checkpoint, final_norm, trust_remote_code)
-    output.data(result.to_json())
+    output.data({**result.to_json(), "left_out": [asdict(each) for each in checkpoint.left_out]})
     output.text(f"{result.architecture} ({model}), {size(result.bytes_total)}", "")
-    output.text(*plan_lines(result), "", *plan_summary(result))
+    output.text(*plan_lines(result), "", *plan_summary(result), *left_out_lines(checkpoint.left_out))
+    output.remark(*leftovers(None, model))
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -81,3 +94,18 @@ def plan_summary(plan: Plan) -> list[str]:
     if plan.unread:
         lines.append(f"On disk but not read by the model, left alone: {', '.join(p for p, _ in grouped(plan.unread))}")
     return lines + [f"Note: {note}." for note in plan.notes]
+
+
+def left_out_lines(left_out: Collection[LeftOut]) -> list[str]:
+    """What does not travel along: files of one reason on one line, with their bytes."""
+    from flashnorm_cli.errors import shown
+
+    reasons: dict[str, list[LeftOut]] = {}
+    for each in left_out:
+        reasons.setdefault(each.reason, []).append(each)
+    lines = []
+    for reason, files in reasons.items():
+        names = ", ".join(f"{shown(each.name)} ({size(each.bytes)})" for each in files[:MOST_NAMES])
+        more = f" and {len(files) - MOST_NAMES} more ({size(sum(f.bytes for f in files))} in all)"
+        lines.append(f"Left out, {reason}: {names}{more if len(files) > MOST_NAMES else ''}")
+    return lines

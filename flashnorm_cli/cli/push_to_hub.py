@@ -60,6 +60,7 @@ def push_to_hub(
     out = Output(json, quiet)
     with out.progress() as report:
         report(0, 0, "Starting")
+        from flashnorm_cli.checkpoint.leftover import leftovers
         from flashnorm_cli.hub.push import push_to_hub as run
 
         result = run(
@@ -78,6 +79,7 @@ def push_to_hub(
         )
     out.data(result.to_json())
     out.text(*(_plan_of(result) if result.dry_run else done(result)))
+    out.remark(*leftovers(folded, str(base_model or folded)))
 
 
 def _plan_of(result: PushResult) -> list[str]:
@@ -126,5 +128,5 @@ def _page(result: PushResult) -> list[str]:
         f"  proof      {proof}",
     ]
     if result.left_out:
-        lines.append(f"  not there  {', '.join(result.left_out)} (weights in other formats)")
+        lines += [f"  not there  {each.name} ({each.reason})" for each in result.left_out]
     return [*lines, *(f"Note: {note}." for note in result.notes)]

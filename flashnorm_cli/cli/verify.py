@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from flashnorm_cli.cli import options
-from flashnorm_cli.cli.output import Output, size
-from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_OK, UsageError
+from flashnorm_cli.cli.output import Output, check_writable, size, written
+from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_NOT_RUN, EXIT_OK, FlashNormError, UsageError
 
 if TYPE_CHECKING:
     from flashnorm_cli.hub.publish import PushResult
@@ -32,8 +33,8 @@ def verify(
         list[str] | None,
         typer.Option(
             metavar="LEVEL",
-            help="weights, layers or logits: run this one only; may be repeated.",
-            show_default="all three, where they can run",
+            help="weights, layers or logits: of these, run this one only; may be repeated.",
+            show_default="all three",
         ),
     ] = None,
     runtime: Annotated[
@@ -78,6 +79,7 @@ def verify(
     local_files_only: options.LocalFilesOnlyOpt = False,
     trust_remote_code: options.TrustRemoteCodeOpt = False,
     workers: options.WorkersOpt = None,
+    follow_links: options.FollowLinksOpt = False,
     json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
     debug: options.DebugOpt = False,
@@ -85,9 +87,11 @@ def verify(
     """Check that a folded checkpoint is the same model as its source.
 
     weights: every tensor, recomputed from the source, bit for bit. layers: each norm with its readers against float64.
-    logits: both models on text, against the noise floor, which is what the source's own dtype does to it.
+    logits: both models on text, against the noise floor, which is what the source's own dtype does to it. --runtime
+    and --eval come on top. A model that does not fit into memory is run layer by layer from disk.
 
-    Exit codes: 0 equivalent, 3 not equivalent, 1 error, 2 wrong usage.
+    Exit codes: 0 equivalent: both models were run and compared. 4 as planned, not run: the files hold what the plan
+    asks for, and no comparison of the models could be made. 3 not equivalent, 1 error, 2 wrong usage.
     """
     out = Output(json, quiet)
     if text is not None and token_ids is not None:
@@ -99,12 +103,14 @@ def verify(
     if publish and (no_record or adopt):
         raise UsageError("--publish excludes --no-record and --adopt")
     if report is not None:
-        _check_report(report)
+        check_writable(report)
     pushed: PushResult | None = None
     with out.progress() as progress:
         progress(0, 0, "Starting")
+        from flashnorm_cli.checkpoint.leftover import leftovers, refuse_unfinished
         from flashnorm_cli.proof.verify import verify as run
 
+        refuse_unfinished(Path(folded))
         check = partial(
             run,
             source=source,
@@ -127,6 +133,7 @@ def verify(
             local_files_only=local_files_only,
             trust_remote_code=trust_remote_code,
             workers=workers,
+            follow_links=follow_links,
             command=options.command_line(sys.argv[1:]),
             on_progress=progress,
         )
@@ -138,38 +145,64 @@ def verify(
             result, pushed = verify_on_hub(where, check, create_pr=create_pr, on_progress=progress)
         else:
             result = check(folded, revision=revision)
-        if report is not None:
-            from flashnorm_cli.report.page import write_report
-
-            write_report(result, report)
+    problems: list[str] = []
+    reported = report is not None and _report(result, report, problems)
     published = {"published": pushed.url if pushed else None} if publish else {}
-    out.data({**result.to_json(), "report": str(report) if report else None, **published})
+    out.data({**result.to_json(), "report": str(report) if reported else None, **published})
     out.text(*summary(result))
     if publish:
         out.text(f"Published: {pushed.url}" if pushed else "Not published: the page stays as it is.")
-    if report is not None:
+    out.remark(*leftovers(Path(folded), result.source or folded))
+    if reported:
         out.text(f"Report: {report}")
-    raise typer.Exit(EXIT_OK if result.equivalent else EXIT_NOT_EQUIVALENT)
+    if problems:
+        raise FlashNormError("; ".join(problems))
+    raise typer.Exit(exit_code(result))
 
 
-def _check_report(report: Path) -> None:
-    """Before the long work: the page can be written there."""
-    if report.is_dir():
-        raise UsageError(f"{report}: is a folder; name the file, report.html say")
-    if not report.absolute().parent.is_dir():
-        raise UsageError(f"{report}: there is no folder {report.absolute().parent}")
+def exit_code(result: Verification) -> int:
+    """What a verification makes the command line return."""
+    from flashnorm_cli.proof.result import EQUIVALENT, NOT_RUN
+
+    return {EQUIVALENT: EXIT_OK, NOT_RUN: EXIT_NOT_RUN}.get(result.verdict, EXIT_NOT_EQUIVALENT)
+
+
+def _report(result: Verification, path: Path, problems: list[str]) -> bool:
+    from flashnorm_cli.report.page import write_report
+
+    return written(path, lambda: write_report(result, path), problems)
+
+
+def _headline(result: Verification) -> list[str]:
+    """The verdict in a line, and what the reader has to know of it."""
+    from flashnorm_cli.proof.result import EQUIVALENT, NOT_RUN
+
+    if result.verdict == EQUIVALENT:
+        lines = [f"Equivalent: {result.folded} computes the same as {result.source}"]
+    elif result.verdict != NOT_RUN:
+        what = f"{result.folded} does not hold what the fold of {result.source} holds"
+        lines = [f"NOT equivalent: {what}" if result.source else "NOT equivalent"]
+        weights, failed = result.level("weights"), [level for level in result.levels if level.status == "failed"]
+        if weights is not None and weights.status == "passed":
+            names = ", ".join(level.level for level in failed)
+            lines = [
+                f"NOT equivalent: {result.folded} holds what the fold of {result.source} holds, and does not compute "
+                f"the same ({names})"
+            ]
+    elif any(level.status == "passed" for level in result.levels):
+        lines = [
+            f"As planned, not run: {result.folded} holds what the plan asks for, but no run of both models was compared"
+        ]
+    else:
+        lines = ["Not verified: no level could run"]
+    if result.skipped:
+        lines.append(f"Not run: {', '.join(level.level for level in result.skipped)} (why is said below)")
+    return lines
 
 
 def summary(result: Verification) -> list[str]:
     """The verdict, a paragraph per level, and what is wrong."""
-    verdict = "Equivalent" if result.equivalent else "NOT equivalent"
-    nothing = all(level.status == "skipped" for level in result.levels)
-    if nothing:
-        verdict = "Not verified"
-    what = "computes the same as" if result.equivalent else "does not hold what the fold of"
-    tail = "" if result.equivalent else " holds"
-    head = f"{verdict}: {result.folded} {what} {result.source}{tail}" if result.source else verdict
-    lines = [head if not nothing else f"{verdict}: no level could run", ""]
+    lines = [*_headline(result), ""]
     for level in result.levels:
         for i, line in enumerate(_level_lines(level)):
             name, status = (level.level, level.status) if i == 0 else ("", "")
@@ -216,6 +249,8 @@ def _level_lines(level: LevelResult) -> list[str]:
         ]
     if level.level == "logits" and figures:
         return _logits_lines(figures)
+    if level.level == "users" and figures:
+        return [f"{row['user']}: {row['compared']}, off by {_or_more(row['error'])}" for row in figures["users"]]
     if level.level == "kernels" and figures:
         return [
             f"weightless norms of {', '.join(map(str, figures['sizes']))} elements on {figures['gpu']}, "
@@ -226,7 +261,7 @@ def _level_lines(level: LevelResult) -> list[str]:
         difference, tolerance = (figures.get(key) or 0.0 for key in ("logprob_difference", "tolerance"))
         lines = [
             f"{figures.get('engine')} {figures.get('version')}: {figures.get('same_tokens')} of "
-            f"{figures.get('tokens')} greedy tokens agree;",
+            f"{figures.get('tokens')} most likely tokens agree;",
             f"log-probabilities within {difference:.1e} ({tolerance:.1e} allowed)",
         ]
         if "norms" in figures:
@@ -241,7 +276,11 @@ def _level_lines(level: LevelResult) -> list[str]:
     return ["nothing to compare" if not level.findings else ""]
 
 
-def _logits_lines(figures: dict[str, Any]) -> list[str]:
+def _or_more(error: float | None) -> str:
+    return "more than can be said" if error is None else f"{error:.1e}"
+
+
+def _logits_lines(figures: Mapping[str, Any]) -> list[str]:
     source, folded = figures["source"], figures["folded"]
     lines = []
     if figures["algebra_error"] is not None:
@@ -260,7 +299,9 @@ def _logits_lines(figures: dict[str, Any]) -> list[str]:
     if figures["greedy"]:
         same, tokens = (sum(row[key] for row in figures["greedy"]) for key in ("same", "tokens"))
         lines.append(f"greedy    {same} of {tokens} tokens before the texts part")
-    lines.append(f"on {figures['tokens']} tokens of {figures['text']}, {figures['device']}")
+    judged = f"judged at {figures['judged']:,} positions of {figures['tokens']:,} tokens"
+    where = f"{figures['device']}, layer by layer from disk" if figures["from_disk"] else figures["device"]
+    lines.append(f"{judged}: {figures['text']}; {where}")
     if figures.get("norms_on_kernels"):
         lines.append(f"{figures['norms_on_kernels']} norms of the folded model ran on flashnorm's kernels")
     return lines

@@ -55,6 +55,14 @@ try:
 except ImportError:  # of a torch to come: then each call is checked in full
     TensorGuards = None  # type: ignore[misc, assignment]
 
+
+def guard_of(tensors: Sequence[torch.Tensor]) -> Any:
+    """Torch's guard, as compiled code has it, of tensors like these; None where torch has none."""
+    if TensorGuards is None:
+        return None
+    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+
+
 _lock = threading.Lock()
 # Of each thread: `buffer`, for launches packed anew; and `ready`, launches packed before. These are, by what they
 # depend on: a guard of the tensors; 64 bit words that lack those at _STREAM, _A, _B and _GAIN; what starts it; the GPU,
@@ -336,8 +344,7 @@ def _make_ready(
         return
     if not hasattr(_local, "ready") or len(_local.ready) >= _PLANS_KEPT:
         _enter()
-    guarded = [t for t in (a, b, gain) if t is not None]
-    guard = TensorGuards(*guarded, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    guard = guard_of([t for t in (a, b, gain) if t is not None])
     buffer = _Buffer(ROWS_APART.size)
     buffer.pack(plan, 0, ROWS_APART, 0, 0, 0, eps, _follow_on(plan))
     # Arguments that ctypes need not convert.

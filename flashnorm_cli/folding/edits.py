@@ -17,9 +17,9 @@ from flashnorm_cli.errors import PlanError
 class Scale:
     """Multiply a tensor by a gain along one dimension.
 
-    The product is computed in float32 (float64 for F64) and rounded once, to nearest even, to the tensor's
-    dtype: BF16, F16, F32 or F64. `gain` is float32, finite, of shape (shape[dim],). `origin` (a file, its
-    header, the name of a tensor in it with the same dtype and shape) says where the values come from, if not
+    The product is computed in float32 (float64 where gain or tensor are) and rounded once, to nearest even, to the
+    tensor's dtype: BF16, F16, F32 or F64. `gain` is float32 or float64, finite, of shape (shape[dim],). `origin` (a
+    file, its header, the name of a tensor in it with the same dtype and shape) says where the values come from, if not
     from the tensor itself: an untied head is the embedding times a gain.
     """
 
@@ -49,10 +49,12 @@ class _Scaling:
         self.name = entry.name
         self.dtype_name = entry.dtype
         self.flushed = 0
+        self.elements = math.prod(entry.shape)
         gain, dim = scale.gain.contiguous(), scale.dim
         if entry.dtype not in TORCH_DTYPE:
             raise PlanError(f"tensor {entry.name!r}: {entry.dtype} cannot take a gain")
-        if not 0 <= dim < len(entry.shape) or gain.dtype != torch.float32 or gain.shape != (entry.shape[dim],):
+        is_gain = gain.dtype in (torch.float32, torch.float64)
+        if not 0 <= dim < len(entry.shape) or not is_gain or gain.shape != (entry.shape[dim],):
             raise PlanError(
                 f"tensor {entry.name!r}: a {gain.dtype} gain of shape {list(gain.shape)} does not fit"
                 f" dimension {dim} of {list(entry.shape)}"
@@ -62,8 +64,8 @@ class _Scaling:
         self.dtype = TORCH_DTYPE[entry.dtype]
         self.itemsize = self.dtype.itemsize
         # A gain that the tensor's own dtype holds exactly needs no wider copy of the tensor (see the top).
-        exact = bool((gain.to(self.dtype).float() == gain).all())
-        self.product_dtype = self.dtype if exact else torch.float32
+        exact = bool((gain.to(self.dtype).to(gain.dtype) == gain).all())
+        self.product_dtype = self.dtype if exact else gain.dtype
         # |gain| <= 1 cannot overflow, and only about half of the smallest nonzero value or less rounds to 0.
         magnitudes = gain[gain != 0].abs()
         self.needs_check = bool(((magnitudes > 1) | (magnitudes < 0.75)).any())

@@ -7,9 +7,8 @@ import ctypes
 import dataclasses
 import hashlib
 import json
-import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from flashnorm_cli._version import __version__
-from flashnorm_cli.checkpoint.model import Checkpoint, Progress, Source, refuse_folded
+from flashnorm_cli.checkpoint import disk
+from flashnorm_cli.checkpoint.carry import check_names
+from flashnorm_cli.checkpoint.model import Checkpoint, LeftOut, Progress, Source, refuse_adapter, refuse_folded
 from flashnorm_cli.checkpoint.open import open_checkpoint
-from flashnorm_cli.checkpoint.output import FLUSHED, check_output, flush, publish, work_folder, write_text
+from flashnorm_cli.checkpoint.output import check_output, flush, not_an_output, work_folder
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE, read_tensors
+from flashnorm_cli.checkpoint.work import source_name
 from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
-from flashnorm_cli.folding.engine import Engine, any_executor, dask_engine, in_turn, processors, results
-from flashnorm_cli.folding.jobs import FolderJob, ShardEdits, do_folder_job, shard_edits
+from flashnorm_cli.folding.engine import Engine, any_executor, dask_engine, in_turn, processors
+from flashnorm_cli.folding.jobs import shard_edits
+from flashnorm_cli.folding.writing import Writing
 from flashnorm_cli.plan.model import Plan
 from flashnorm_cli.plan.planner import FINAL_NORM_CHOICES, make_plan
 from flashnorm_cli.record import write as record
@@ -32,15 +35,14 @@ from flashnorm_cli.record import write as record
 if TYPE_CHECKING:
     import numpy as np
 
-SEEN_AFTER = 30.0  # seconds that a finished shard may take to be seen by this machine
-
 
 @dataclass(frozen=True)
 class FoldResult:
     """What a fold did.
 
     `flushed` counts, per tensor, products that became zero; `resumed` are shards that an earlier run had finished;
-    `seconds` are those of planning, of writing, and of waiting until the disk has everything.
+    `seconds` are those of planning, of writing, and of waiting until the disk has everything. `notes` say what else
+    happened: what an earlier run had left, and what could not be removed.
     """
 
     output: Path
@@ -49,8 +51,9 @@ class FoldResult:
     bytes_written: int
     flushed: dict[str, int]
     resumed: tuple[str, ...]
-    left_out: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
     seconds: tuple[float, float, float]
+    notes: tuple[str, ...] = ()
 
 
 def fold(
@@ -66,6 +69,7 @@ def fold(
     layout: str = "identity",
     workers: int | None = None,
     overwrite: bool = False,
+    follow_links: bool = False,
     dask: str | None = None,
     executor: Executor | None = None,
     on_progress: Progress | None = None,
@@ -85,7 +89,8 @@ def fold(
         layout: "identity" writes folded norms as the identity of their convention, "dropped" leaves them out.
         workers: threads per shard; by default the number of processors, 8 at most, and one where several shards are
             folded at a time elsewhere.
-        overwrite: replace an output folder that holds a checkpoint.
+        overwrite: replace an output folder that holds a folded checkpoint.
+        follow_links: carry over also what links of the source lead to that lead out of its folder.
         dask: address of a dask scheduler whose workers share source and output folder with this machine.
         executor: any other concurrent.futures executor; its workers share both folders, too.
         on_progress: called with (bytes done, bytes in all, what is going on).
@@ -97,7 +102,7 @@ def fold(
     if dask is not None and executor is not None:
         raise UsageError("dask and executor exclude each other")
     report = on_progress or (lambda done, total, what: None)
-    source = Source(str(model), revision, token, Path(cache_dir) if cache_dir else None, local_files_only)
+    source = Source(str(model), revision, token, Path(cache_dir) if cache_dir else None, local_files_only, follow_links)
 
     with contextlib.ExitStack() as stack:
         if dask is not None:
@@ -122,11 +127,10 @@ def _fold(
     report(0, 0, "Reading headers")
     checkpoint = open_checkpoint(source, weights=False)
     refuse_folded(checkpoint)
+    refuse_adapter(checkpoint)
     wanted = Path(output) if output else Path(f"{checkpoint.name}-FlashNorm")
-    try:
-        target = _check_output(checkpoint, wanted, overwrite)
-    except OSError as error:
-        raise UsageError(f"{wanted}: {error.strerror}") from error
+    check_names(wanted, (*checkpoint.shards, *checkpoint.others))
+    target = check_output(wanted, overwrite, checkpoint.folder)
     plan = plan_fold(checkpoint, final_norm, trust_remote_code, report)
     if checkpoint.commit is not None:
         report(0, 0, f"Downloading {source.name}")
@@ -139,17 +143,33 @@ def _fold(
 
     give_back_memory()
     planned_at = time.monotonic()
+    files = _shard_facts(checkpoint)
     gains = read_gains(checkpoint, plan)
     edits = shard_edits(checkpoint, plan, gains, layout)
-    fingerprint = _fingerprint(checkpoint, plan, gains, layout)
-    with work_folder(target, fingerprint, checkpoint.shards) as inside:
-        result = _write(checkpoint, plan, layout, edits, inside, fingerprint, engine, workers, report)
+    fingerprint = _fingerprint(checkpoint, plan, gains, layout, files)
+    with work_folder(target, fingerprint, checkpoint.shards, source=source_name(source.name)) as work:
+        if target.exists() and not overwrite and any(target.iterdir()):
+            raise FlashNormError(f"{target}: exists already: it appeared while this fold was being planned")
+        written = Writing(checkpoint, plan, layout, edits, files, work, report)
+        written.run(engine, workers)
         written_at = time.monotonic()
         report(0, 0, "Waiting for the disk")
-        flush(inside, workers or processors())
-        publish(inside, target)
+        flush(work, workers or processors())
+        if _shard_facts(checkpoint) != files:
+            raise CheckpointError(f"{source.name}: its shards changed while they were folded; run it again")
+        work.publish(overwrite, not_an_output)
     seconds = (planned_at - started, written_at - planned_at, time.monotonic() - written_at)
-    return dataclasses.replace(result, output=target, seconds=seconds)
+    return FoldResult(
+        output=target,
+        plan=plan,
+        layout=layout,
+        bytes_written=written.total,
+        flushed=written.flushed,
+        resumed=written.resumed,
+        left_out=checkpoint.left_out,
+        seconds=seconds,
+        notes=tuple(work.notes),
+    )
 
 
 def check_options(final_norm: str, layout: str, workers: int | None) -> None:
@@ -182,16 +202,27 @@ def give_back_memory() -> None:
 # ---- before the first write ------------------------------------------------------------------------------------------
 
 
-def _check_output(checkpoint: Checkpoint, output: Path, overwrite: bool) -> Path:
-    return check_output(output, overwrite, checkpoint.folder)
+def _shard_facts(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """What tells the shards from other files, and from themselves after a change. Raises CheckpointError."""
+    found = {}
+    for name in checkpoint.shards:
+        try:
+            found[name] = disk.facts((checkpoint.folder / name).stat())
+        except OSError as error:
+            raise CheckpointError(f"{checkpoint.folder / name}: {error.strerror}") from error
+    return found
 
 
 def read_gains(checkpoint: Checkpoint, plan: Plan, raw: Mapping[str, bytearray] | None = None) -> dict[str, np.ndarray]:
-    """Gains of the folded norms, by tensor: float32 of shape (elements,). `raw` are their bytes, if they are here."""
+    """Gains of the folded norms, by tensor: float32 of shape (elements,), float64 where the norm is stored so.
+
+    `raw` are the bytes of the norms' tensors, if they have been read.
+    """
     gains = {}
     raw = raw if raw is not None else read_tensors(checkpoint, [norm.tensor for norm in plan.folded])
     for norm in plan.folded:
-        weight = torch.frombuffer(raw[norm.tensor], dtype=TORCH_DTYPE[checkpoint.tensors[norm.tensor].dtype]).float()
+        stored = torch.frombuffer(raw[norm.tensor], dtype=TORCH_DTYPE[checkpoint.tensors[norm.tensor].dtype])
+        weight = stored if stored.dtype == torch.float64 else stored.float()
         gain = weight if norm.scale == 1.0 else weight * norm.scale
         gain = gain if norm.offset == 0.0 else gain + norm.offset
         if not bool(gain.isfinite().all()):
@@ -214,7 +245,13 @@ def plan_fingerprint(checkpoint: Checkpoint, plan: Plan, gains: Mapping[str, np.
     return digest.hexdigest()
 
 
-def _fingerprint(checkpoint: Checkpoint, plan: Plan, gains: Mapping[str, np.ndarray], layout: str) -> str:
+def _fingerprint(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    gains: Mapping[str, np.ndarray],
+    layout: str,
+    files: Mapping[str, tuple[int, ...]],
+) -> str:
     """Equal for two runs that would write the same bytes: a later run may go on only with such shards.
 
     Finished shards may still be in memory only, so a run before the machine's last start does not count.
@@ -222,84 +259,5 @@ def _fingerprint(checkpoint: Checkpoint, plan: Plan, gains: Mapping[str, np.ndar
     boot = Path("/proc/sys/kernel/random/boot_id")
     start = boot.read_text() if boot.exists() else ""
     digest = hashlib.sha256((start + plan_fingerprint(checkpoint, plan, gains, layout)).encode())
-    for name in checkpoint.shards:
-        stat = (checkpoint.folder / name).stat()
-        digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    digest.update(repr(sorted(files.items())).encode())
     return digest.hexdigest()
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
-
-
-def _write(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    layout: str,
-    edits: list[ShardEdits],
-    inside: Path,
-    fingerprint: str,
-    engine: Engine,
-    workers: int | None,
-    report: Progress,
-) -> FoldResult:
-    work = inside.parent
-    flushed: dict[str, int] = json.loads((work / FLUSHED).read_text()) if (work / FLUSHED).exists() else {}
-    resumed = tuple(edit.name for edit in edits if (inside / edit.name).exists())
-    sizes = {edit.name: edit.target_header(checkpoint.shards[edit.name]).file_size for edit in edits}
-    total, done = sum(sizes.values()), sum(sizes[name] for name in resumed)
-    free = shutil.disk_usage(work).free
-    if total - done > free:
-        raise FlashNormError(
-            f"{work.parent}: {total - done:,} bytes are to be written, but only {free:,} are free there"
-        )
-
-    def arguments(job: FolderJob) -> tuple[Callable[[int], None], ...]:
-        def on_bytes(n: int) -> None:
-            nonlocal done
-            done += n
-            report(done, total, job.edits.name)
-
-        return (on_bytes,) if engine.in_process else ()
-
-    def job(edit: ShardEdits) -> FolderJob:
-        names = {edit.name, *(origin.shard for origin in edit.origins.values())}
-        status = {name: (checkpoint.folder / name).stat() for name in names}
-        files = {name: (s.st_size, s.st_mtime_ns) for name, s in status.items()}
-        # Another machine's memory cannot be flushed from here.
-        folder, fsync = checkpoint.folder.absolute(), not engine.in_process
-        return FolderJob(edit, folder, files, work, fingerprint, workers or engine.threads, fsync)
-
-    report(done, total, "Waiting for shards")
-    jobs = [job(edit) for edit in edits if edit.name not in resumed]
-    for finished, written in results(engine, do_folder_job, jobs, arguments):
-        name = finished.edits.name
-        part = _arrived(work / written.part, written.size)
-        flushed.update(written.flushed)
-        write_text(work / FLUSHED, json.dumps(flushed))
-        part.rename(inside / name)  # from now on the shard counts as finished
-        for left in work.glob(f"{name}.*.part"):  # of a worker that died
-            left.unlink(missing_ok=True)
-        if not engine.in_process:
-            done += sizes[name]
-            report(done, total, name)
-
-    report(total, total, "Writing config and record")
-    for relative in checkpoint.others:
-        (inside / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.folder / relative, inside / relative)
-    for name, text in record.texts(checkpoint, plan, layout, flushed).items():
-        write_text(inside / name, text)
-    return FoldResult(inside, plan, layout, total, flushed, resumed, checkpoint.left_out, (0.0, 0.0, 0.0))
-
-
-def _arrived(part: Path, size: int) -> Path:
-    """A file that a worker has written, once it can be seen here as a whole: network file systems take a moment."""
-    deadline = time.monotonic() + SEEN_AFTER
-    while True:
-        with contextlib.suppress(OSError):
-            list(part.parent.iterdir())  # asks the server anew, where a look at the name would not
-            if part.stat().st_size == size:
-                return part
-        if time.monotonic() > deadline:
-            raise FlashNormError(f"{part}: a worker says that it is written, but it cannot be seen here")
-        time.sleep(0.2)

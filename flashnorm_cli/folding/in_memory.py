@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from flashnorm_cli.checkpoint.folded import flags_of
 from flashnorm_cli.checkpoint.header import Header, TensorEntry
 from flashnorm_cli.checkpoint.model import Checkpoint, Source
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
-from flashnorm_cli.errors import FlashNormError, GainOverflowError, UsageError
+from flashnorm_cli.errors import FlashNormError, GainOverflowError, GainUnderflowError, UsageError
+from flashnorm_cli.folding.jobs import FLUSH_LIMIT
 from flashnorm_cli.modeling import build, disk_names
 from flashnorm_cli.plan.planner import FINAL_NORM_CHOICES, TracedPlan, trace_plan
 from flashnorm_cli.record import write as record
@@ -30,10 +33,10 @@ def fold_model_(model: Model, final_norm: str = "auto") -> Model:
     """Fold the norm gains of a loaded model into the linear layers that read them, in place.
 
     What `fold` does to a checkpoint, for a model that is in memory: the same plan, the same products (float32, rounded
-    once to the parameter's dtype; float64 for float64), the same refusals. The folded norms hold their identity
-    afterwards, and `model.config` the record of docs/checkpoint.md, so `save_pretrained` writes a folded checkpoint,
-    and `weightless(model)` makes it run without the weights. The config is a copy: another model that was made from
-    the same config object is not called folded. All checks come before the first change.
+    once to the parameter's dtype; float64 where parameter or gain are), the same refusals. The folded norms hold their
+    identity afterwards, and `model.config` the record of docs/checkpoint.md, so `save_pretrained` writes a folded
+    checkpoint, and `weightless(model)` makes it run without the weights. The config is a copy: another model that was
+    made from the same config object is not called folded. All checks come before the first change.
 
     Args:
         model: a transformers model, its parameters in memory (any device), not quantized, without adapters.
@@ -44,6 +47,7 @@ def fold_model_(model: Model, final_norm: str = "auto") -> Model:
         UsageError: it is no transformers model, or final_norm is none of the three.
         FlashNormError: the model is folded already, has nothing to fold, or cannot be changed in place.
         GainOverflowError: a weight times its gain is beyond what the parameter's dtype can hold.
+        GainUnderflowError: too many weights times their gain are too small for it.
         PlanError: the architecture cannot be planned, or the model is not what its config says.
     """
     from transformers import PreTrainedModel
@@ -90,7 +94,7 @@ def fold_model_(model: Model, final_norm: str = "auto") -> Model:
 
 def _refuse(model: PreTrainedModel) -> None:
     config = model.config
-    if getattr(config, "flashnorm_folded", None) or getattr(config, "flashnorm", None):
+    if flags_of(config.to_dict()):
         raise FlashNormError("this model is folded already (its config says so); folding twice would do nothing good")
     if getattr(model, "hf_quantizer", None) is not None or getattr(config, "quantization_config", None):
         raise FlashNormError("this model is quantized: packed weights cannot take a gain; fold first, then quantize")
@@ -118,7 +122,8 @@ def _as_checkpoint(model: PreTrainedModel) -> Checkpoint:
         start, end = end, end + tensor.numel() * tensor.element_size()
         entries[name] = TensorEntry(name, names.get(tensor.dtype, "U8"), tuple(tensor.shape), start, end)
     name = str(getattr(model, "name_or_path", "") or type(model).__name__)
-    return Checkpoint(Source(name), Path(), None, {}, {"memory": Header(b"", entries, None)}, None)
+    config = model.config.to_dict()
+    return Checkpoint(Source(name), Path(), None, config, {"memory": Header(b"", entries, None)}, None)
 
 
 def _same_parameters(model: PreTrainedModel, traced: TracedPlan) -> dict[str, nn.Parameter]:
@@ -157,12 +162,13 @@ def _twins(parameters: dict[str, nn.Parameter]) -> set[tuple[str, str]]:
 
 
 def _gains(traced: TracedPlan, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Gains of the norms to fold, by runtime name: float32 of shape (elements,), on the CPU."""
+    """Gains of the norms to fold, by runtime name: of shape (elements,), float32 (float64 of float64), on the CPU."""
     gains = {}
     for name, gain in traced.trace.gains.items():
         if name in traced.kept:
             continue
-        weight = parameters[name].detach().float().flatten().cpu()
+        weight = parameters[name].detach().flatten().cpu()
+        weight = weight if weight.dtype == torch.float64 else weight.float()
         scaled = weight if gain.scale == 1.0 else weight * gain.scale
         gains[name] = scaled if gain.offset == 0.0 else scaled + gain.offset
         if not bool(gains[name].isfinite().all()):
@@ -175,20 +181,26 @@ def _gains(traced: TracedPlan, parameters: dict[str, nn.Parameter]) -> dict[str,
 def _factors(
     traced: TracedPlan, gains: dict[str, Tensor], parameters: dict[str, nn.Parameter]
 ) -> dict[str, tuple[Tensor, int]]:
-    """What each reader is multiplied by, float32 of shape (shape[dim],), and dim; none that would overflow."""
+    """What each reader is multiplied by, float32 (float64 if a gain is) of shape (shape[dim],), and dim.
+
+    None that would overflow, or flush too much to zero.
+    """
     trace = traced.trace
     by_id = [torch.ones(1)]  # id 0 and kept gains: unscaled
     by_id += [gains.get(name, torch.ones(gain.size)) for name, gain in trace.gains.items()]
     table = torch.cat(by_id)
+    double = torch.cat([torch.full(part.shape, part.dtype == torch.float64) for part in by_id])
     factors = {}
     for name, reader in trace.readers.items():
-        factor = table[reader.ids.clamp(min=0)]
+        ids = reader.ids.clamp(min=0)
+        factor = table[ids] if bool(double[ids].any()) else table[ids].float()
         new = traced.plan.untie and name not in parameters  # a head, which is made in any case
         if not new and bool((factor == 1.0).all()):
             continue
         weight = parameters[name] if name in parameters else parameters[(traced.untied or ("", ""))[1]]
         factors[name] = factor, reader.dim
         _refuse_overflow(name, weight, factor, reader.dim)
+        _refuse_flushed(name, weight, factor, reader.dim)
     return factors
 
 
@@ -198,10 +210,26 @@ def _refuse_overflow(name: str, weight: Tensor, factor: Tensor, dim: int) -> Non
     if not bool(peak.isfinite().all()):  # inf and NaN that are there already are carried over
         finite = torch.where(weight.isfinite(), weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
         peak = torch.linalg.vector_norm(finite, math.inf, others)
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    wide = _wide(weight, factor)
     if not bool((peak.to(wide) * factor.to(peak.device, wide).abs()).to(weight.dtype).isfinite().all()):
         kind = str(weight.dtype).removeprefix("torch.")
         raise GainOverflowError(f"{name}: a weight times its gain is beyond the largest {kind}; fold in another dtype")
+
+
+def _refuse_flushed(name: str, weight: Tensor, factor: Tensor, dim: int) -> None:
+    magnitudes = factor[factor != 0].abs()
+    if not bool((magnitudes < 0.75).any()):  # less than about half of the smallest nonzero value rounds to zero
+        return
+    flushed = 0
+    for rows, product in _products(weight, factor, dim):
+        nonzero = _factor_of(rows, weight, (factor != 0), dim) & (weight[rows] != 0)
+        flushed += int((nonzero & (product.to(weight.dtype) == 0)).sum())
+    if flushed > FLUSH_LIMIT * weight.numel():
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise GainUnderflowError(
+            f"{name}: {flushed:,} of {weight.numel():,} values times their gain are too small for {kind} and would "
+            "become zero: that would be another model; fold in another dtype"
+        )
 
 
 # ---- changes ---------------------------------------------------------------------------------------------------------
@@ -209,12 +237,28 @@ def _refuse_overflow(name: str, weight: Tensor, factor: Tensor, dim: int) -> Non
 
 def _scale(weight: Tensor, factor: Tensor, dim: int, out: Tensor) -> None:
     """`out` becomes weight times factor along dim, rounded once; out may be weight."""
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    factor = factor.to(weight.device, wide).view([-1 if d == dim else 1 for d in range(weight.ndim)])
-    rows = max(CHUNK_ELEMENTS * weight.shape[0] // max(weight.numel(), 1), 1)
-    for i in range(0, weight.shape[0], rows):
-        part = factor[i : i + rows] if dim == 0 else factor
-        out[i : i + rows].copy_(weight[i : i + rows].to(wide) * part)
+    for rows, product in _products(weight, factor, dim):
+        out[rows].copy_(product)
+
+
+def _wide(weight: Tensor, factor: Tensor) -> torch.dtype:
+    """What a product is computed in."""
+    return torch.float64 if torch.float64 in (weight.dtype, factor.dtype) else torch.float32
+
+
+def _products(weight: Tensor, factor: Tensor, dim: int) -> Iterator[tuple[slice, Tensor]]:
+    """weight times factor along dim, some rows at a time, not rounded yet."""
+    wide = _wide(weight, factor)
+    step = max(CHUNK_ELEMENTS * weight.shape[0] // max(weight.numel(), 1), 1)
+    for i in range(0, weight.shape[0], step):
+        rows = slice(i, i + step)
+        yield rows, weight[rows].to(wide) * _factor_of(rows, weight, factor.to(wide), dim)
+
+
+def _factor_of(rows: slice, weight: Tensor, factor: Tensor, dim: int) -> Tensor:
+    """A factor along dim, shaped so that it multiplies these rows of a weight."""
+    shaped = factor.to(weight.device).view([-1 if d == dim else 1 for d in range(weight.ndim)])
+    return shaped[rows] if dim == 0 else shaped
 
 
 def _own_config(model: PreTrainedModel) -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashnorm_cli._version import __version__
+from flashnorm_cli.checkpoint.disk import facts
 from flashnorm_cli.checkpoint.header import Header, read_header
 from flashnorm_cli.checkpoint.model import Checkpoint
-from flashnorm_cli.checkpoint.output import JOURNAL
+from flashnorm_cli.checkpoint.work import JOURNAL
 from flashnorm_cli.errors import CheckpointError, FlashNormError
 from flashnorm_cli.plan.model import Plan, Reader, Run
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     import torch
 
     from flashnorm_cli.folding.edits import Edit, Scale
+
+
+# The share of a tensor's values that may become zero; docs/reliability.md says why so many.
+FLUSH_LIMIT = 0.01
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class ShardEdits:
         name: the shard's file name.
         header_sha256: of its header, so that whoever does it knows the right file.
         readers: those in this shard, and those that are added to it.
-        gains: float32 of shape (elements,), of the norms that `readers` name.
+        gains: float32 (float64 of an F64 norm) of shape (elements,), of the norms that `readers` name.
         identities: what to fill folded norms with.
         drop: tensors to leave out.
         add: (dtype, shape) of tensors to put at the end.
@@ -109,8 +114,11 @@ def fold_shard(
     on_bytes: Callable[[int], None] | None = None,
     *,
     fsync: bool,
+    files: Mapping[Path, tuple[int, ...]] | None = None,
 ) -> dict[str, int]:
     """Write the folded shard `target` from `source`; `origins` are the files of the tensors in `edits.origins`.
+
+    `files` are what `checkpoint.disk.facts` said of these files when the fold was planned, where that is known.
 
     Returns how many values of each tensor were flushed to zero. Raises what `rewrite_shard` raises, and
     CheckpointError if a file is not the one that the fold was planned with.
@@ -123,7 +131,8 @@ def fold_shard(
     changes: dict[str, Edit] = {tensor: scale for tensor, scale in scales.items() if tensor not in edits.add}
     changes.update({tensor: Fill(value) for tensor, value in edits.identities.items()})
     add = {tensor: (dtype, shape, scales[tensor]) for tensor, (dtype, shape) in edits.add.items()}
-    return rewrite_shard(ShardJob(source, target, header, changes, edits.drop, add), threads, on_bytes, fsync=fsync)
+    job = ShardJob(source, target, header, changes, edits.drop, add, files or {}, FLUSH_LIMIT)
+    return rewrite_shard(job, threads, on_bytes, fsync=fsync)
 
 
 def _checked_header(path: Path, sha256: str | None) -> Header:
@@ -166,13 +175,13 @@ def _gain(run: Run, gains: Mapping[str, np.ndarray]) -> torch.Tensor:
 class FolderJob:
     """A shard whose source and work folder are on a file system that coordinator and worker share.
 
-    `files` are the size in bytes and the time (ns) of the source files that are read, `fingerprint` is what the
-    journal in the work folder holds.
+    `files` are what `checkpoint.disk.facts` says of the source files that are read, or as much of it as holds where
+    the job is done; `fingerprint` is what the journal in the work folder holds.
     """
 
     edits: ShardEdits
     folder: Path
-    files: Mapping[str, tuple[int, int]]
+    files: Mapping[str, tuple[int, ...]]
     work: Path
     fingerprint: str = field(repr=False)
     threads: int
@@ -198,15 +207,17 @@ def do_folder_job(job: FolderJob, on_bytes: Callable[[int], None] | None = None)
     check_version(job.version)
     here = f"the worker on {socket.gethostname()}"
     try:
-        same = (job.work / JOURNAL).read_text() == job.fingerprint
-    except OSError:
+        same = (job.work / JOURNAL).read_text(errors="replace") == job.fingerprint
+    except (FileNotFoundError, NotADirectoryError):
         same = False
+    except OSError as error:
+        raise FlashNormError(f"{job.work / JOURNAL}: {here} cannot read it: {error.strerror}") from error
     if not same:
         raise FlashNormError(
             f"{job.work}: {here} does not see the folder that is being written: it has to be on a file system "
             "that all workers share"
         )
-    for name, facts in job.files.items():
+    for name, expected in job.files.items():
         try:
             status = (job.folder / name).stat()
         except OSError as error:
@@ -214,14 +225,15 @@ def do_folder_job(job: FolderJob, on_bytes: Callable[[int], None] | None = None)
                 f"{job.folder / name}: {here} cannot read it ({error.strerror}): the source has to be on a file system "
                 "that all workers share"
             ) from error
-        if (status.st_size, status.st_mtime_ns) != facts:
+        if facts(status)[: len(expected)] != tuple(expected):
             raise CheckpointError(f"{job.folder / name}: {here} sees another file, or it changed since the plan")
     part = job.work / f"{job.edits.name}.{uuid.uuid4().hex[:12]}.part"
     origins = {tensor: job.folder / origin.shard for tensor, origin in job.edits.origins.items()}
     for tensor, origin in job.edits.origins.items():
         _checked_header(origins[tensor], origin.header_sha256)
     source = job.folder / job.edits.name
-    flushed = fold_shard(job.edits, source, part, origins, job.threads, on_bytes, fsync=job.fsync)
+    files = {job.folder / name: tuple(expected) for name, expected in job.files.items()}
+    flushed = fold_shard(job.edits, source, part, origins, job.threads, on_bytes, fsync=job.fsync, files=files)
     return Written(part.name, part.stat().st_size, {tensor: n for tensor, n in flushed.items() if n})
 
 

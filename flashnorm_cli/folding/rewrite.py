@@ -24,6 +24,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import stat
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,7 @@ import torch
 
 from flashnorm_cli.checkpoint.header import Header, build_header
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
-from flashnorm_cli.errors import GainOverflowError, PlanError
+from flashnorm_cli.errors import GainOverflowError, GainUnderflowError, PlanError
 from flashnorm_cli.folding.edits import Edit, Fill, Scale, _Scaling
 from flashnorm_cli.folding.shard_files import SourceFile, SourceFiles, new_file, read_into, write_at
 
@@ -52,7 +53,9 @@ _NO_COPY_FILE_RANGE = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP
 class ShardJob:
     """What to write: `source` with the tensors in `drop` left out, `edits` made, and `add` put at the end.
 
-    `header` is the source's. An added tensor is (dtype, shape, scale), its scale with an `origin`.
+    `header` is the source's. An added tensor is (dtype, shape, scale), its scale with an `origin`. `files` are what
+    `checkpoint.disk.facts` said of source files when they were planned with. More than the share `flush_limit` of a
+    tensor's values may not become zero.
     """
 
     source: Path
@@ -61,6 +64,8 @@ class ShardJob:
     edits: Mapping[str, Edit] = field(default_factory=dict)
     drop: frozenset[str] = frozenset()
     add: Mapping[str, tuple[str, tuple[int, ...], Scale]] = field(default_factory=dict)
+    files: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
+    flush_limit: float = 1.0
 
     def target_header(self) -> Header:
         """The target's header: the source's own bytes unless tensors are added or dropped."""
@@ -86,25 +91,38 @@ def rewrite_shard(
     twice at a time. `fsync` says whether to return only once the data is on the disk.
 
     Returns how many values of each scaled tensor were flushed: weight and gain are not zero, the product is.
-    Values that are inf or NaN in the source already are carried over.
+    Values that are inf or NaN in the source already are carried over. The permissions are the source's, less the umask.
 
-    Raises GainOverflowError if a finite value would become inf, PlanError if the job does not fit the header,
+    Raises GainOverflowError if a finite value would become inf, GainUnderflowError if too many would become zero,
+    PlanError if the job does not fit the header,
     CheckpointError if the source is not what the header says or changes underway, FlashNormError if the
     target exists or cannot be written. On any error what was written is removed again.
     """
     with ExitStack() as stack:
-        files = SourceFiles(stack)
+        files = SourceFiles(stack, job.files)
         header = job.target_header()
         ranges, scalings = _plan(job, header, files)
-        with new_file(job.target, header.file_size) as target:
+        mode = stat.S_IMODE(files.open(job.source, job.header).status.st_mode) & 0o777
+        with new_file(job.target, header.file_size, mode) as target:
             write_at(target, 0, memoryview(header.raw))
             if on_bytes is not None:
                 on_bytes(len(header.raw))
             _run(ranges, target, workers, on_bytes)
+            for scaling in scalings:
+                _refuse_flushed(scaling, job.flush_limit)
             files.check_unchanged()
             if fsync:
                 os.fsync(target)
     return {scaling.name: scaling.flushed for scaling in scalings}
+
+
+def _refuse_flushed(scaling: _Scaling, limit: float) -> None:
+    if scaling.flushed > limit * scaling.elements:
+        raise GainUnderflowError(
+            f"tensor {scaling.name!r}: {scaling.flushed:,} of {scaling.elements:,} values times their gain are too "
+            f"small for {scaling.dtype_name} and would become zero: that would be another model. Convert it to "
+            f"{'float64' if scaling.itemsize > 2 else 'float32'} and fold that"
+        )
 
 
 # --- what to do with which bytes ----------------------------------------------------------------------------
@@ -246,7 +264,7 @@ class _Worker:
         self.lock = lock
         # Mapped, not allocated: page aligned, and given back to the system at once.
         self.chunk = mmap.mmap(-1, CHUNK_BYTES)
-        self.scratch = mmap.mmap(-1, 2 * CHUNK_BYTES)  # a bf16 chunk in float32
+        self.scratch = mmap.mmap(-1, 4 * CHUNK_BYTES)  # a bf16 chunk in float32, or in float64
         self.view = memoryview(self.chunk)
 
     def do(self, part: _Range) -> None:
@@ -268,7 +286,7 @@ class _Worker:
         if scaling.dtype == scaling.product_dtype:
             scaling.multiply(values, chunk.first, scaling.gain)
         else:
-            wide = _tensor(self.scratch, torch.float32, 4 * len(values))
+            wide = _tensor(self.scratch, scaling.product_dtype, scaling.product_dtype.itemsize * len(values))
             wide.copy_(values)
             scaling.multiply(wide, chunk.first, scaling.gain)
             values.copy_(wide)
@@ -324,6 +342,8 @@ def _copy_file_range(part: _Range, target: int) -> _Range:
         try:
             n = os.copy_file_range(part.source.fd, target, part.length, part.source_offset, part.target_offset)
         except OSError as error:
+            if error.errno == errno.EINTR:  # Python repeats other calls by itself
+                continue
             if error.errno in _NO_COPY_FILE_RANGE:
                 break
             raise

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashnorm_cli.checkpoint.model import CONFIG, INDEX, RECORD, Checkpoint, Progress
+from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, LeftOut, Progress
 from flashnorm_cli.checkpoint.places import local_paths, without_places
 from flashnorm_cli.hub.card import REPORT, CardFacts, build_card
 from flashnorm_cli.hub.licence import check_licence, gate_of, terms
@@ -55,7 +55,7 @@ class Contents:
     licence: str
     standing: Standing
     shards: frozenset[str]
-    left_out: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
     notes: tuple[str, ...]
 
 
@@ -117,7 +117,7 @@ def make_contents(fold: Fold, repo_id: str, base: Base | None, info: ModelInfo |
 
 def file_hashes(checkpoint: Checkpoint, workers: int, report: Progress) -> dict[str, tuple[str, str]]:
     """(sha256, id in git) of every file of the checkpoint."""
-    names = [CONFIG, *([INDEX] if checkpoint.index else []), *checkpoint.shards, *checkpoint.others]
+    names = [CONFIG, *([checkpoint.index_name] if checkpoint.index else []), *checkpoint.shards, *checkpoint.others]
     names = [name for name in names if name != RECORD]
     total, done, lock = sum((checkpoint.folder / name).stat().st_size for name in names), 0, threading.Lock()
 
@@ -159,7 +159,7 @@ def _cleaned(checkpoint: Checkpoint, names: Collection[str]) -> tuple[dict[str, 
     found = {}
     for name in names:
         path = checkpoint.folder / name
-        if not name.endswith(".json") or name == INDEX or path.stat().st_size > LARGEST_JSON:
+        if not name.endswith(".json") or name == checkpoint.index_name or path.stat().st_size > LARGEST_JSON:
             continue
         text = path.read_bytes().decode("utf-8", "surrogateescape")
         if (short := without_places(text)) != text:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import Executor
@@ -18,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashnorm_cli.checkpoint.carry import carry_over
+from flashnorm_cli.checkpoint.disk import write_text
 from flashnorm_cli.checkpoint.hub_errors import hub_errors
-from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, Progress, Source, read_json
-from flashnorm_cli.checkpoint.output import work_folder, write_text
+from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, LeftOut, Progress, Source, read_json
+from flashnorm_cli.checkpoint.output import work_folder
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.folding.engine import any_executor, dask_engine, overlapping
 from flashnorm_cli.folding.fold import check_options
@@ -67,8 +68,9 @@ class StreamResult:
     uploaded: int
     flushed: dict[str, int]
     resumed: tuple[str, ...]
-    left_out: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
     seconds: tuple[float, float, float]
+    notes: tuple[str, ...] = ()
 
 
 def fold_to_hub(
@@ -137,7 +139,9 @@ def fold_to_hub(
 
         # A work folder beside nothing: what would be the output's name tells whose it is.
         place = Path.cwd() / repo_id.replace("/", "--")
-        inside = stack.enter_context(work_folder(place, planned.fingerprint(repo_id, create_pr), (), keep=UPLOADED))
+        fingerprint = planned.fingerprint(repo_id, create_pr)
+        work = stack.enter_context(work_folder(place, fingerprint, (), keep=UPLOADED, source=model))
+        inside = work.inside
         stack.enter_context(hub_errors(repo_id, writing=True))
         journal = inside.parent / UPLOADED
         report(0, 0, "Asking the Hub")
@@ -163,6 +167,7 @@ def fold_to_hub(
         resumed=resumed,
         left_out=planned.checkpoint.left_out,
         seconds=seconds,
+        notes=tuple(work.notes),
     )
 
 
@@ -210,9 +215,7 @@ def _contents(
 ) -> Contents:
     """What `push_to_hub` would publish of the folder that is never there as a whole; `verify`: with its comparison."""
     checkpoint, repo_id = planned.checkpoint, target.repository.repo_id
-    for relative in checkpoint.others:
-        (inside / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.folder / relative, inside / relative)
+    carry_over(checkpoint, inside)
     for name, text in record.texts(checkpoint, planned.plan, planned.layout, _flushed(uploads)).items():
         write_text(inside / name, text)
     folded = Checkpoint(
@@ -222,6 +225,7 @@ def _contents(
         config=read_json(inside / CONFIG),
         shards=planned.folded_shards,
         index=checkpoint.index,
+        index_name=checkpoint.index_name,
         others=checkpoint.others,
         left_out=checkpoint.left_out,
     )

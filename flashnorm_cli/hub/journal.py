@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashnorm_cli.checkpoint.output import write_text
+from flashnorm_cli.checkpoint.disk import write_text
 
 UPLOADED = "uploaded.json"
 # The Hub removes uploads that no commit names, after a day or so; huggingface_hub trusts them for as long, too.

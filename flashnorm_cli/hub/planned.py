@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from flashnorm_cli.checkpoint.header import Header
 from flashnorm_cli.checkpoint.hub import listed_ids
-from flashnorm_cli.checkpoint.model import Checkpoint, Progress, Source, refuse_folded
-from flashnorm_cli.checkpoint.open import open_checkpoint
+from flashnorm_cli.checkpoint.model import Checkpoint, Progress, Source, refuse_adapter, refuse_folded
+from flashnorm_cli.checkpoint.open import fetch_others, open_checkpoint
 from flashnorm_cli.checkpoint.tensors import read_tensors
 from flashnorm_cli.folding.fold import give_back_memory, plan_fingerprint, plan_fold, read_gains
 from flashnorm_cli.folding.jobs import ShardEdits, shard_edits
@@ -58,6 +58,8 @@ def plan_from_hub(source: Source, final_norm: str, layout: str, trust_remote_cod
     report(0, 0, "Reading headers")
     checkpoint = open_checkpoint(source, weights=False)
     refuse_folded(checkpoint)
+    refuse_adapter(checkpoint)
+    checkpoint = fetch_others(checkpoint, report)
     ids = listed_ids(source, checkpoint.commit or "", list(checkpoint.shards))
     meant = {name: known[0] for name, known in ids.items() if SHA256.fullmatch(known[0])}
     checkpoint = dataclasses.replace(checkpoint, sha256=meant)

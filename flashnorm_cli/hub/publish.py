@@ -11,12 +11,12 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flashnorm_cli.checkpoint.hub_errors import RETRY_STATUS, WAITS, one_line, status_of, wait_after, with_retry
-from flashnorm_cli.checkpoint.model import Progress
+from flashnorm_cli.checkpoint.hub_errors import RETRY_STATUS, WAITS, first_line, status_of, wait_after, with_retry
+from flashnorm_cli.checkpoint.model import LeftOut, Progress
 from flashnorm_cli.errors import FlashNormError
 from flashnorm_cli.hub.card import REPORT
 from flashnorm_cli.hub.contents import ATTRIBUTES, README, Contents
@@ -81,7 +81,7 @@ class PushResult:
     sent: tuple[Upload, ...]
     unchanged: tuple[Upload, ...]
     deleted: tuple[str, ...]
-    left_out: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
     card: str
     notes: tuple[str, ...]
 
@@ -92,7 +92,8 @@ class PushResult:
             what: [{"path": upload.path, "size": upload.size, "sha256": upload.sha256} for upload in uploads]
             for what, uploads in (("sent", self.sent), ("unchanged", self.unchanged))
         }
-        return {**plain, **files, **{name: list(plain[name]) for name in ("deleted", "left_out", "notes")}}
+        left_out = [asdict(each) for each in self.left_out]
+        return {**plain, **files, **{name: list(plain[name]) for name in ("deleted", "notes")}, "left_out": left_out}
 
 
 def push_result(contents: Contents, done: Published, private: bool | None, notes: tuple[str, ...]) -> PushResult:
@@ -228,7 +229,7 @@ def check_card(repository: Repository, card: str, folder: str) -> None:
         errors = said.get("errors") if isinstance(said, dict) else None
         words = [str(e.get("message")) for e in errors if isinstance(e, dict)] if isinstance(errors, list) else []
         raise FlashNormError(
-            f"the Hub does not take the card's metadata: {one_line('; '.join(words) or answer.text)}; mend them in "
+            f"the Hub does not take the card's metadata: {first_line('; '.join(words) or answer.text)}; mend them in "
             f"{folder}/{README}"
         )
 

@@ -7,8 +7,9 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashnorm_cli.checkpoint.hub_errors import hub_errors, one_line, with_retry
-from flashnorm_cli.checkpoint.model import RECORD, Checkpoint, Progress, Source, read_json
+from flashnorm_cli.checkpoint.hub_errors import first_line, hub_errors, with_retry
+from flashnorm_cli.checkpoint.leftover import refuse_unfinished
+from flashnorm_cli.checkpoint.model import RECORD, Checkpoint, Progress, Source
 from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.hub.base import base_info, find_base
@@ -18,6 +19,7 @@ from flashnorm_cli.hub.publish import MESSAGE, Options, Published, PushResult, d
 from flashnorm_cli.hub.published import Base
 from flashnorm_cli.hub.repository import Repository, State
 from flashnorm_cli.hub.standing import NOT_RUN, Standing, standing_of
+from flashnorm_cli.record.read import FoldRecord
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo
@@ -70,7 +72,9 @@ def push_to_hub(
     check_call(folded, repo_id, revision, create_pr, workers)
     report(0, 0, "Reading headers")
     checkpoint = _open_folded(Path(str(folded)).expanduser(), str(folded))
-    record = read_json(checkpoint.folder / RECORD)
+    written = FoldRecord.read(checkpoint.folder / RECORD)
+    written.plan  # noqa: B018  (raises here, before the long work)
+    record = written.content
     hashes = file_hashes(checkpoint, workers or 4, report)
     standing = standing_of(record, hashes)
     if not standing.verified and not unverified:
@@ -146,7 +150,7 @@ def check_call(folded: str | Path, repo_id: str, revision: str | None, create_pr
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        why = one_line(" ".join(str(error).split()).split(". Use `repo_type`")[0])
+        why = first_line(" ".join(str(error).split()).split(". Use `repo_type`")[0])
         raise UsageError(f"{repo_id}: the Hub does not take this name; it looks like user/name ({why})") from None
     if create_pr and revision not in (None, "main"):
         raise UsageError("--create-pr and --revision exclude each other: a pull request is made against main")
@@ -158,13 +162,12 @@ def _open_folded(folder: Path, name: str) -> Checkpoint:
     """A finished fold, as its files say it is."""
     absolute = folder.absolute()
     inside = next((path for path in (absolute, *absolute.parents) if re.fullmatch(r"\..+\.partial", path.name)), None)
-    partial = absolute.with_name(f".{absolute.name}.partial")
-    if inside is not None or partial.exists():
-        wanted = name if inside is None else inside.name.removeprefix(".").removesuffix(".partial")
+    if inside is not None:
+        wanted = inside.name.removeprefix(".").removesuffix(".partial")
         raise FlashNormError(
             f"{wanted}: its fold is not finished; run the same `flashnorm fold` again, and it goes on where it stopped"
-            + ("" if inside else f" (or remove {partial.name} beside it)")
         )
+    refuse_unfinished(folder)
     if folder.is_file():
         raise UsageError(f"{name}: is a file; name the folder that `flashnorm fold` has written")
     if not folder.is_dir():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from flashnorm_cli.checkpoint.hub_errors import with_retry
+from flashnorm_cli.checkpoint.json_files import parse_json
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -102,8 +102,8 @@ class Repository:
         if name not in state.files:
             return None
         try:
-            return json.loads(self.read(name, state.head))
-        except (ValueError, RecursionError):
+            return parse_json(self.read(name, state.head))
+        except ValueError:
             return {}
 
 

@@ -21,7 +21,10 @@ from torch.overrides import TorchFunctionMode
 from flashnorm_cli.checkpoint.model import Checkpoint
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
 from flashnorm_cli.errors import PlanError
+from flashnorm_cli.modeling.classes import auto_class
+from flashnorm_cli.modeling.loaded import refuse_other_shapes, refuse_wrapped_names
 from flashnorm_cli.modeling.quiet import first_line, quiet_transformers
+from flashnorm_cli.trace.words import model_words
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -46,7 +49,11 @@ def load_config(folder: Path | str, trust_remote_code: bool, **hub: Any) -> Pret
 
 
 def model_class(config: PretrainedConfig, folder: Path | str, trust_remote_code: bool, **hub: Any) -> Any:
-    """The class that config.json names, from transformers or from the checkpoint's own code."""
+    """The class that config.json names, from transformers or from the checkpoint's own code.
+
+    A name that neither knows is what the auto classes make of the config, as for AutoModelForCausalLM's users.
+    Raises PlanError where there is none.
+    """
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -62,12 +69,7 @@ def model_class(config: PretrainedConfig, folder: Path | str, trust_remote_code:
             return found
     if names and any(str(v).rsplit(".", 1)[-1] in names for v in auto_map.values()):
         raise PlanError(f"{names[0]} needs the checkpoint's own Python code; read it, then add --trust-remote-code")
-    if names:
-        raise PlanError(f"transformers {transformers.__version__} has no model class {names[0]}; a newer one may")
-    mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if type(config) in mapping:
-        return mapping[type(config)]
-    raise PlanError("config.json names no architecture, and its model_type has no language model")
+    return auto_class(config)
 
 
 def build(
@@ -111,12 +113,15 @@ def build(
                 output_loading_info=True,
             )
     except Exception as error:  # a model's own code may raise anything
-        what = first_line(error)
+        what = model_words(error) or "torch cannot make its parameters; check the sizes in it"
         if "conversion of the weights" in what:  # its report is not shown: there is nobody to read it
             gap = _missing_member(list(checkpoint.tensors))
             what = f"{gap} is not in the checkpoint" if gap else "tensors that it merges into one differ in shape"
         raise PlanError(f"{cls.__name__} cannot be built from config.json: {what}") from error
-    return model.eval(), set(info["missing_keys"])
+    missing = set(info["missing_keys"])
+    refuse_wrapped_names(checkpoint, model, missing)
+    refuse_other_shapes(checkpoint, model, info["mismatched_keys"])
+    return model.eval(), missing
 
 
 def _missing_member(names: list[str]) -> str | None:

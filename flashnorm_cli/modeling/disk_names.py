@@ -11,9 +11,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from flashnorm_cli.errors import PlanError
-from flashnorm_cli.modeling.quiet import first_line, quiet_transformers
+from flashnorm_cli.modeling.quiet import quiet_transformers
 from flashnorm_cli.trace.companions import small, varying_dims
 from flashnorm_cli.trace.result import Trace
+from flashnorm_cli.trace.words import model_words
 
 
 class _KeepSmall(TorchFunctionMode):
@@ -52,9 +53,8 @@ def _reverted(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[st
         with quiet_transformers(), _KeepSmall():
             reverted = revert_weight_conversion(model, state)
     except Exception as error:  # a conversion is code of the model's own
-        raise PlanError(
-            f"transformers cannot say how {type(model).__name__} lies on disk: {first_line(error)}"
-        ) from error
+        why = model_words(error) or "a conversion of its own needs values"
+        raise PlanError(f"transformers cannot say how {type(model).__name__} lies on disk: {why}") from error
     return {name: t[0] if isinstance(t, list) else t for name, t in reverted.items()}
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from flashnorm_cli._version import __version__
+from flashnorm_cli.checkpoint.json_files import Fields, is_count, is_shape, is_text
 from flashnorm_cli.checkpoint.model import RECORD
-from flashnorm_cli.errors import CheckpointError
+from flashnorm_cli.errors import CheckpointError, quoted
 
 FORMAT = 1
+LM_HEADS = ("folded", "untied", "kept", "none")
+MOST_OF_A_NORM = 1 << 26  # elements of a norm's weight, many times more than any model has
+REMEDY = "it was edited or damaged: fetch it again, or fold the source again"
 
 
 @dataclass(frozen=True)
@@ -105,20 +110,88 @@ class Plan:
         return {"format": FORMAT, "tool": f"flashnorm-cli {__version__}", **plain}
 
     @classmethod
-    def from_json(cls, said: dict[str, Any]) -> Plan:
-        """The plan that `to_json` wrote, from flashnorm.json say. Raises CheckpointError where it is none."""
-        try:
-            fields = {field.name: said[field.name] for field in dataclasses.fields(cls)}
-            norms = [{key: value for key, value in norm.items() if key != "folded"} for norm in said["norms"]]
-            fields["norms"] = tuple(
-                Norm(**{**norm, "shape": tuple(norm["shape"]), "readers": tuple(norm["readers"])}) for norm in norms
-            )
-            fields["readers"] = tuple(
-                Reader(**{**reader, "runs": tuple(Run(*run) for run in reader["runs"])}) for reader in said["readers"]
-            )
-            fields["added"] = {name: (dtype, tuple(shape)) for name, (dtype, shape) in said["added"].items()}
-            for name in ("text_config", "not_traced", "unread", "notes"):
-                fields[name] = tuple(said[name])
-            return cls(**fields)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{RECORD}: holds no plan ({type(error).__name__}: {error})") from error
+    def from_json(cls, content: Any, where: str = RECORD) -> Plan:
+        """The plan that `to_json` wrote, for example from flashnorm.json.
+
+        Args:
+            content: the JSON value; `where` is the file that it comes from, for messages.
+        Raises:
+            CheckpointError: it is not a plan of this format; with the file, the key and what to do.
+        """
+        fields = Fields(content, where, REMEDY)
+        check_format(fields)
+        norms = tuple(norm_from_json(each) for each in fields.objects("norms"))
+        sizes = {norm.tensor: math.prod(norm.shape) for norm in norms}
+        return cls(
+            source=fields.text("source"),
+            commit=fields.get("commit", lambda v: v is None or is_text(v), "a commit or null"),
+            architecture=fields.text("architecture"),
+            model_type=fields.text("model_type"),
+            text_config=fields.texts("text_config"),
+            transformers=fields.text("transformers"),
+            norms=norms,
+            readers=tuple(_reader(each, sizes) for each in fields.objects("readers")),
+            lm_head=fields.get("lm_head", lambda v: v in LM_HEADS, f"one of {', '.join(LM_HEADS)}"),
+            untie=fields.flag("untie"),
+            added=_added(fields),
+            folded_flag=fields.flag("folded_flag"),
+            not_traced=fields.texts("not_traced"),
+            unread=fields.texts("unread"),
+            notes=fields.texts("notes"),
+            bytes_total=fields.count("bytes_total"),
+            bytes_changed=fields.count("bytes_changed"),
+            bytes_added=fields.count("bytes_added"),
+        )
+
+
+# ---- read from JSON --------------------------------------------------------------------------------------------------
+
+
+def check_format(fields: Fields) -> None:
+    """Raise CheckpointError for a record that another version of flashnorm has written."""
+    found = fields.value.get("format")
+    if type(found) is not int or found != FORMAT:
+        raise CheckpointError(
+            f"{fields.where}: {fields.at}format is {quoted(found)}, and this version reads {FORMAT}; upgrade "
+            "flashnorm-cli, or fold the source again"
+        )
+
+
+def norm_from_json(fields: Fields) -> Norm:
+    """One entry of a record's `norms`; `readers` and `reason` may be missing. Raises CheckpointError."""
+    folded = fields.flag("folded")
+    tensor, scale, offset = fields.text("tensor"), fields.number("scale"), fields.number("offset")
+    if scale == 0 or not math.isfinite((1.0 - offset) / scale):
+        raise fields.error(f"{fields.at}scale", scale, "a factor that an identity exists for")
+    shape = tuple(
+        fields.get("shape", lambda v: is_shape(v) and math.prod(v) <= MOST_OF_A_NORM, "the shape of a norm's weight")
+    )
+    readers = fields.texts("readers") if "readers" in fields.value else ()
+    reason = fields.get("reason", lambda v: v is None or is_text(v), "a text or null", None)
+    return Norm(tensor, shape, scale, offset, readers, None if folded else reason or "no reason was recorded")
+
+
+def _reader(fields: Fields, sizes: dict[str, int]) -> Reader:
+    def is_run(value: Any) -> bool:
+        if not isinstance(value, list) or len(value) != 4 or not all(map(is_count, value[1:])):
+            return False
+        norm, start, length, _ = value
+        return norm is None or (is_text(norm) and start + length <= sizes.get(norm, -1))
+
+    runs = fields.get(
+        "runs",
+        lambda v: isinstance(v, list) and all(map(is_run, v)),
+        "a list of [a norm of this record or null, start, length, repeat] within that norm",
+    )
+    values_from = fields.get("values_from", lambda v: v is None or is_text(v), "a tensor's name or null", None)
+    return Reader(fields.text("tensor"), fields.count("dim"), tuple(Run(*run) for run in runs), values_from)
+
+
+def _added(fields: Fields) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def is_entry(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == 2 and is_text(value[0]) and is_shape(value[1])
+
+    added = fields.get(
+        "added", lambda v: isinstance(v, dict) and all(map(is_entry, v.values())), "an object of [dtype, shape]"
+    )
+    return {name: (dtype, tuple(shape)) for name, (dtype, shape) in added.items()}

@@ -1,6 +1,6 @@
 """The plan of a fold: which norms are folded into which tensors on disk, which are kept, and why.
 
-`make_plan` reads a config and headers, never a weight. A `Plan` is plain data: other code can use it, print it,
+`make_plan` goes by a config and headers. A `Plan` is plain data: other code can use it, print it,
 or check it, without transformers or torch.
 """
 
@@ -9,15 +9,19 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from flashnorm_cli.checkpoint.header import tensor_nbytes
 from flashnorm_cli.checkpoint.model import Checkpoint, refuse_folded
-from flashnorm_cli.checkpoint.names import any_layer, grouped, layer_numbers, layer_of, list_of, pattern_of
+from flashnorm_cli.checkpoint.names import grouped, layer_numbers, pattern_of
+from flashnorm_cli.checkpoint.users import User, announced_users
 from flashnorm_cli.errors import PlanError
+from flashnorm_cli.plan import load_time, readers, unseen
 from flashnorm_cli.plan.model import Norm, Plan, Reader, Run
+from flashnorm_cli.plan.unseen import norm_modules
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +34,11 @@ FINAL_NORM_CHOICES = ("auto", "keep", "untie")
 # Runtimes that tie head and embedding whatever the files say: llama.cpp drops the separate head of these without a
 # word. A fact about runtimes, not about models: what can be folded is decided by the trace alone.
 HARD_WIRED_TIES = ("gemma", "gemma2", "cohere", "cohere2")
+# What the trace cannot know: who reads the final norm's output without a sign of it in the files.
+HIDDEN_STATES = (
+    "logits stay as they are, but last_hidden_state and hidden_states[-1] come out without the final norm's gain; "
+    "where something else reads them (embeddings, probes, a draft model of another repository): --final-norm keep"
+)
 # Readers of `flashnorm_folded` (vLLM #41431, transformers #45742) make these weightless by their names.
 WEIGHTLESS_BY_FLAG = re.compile(
     r"(^|\.)layers\.\d+\.(input_layernorm|post_attention_layernorm)\.weight$|^(?!.*\.\d+\.)(.*\.)?norm\.weight$"
@@ -54,6 +63,8 @@ class TracedPlan:
 def make_plan(checkpoint: Checkpoint, final_norm: str = "auto", trust_remote_code: bool = False) -> Plan:
     """Derive the plan from the model's own forward, on the meta device.
 
+    Of the weights, a few kB are looked at where they are on this disk: a note says if they lie on a grid of 4 bits.
+
     Args:
         checkpoint: from `open_checkpoint`, with or without its weights.
         final_norm: what to do with the norm before the output head. "auto" folds it, and unties a tied head where
@@ -68,14 +79,20 @@ def make_plan(checkpoint: Checkpoint, final_norm: str = "auto", trust_remote_cod
     refuse_folded(checkpoint)
     config = build.load_config(checkpoint.folder, trust_remote_code)
     cls = build.model_class(config, checkpoint.folder, trust_remote_code)
-    return trace_plan(checkpoint, config, cls, final_norm).plan
+    users = announced_users(checkpoint, own_code=cls.__module__.startswith("transformers_modules"))
+    return trace_plan(checkpoint, config, cls, final_norm, users).plan
 
 
-def trace_plan(checkpoint: Checkpoint, config: PretrainedConfig, cls: Any, final_norm: str) -> TracedPlan:
-    """`make_plan` for a config and a class that are at hand, with what a fold in memory needs beside the plan."""
+def trace_plan(
+    checkpoint: Checkpoint, config: PretrainedConfig, cls: Any, final_norm: str, users: tuple[User, ...] = ()
+) -> TracedPlan:
+    """`make_plan` for a config and a class that are at hand, with what a fold in memory needs beside the plan.
+
+    `users` are those that the files announce; a model in memory has none.
+    """
     import transformers
 
-    return _Planner(checkpoint, config, cls, final_norm, transformers.__version__).plan()
+    return _Planner(checkpoint, config, cls, final_norm, transformers.__version__, users).plan()
 
 
 def traced(
@@ -102,10 +119,16 @@ class _Planner:
     """The steps of `make_plan`; `kept` collects the reasons, by runtime parameter, as they are found."""
 
     def __init__(
-        self, checkpoint: Checkpoint, config: PretrainedConfig, cls: Any, final_norm: str, version: str
+        self,
+        checkpoint: Checkpoint,
+        config: PretrainedConfig,
+        cls: Any,
+        final_norm: str,
+        version: str,
+        users: tuple[User, ...],
     ) -> None:
         self.checkpoint, self.config, self.cls, self.final_norm = checkpoint, config, cls, final_norm
-        self.version = version
+        self.version, self.users = version, users
         self.notes: list[str] = []
         self.kept: dict[str, str] = {}
         self.added: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -115,24 +138,69 @@ class _Planner:
         self.lost: dict[str, torch.Tensor] = {}
         self.unread: list[str] = []
         self.untied: tuple[str, str] | None = None  # runtime names of the head and of the embedding
+        self.strange_class: str | None = None  # named by the config, and not known: what it reads is not known either
 
     def plan(self) -> TracedPlan:
         from flashnorm_cli.modeling import disk_names
 
+        load_time.refuse(self.checkpoint, self.config)
+        self._assumed_class()
         self.model, missing, self.trace = self._traced()
         self.kept.update(self.trace.kept)
         if self.trace.asked:
             where = ", ".join(f"`{name}`" for name, _ in grouped(self.trace.asked))
             self.notes.append(f"what the model computes depends on its data in {where}; both ways were followed")
+        users = [*self.users, *readers.code_users(self.model, self.trace)]
+        self._keep(unseen.kept_for_users(users, self.trace, self._head_gains()), asked=True)
         lm_head = self._final_norm(missing)
-        self._keep_where_a_branch_was_not_seen()
+        self._keep(unseen.kept_beside_unreached(self.model, self.trace))
         self._match(disk_names.ids_on_disk(self.model, self.trace))
+        load_time.refuse_rotations(self.checkpoint, self.unread)
         self._find_norms()
-        lm_head = self._keep_for_unread_tensors(lm_head)
+        self.notes += load_time.notes(self.checkpoint, self.model, missing, self.unread)
+        self._keep(unseen.kept_for_modules(users, self.trace, self.on_disk, self.norm_tensors), asked=True)
+        within, last = unseen.kept_for_unread(
+            self.unread,
+            self.checkpoint.tensors,
+            [*self.on_disk, *self.lost],
+            self.norm_tensors,
+            self._head_gains(),
+            self.cls.__name__,
+        )
+        self._keep(within)
+        self._keep(last, asked=True)
         found = self._find_readers()
         if any(g in self.kept for g in self._head_gains()):
             lm_head = "kept"
+        if lm_head in ("folded", "untied"):
+            self.notes.append(HIDDEN_STATES)
+        folded = (name for name, _, ids in found if any(g not in self.kept for g in self.trace.gains_of(ids)))
+        self.notes += load_time.grid_notes(self.checkpoint, folded)
         return TracedPlan(self._assemble(found, lm_head), self.model, self.trace, self.kept, self.untied)
+
+    def _assumed_class(self) -> None:
+        """Say so where the class is what the auto classes take, and not what config.json names."""
+        from flashnorm_cli.modeling.classes import unknown_name
+
+        named = unknown_name(self.config)
+        if named is None:
+            return
+        self.notes.append(
+            f"transformers does not know {named[0]}, which config.json names; {self.cls.__name__} is what its auto "
+            f"classes take for model_type {self.config.model_type}"
+        )
+        if named[1]:
+            self.strange_class = named[0]
+
+    def _keep(self, reasons: Mapping[str, str], asked: bool = False) -> None:
+        """Keep gains, the first reason of each; where `asked`, --final-norm untie folds them and the plan says so."""
+        for gain, why in reasons.items():
+            if asked and self.final_norm == "untie":
+                note = f"folded as --final-norm untie asks, though {why.removesuffix(f'; {unseen.OVERRIDE}')}"
+                if gain not in self.kept and note not in self.notes:
+                    self.notes.append(note)
+            else:
+                self.kept.setdefault(gain, why)
 
     def _traced(self, untied: bool = False) -> tuple[PreTrainedModel, set[str], Trace]:
         return traced(self.checkpoint, self.config, self.cls, untied)
@@ -165,6 +233,13 @@ class _Planner:
         why = None
         if self.final_norm == "keep":
             why = "--final-norm keep"
+        elif self._head() in missing and self.final_norm != "untie":
+            why = "the files hold no output head: what is used of this model is the final norm's output"
+        elif self.strange_class and self.final_norm != "untie":
+            why = (
+                f"config.json names {self.strange_class}, which transformers does not know and which may read it; "
+                "--final-norm untie folds it all the same"
+            )
         elif (tied or declared) and text_type in HARD_WIRED_TIES:
             why = (
                 f"the output head is tied to the embedding, and runtimes tie it for {text_type} whatever the files say"
@@ -181,6 +256,10 @@ class _Planner:
             _, missing_untied = build.build(self.checkpoint, self.config, self.cls, "eager", "eager", untied=True)
             if missing_untied <= missing:
                 self.untied = (self._head() or "", self._head() or "")
+                self.notes.append(
+                    "config.json ties the output head to the embedding, and the files hold a head of its own: the fold "
+                    "uses that one, as transformers does where the two differ; other runtimes use the embedding"
+                )
             else:
                 lost = ", ".join(sorted(missing_untied - missing))
                 why = f"the output head is tied to the embedding, and untying would leave {lost} without weights"
@@ -205,91 +284,6 @@ class _Planner:
         self.model, self.trace = model, trace
         self.untied = (new.pop(), embedding)
         return None
-
-    # ---- what the trace may not have seen -----------------------------------------------------------------------
-
-    def _keep_where_a_branch_was_not_seen(self) -> None:
-        """Keep norms beside weights that the forward never reached, and that may read them on another input.
-
-        - In the same layer: experts for image tokens, say. A weight whose namesake in another layer is used is one
-          that this layer skips by its config (a shared key and value cache).
-        - Members of a list of which the forward used others: experts that are chosen one at a time.
-        - In the module that holds both the norm and a reader of it.
-        - Linear layers outside of towers which read the hidden size and end in another: heads for images.
-        """
-        import torch
-
-        matrices = {name for name, p in self.model.named_parameters() if p.ndim > 1}
-        reached = matrices & self.trace.reached
-        unreached = sorted(matrices - reached)
-        used = {any_layer(name) for name in reached}
-        layers = {list_of(name) for name, _ in self._norm_modules()}
-        lists_used = {list_of(name) for name in reached}
-        outer = {list_of(f"{layer_of(name)}.") for name, _ in self._norm_modules() if layer_of(name)}
-        in_layer = {layer_of(n): n for n in reversed(unreached) if layer_of(n) and any_layer(n) not in used}
-        in_list = {
-            list_of(n): n
-            for n in reversed(unreached)
-            if list_of(n) in lists_used - layers - {None} and list_of(f"{layer_of(n)}.") not in outer
-        }
-        heads = {
-            f"{path}.weight": module.in_features
-            for path, module in self.model.named_modules()
-            if isinstance(module, torch.nn.Linear)
-            and module.out_features != module.in_features
-            and not self._in_tower(path)
-        }
-        readers = {gain: name for name, r in self.trace.readers.items() for gain in self.trace.gains_of(r.ids)}
-        for name, gain in self.trace.gains.items():
-            parent = name.rsplit(".", 2)[0] + "." if name.count(".") > 1 else ""
-            if layer := layer_of(name):
-                unseen = in_layer.get(layer)
-            elif parent and readers.get(name, "").startswith(parent):
-                unseen = next((n for n in unreached if n.startswith(parent)), None)
-            else:
-                unseen = next((n for m, n in in_list.items() if m and m.startswith(parent)), None) or next(
-                    (n for n in unreached if heads.get(n) == gain.size and not layer_of(n)), None
-                )
-            if unseen:
-                self.kept.setdefault(name, f"`{unseen}` was not reached by a text forward and may read it")
-
-    def _in_tower(self, path: str) -> bool:
-        """Whether a module belongs to a part that the forward did not enter, and that makes its input by itself."""
-        import torch
-
-        top = path
-        while "." in top and not any(n.startswith(top.rpartition(".")[0] + ".") for n in self.trace.reached):
-            top = top.rpartition(".")[0]
-        own_input = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.Embedding)
-        return any(isinstance(m, own_input) for m in self.model.get_submodule(top).modules())
-
-    def _keep_for_unread_tensors(self, lm_head: str) -> str:
-        """Keep norms which a tensor may read that is on disk, but not read by the model.
-
-        A draft or multi-token prediction head (MTP, EAGLE) may read the final norm's output, a matrix within a layer
-        the layer's norms.
-        """
-        tensors = self.checkpoint.tensors
-        stems = {name.rsplit(".", 1)[0] for name in [*self.on_disk, *self.lost]}
-        heads = [  # scales and zero points lie beside a tensor that the model does read
-            name
-            for name in self.unread
-            if len(tensors[name].shape) > 1 and not stems & {name[: m.start()] for m in re.finditer(r"\.", name)}
-        ]
-        by_layer = {layer_of(name): name for name in reversed(heads)}
-        for gain, tensor in self.norm_tensors.items():
-            layer = layer_of(tensor)
-            if layer in by_layer and layer is not None:
-                self.kept.setdefault(gain, f"`{by_layer[layer]}` is on disk but not read by {self.cls.__name__}")
-        gains = [g for g in self._head_gains() if g not in self.kept]
-        if not gains or not heads or self.final_norm == "untie":
-            return lm_head
-        for gain in gains:
-            self.kept[gain] = (
-                f"`{pattern_of(heads[0])}` is on disk but not read by {self.cls.__name__} (a draft or multi-token "
-                "prediction head?) and may read it at run time; --final-norm untie folds it all the same"
-            )
-        return "kept"
 
     # ---- from runtime parameters to tensors on disk -------------------------------------------------------------
 
@@ -386,6 +380,8 @@ class _Planner:
             shape = tuple(self.on_disk[name].shape)
             if entry.shape != shape:
                 raise PlanError(f"{name} has shape {list(entry.shape)} on disk, but the config asks for {list(shape)}")
+            if beside := load_time.beside_gain(name, self.unread):
+                self.kept.setdefault(gain.parameter, beside)
             if entry.dtype not in FOLDABLE_DTYPES:
                 self.kept.setdefault(gain.parameter, f"its weight is stored as {entry.dtype}")
             elif not torch.equal(-ids.flatten(), in_order):
@@ -395,8 +391,14 @@ class _Planner:
 
     def _find_readers(self) -> list[tuple[str, int, torch.Tensor]]:
         """Readers as (tensor on disk, dim, ids along dim); the gains of a tensor that cannot take them are kept."""
+        from flashnorm_cli.modeling import disk_names
         from flashnorm_cli.trace.companions import profile, small, varying_dims
 
+        head = self._head()
+        holders = self.model.named_parameters(remove_duplicate=False) if head else ()
+        heads = {name.rpartition(".")[0] for name, p in holders if p is self.model.get_parameter(head or "")}
+        on_load = load_time.LoadTime(self.checkpoint, self.model, self.unread, [*self.on_disk, *self.lost], heads)
+        loads = disk_names.loader_names(self.model, [*self.on_disk, *self.lost])
         readers = []
         gains_of: dict[bytes, list[str]] = {}  # thousands of experts share few patterns
         for name, ids in [*self.on_disk.items(), *self.lost.items()]:
@@ -406,6 +408,7 @@ class _Planner:
                 continue
             dims = varying_dims(ids)
             why = None if name in self.added else self._cannot_take(name, tuple(ids.shape), dims, gains[0])
+            why = why or on_load.changes(name, loads[name][0])
             if why is None:
                 dim = dims[0] if dims else ids.ndim - 1
                 readers.append((name, dim, profile(ids, dim)))
@@ -419,6 +422,8 @@ class _Planner:
         stem = name.removesuffix("weight")
         if name not in tensors:
             packed = next((n for n in self.unread if n.startswith((name + "_", stem))), None)
+            if packed is None and gain in self.kept:
+                return "is not in the checkpoint"
             if packed is None:
                 raise PlanError(f"{name}, which reads {gain}, is not in the checkpoint")
             return f"is packed or quantized on disk (`{pattern_of(packed)}`)"
@@ -497,20 +502,11 @@ class _Planner:
             bytes_added=sum(tensor_nbytes(dtype, shape) or 0 for dtype, shape in added.values()),
         )
 
-    def _norm_modules(self) -> list[tuple[str, torch.nn.Parameter]]:
-        return [
-            (f"{path}.{name}" if path else name, parameter)
-            for path, module in self.model.named_modules()
-            if "norm" in type(module).__name__.lower()
-            for name, parameter in module.named_parameters(recurse=False)
-            if name not in ("bias",)
-        ]
-
     def _other_norms(self) -> list[tuple[str, tuple[int, ...], str]]:
         """Norm modules that ran, but whose weight the trace did not see scaling a normalised activation."""
         return [
             (name, tuple(parameter.shape), "its weight does not act as a gain of a normalised activation")
-            for name, parameter in self._norm_modules()
+            for name, parameter in norm_modules(self.model)
             if name in self.trace.reached and name not in self.trace.gains
         ]
 
@@ -518,7 +514,7 @@ class _Planner:
         """Norms that no forward reached, by their names on disk."""
         from flashnorm_cli.modeling import disk_names
 
-        names = [name for name, _ in self._norm_modules() if name not in self.trace.reached]
+        names = [name for name, _ in norm_modules(self.model) if name not in self.trace.reached]
         if not names:
             return []
         loads = disk_names.loader_names(self.model, list(self.checkpoint.tensors))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from flashnorm_cli.errors import CheckpointError
 
 BLOCK_BYTES = 2**20
 READ_AHEAD = 16 * BLOCK_BYTES
+MOST_OPEN = 64  # far below the usual limit of 1024 files, and enough for every thread's few
 
 
 @dataclass(frozen=True)
@@ -61,20 +65,18 @@ def blocks(shape: tuple[int, ...], dim: int | None, limit: int) -> Iterator[Bloc
 class ShardReader:
     """A shard of a checkpoint, read through a page-aligned buffer of its own or a shared one.
 
-    A new view invalidates the last one of that buffer.
+    A new view invalidates the last one of that buffer. The file is opened when it is read, and may be closed between
+    two reads: see `_OpenFiles`.
     """
 
     def __init__(self, checkpoint: Checkpoint, shard: str, buffer: mmap.mmap | None = None) -> None:
         self.path: Path = checkpoint.folder / shard
-        try:
-            self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: {error.strerror}") from error
+        self.status: tuple[int, ...] | None = None  # of the file as it was first opened
         self.ahead = 0
         self.buffer = buffer or mmap.mmap(-1, BLOCK_BYTES)
 
     def close(self) -> None:
-        os.close(self.fd)
+        _open_files.close(self)
 
     def read(self, offset: int, length: int) -> bytes:
         data = bytearray(length)
@@ -87,15 +89,64 @@ class ShardReader:
         return view
 
     def _into(self, view: memoryview, offset: int) -> None:
-        if offset + len(view) > self.ahead:  # the disk works while this block is looked at
-            os.posix_fadvise(self.fd, offset + len(view), READ_AHEAD, os.POSIX_FADV_WILLNEED)
-            self.ahead = offset + len(view) + READ_AHEAD // 2
-        done = 0
-        while done < len(view):
-            try:
-                n = os.preadv(self.fd, [view[done:]], offset + done)
-            except OSError as error:
-                raise CheckpointError(f"{self.path}: {error.strerror}") from error
-            if n == 0:
-                raise CheckpointError(f"{self.path}: truncated while it was being read")
-            done += n
+        try:
+            with _open_files.lent(self) as fd:
+                if offset + len(view) > self.ahead:  # the disk works while this block is looked at
+                    os.posix_fadvise(fd, offset + len(view), READ_AHEAD, os.POSIX_FADV_WILLNEED)
+                    self.ahead = offset + len(view) + READ_AHEAD // 2
+                done = 0
+                while done < len(view):
+                    n = os.preadv(fd, [view[done:]], offset + done)
+                    if n == 0:
+                        raise CheckpointError(f"{self.path}: truncated while it was being read")
+                    done += n
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: {error.strerror}") from error
+
+    def open(self) -> int:
+        """A new file descriptor. Raises CheckpointError where this is no longer the file that was read before."""
+        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        found = os.fstat(fd)
+        status = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        if self.status not in (None, status):
+            os.close(fd)
+            raise CheckpointError(f"{self.path}: changed while it was being read")
+        self.status = status
+        return fd
+
+
+class _OpenFiles:
+    """File descriptors of shards: a checkpoint may have more shards than a process may open files.
+
+    Of those that nobody is reading, the one that was read longest ago is closed first.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.lock = threading.Lock()
+        self.idle: OrderedDict[ShardReader, int] = OrderedDict()
+
+    @contextmanager
+    def lent(self, reader: ShardReader) -> Iterator[int]:
+        """The reader's file, which no other thread closes meanwhile. A reader belongs to one thread at a time."""
+        with self.lock:
+            fd = self.idle.pop(reader, None)
+        if fd is None:
+            fd = reader.open()
+        try:
+            yield fd
+        finally:
+            with self.lock:
+                self.idle[reader] = fd
+                spare = [self.idle.popitem(last=False)[1] for _ in range(len(self.idle) - self.most)]
+            for each in spare:
+                os.close(each)
+
+    def close(self, reader: ShardReader) -> None:
+        with self.lock:
+            fd = self.idle.pop(reader, None)
+        if fd is not None:
+            os.close(fd)
+
+
+_open_files = _OpenFiles(MOST_OPEN)

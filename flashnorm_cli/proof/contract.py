@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from flashnorm_cli.adapters.files import CONFIG as ADAPTER
-from flashnorm_cli.checkpoint.model import CONFIG, INDEX, RECORD, Checkpoint, read_json
+from flashnorm_cli.checkpoint.folded import CLASS, FLAGS
+from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, read_json
 from flashnorm_cli.checkpoint.names import pattern_of
-from flashnorm_cli.checkpoint.places import PLACE_KEYS, same_but_places, without_places
-from flashnorm_cli.errors import CheckpointError, PlanError
-from flashnorm_cli.proof.files import CLAIMS, is_paper
+from flashnorm_cli.checkpoint.places import same_but_places, without_places
+from flashnorm_cli.errors import CheckpointError, PlanError, quoted
+from flashnorm_cli.proof.expected import config_findings, index_findings, json_equal, levels, short, unequal
+from flashnorm_cli.proof.files import CLAIMS, file_facts, is_paper
 from flashnorm_cli.proof.pairing import DROPPED, SOURCE, Pair
 from flashnorm_cli.proof.result import Finding
-from flashnorm_cli.record import write as record
 
 # What other tools write into a config without changing the model.
 BOOKKEEPING = {
-    "flashnorm", "flashnorm_folded", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache",
+    *FLAGS, "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache",
     "_commit_hash", "_attn_implementation_autoset",
 }  # fmt: skip
 
@@ -33,7 +34,7 @@ def check(pair: Pair) -> list[Finding]:
             *_lost_record(pair),
             *(_source_files(pair) if pair.record else []),
         ]
-    return [*findings, *_config(pair), *_shards(pair), *_record(pair), *_source_files(pair)]
+    return [*findings, *config_findings(pair), *_shards(pair), *_record(pair), *_source_files(pair)]
 
 
 def notes(pair: Pair) -> list[str]:
@@ -42,7 +43,8 @@ def notes(pair: Pair) -> list[str]:
     other = [name for name in _differing(pair) if is_paper(name)]
     if other:
         found.append(f"differs from the source's: {', '.join(other)}")
-    beside = [name for name in pair.folded.left_out if name not in pair.source.left_out]
+    theirs = {each.name for each in pair.source.left_out}
+    beside = [each.name for each in pair.folded.left_out if each.name not in theirs]
     beside += [name for name in pair.folded.others if name not in (*pair.source.others, RECORD) and not is_paper(name)]
     if beside:
         found.append(f"not in the source, and not looked at: {', '.join(beside)}")
@@ -68,7 +70,7 @@ def notes(pair: Pair) -> list[str]:
 def _flag(pair: Pair) -> list[Finding]:
     """`flashnorm_folded` makes runtimes drop norms by their names: over a kept norm it would corrupt silently."""
     findings = []
-    for where, config in _levels(pair.folded.config, pair.plan.text_config):
+    for where, config in levels(pair.folded.config, pair.plan.text_config):
         value = config.get("flashnorm_folded")
         if value is not None and not isinstance(value, bool):
             findings.append(Finding(CONFIG, f"{where}flashnorm_folded is {value!r}, neither true nor false"))
@@ -88,24 +90,13 @@ def _flag(pair: Pair) -> list[Finding]:
     return findings
 
 
-def _levels(config: dict[str, Any], path: tuple[str, ...]) -> list[tuple[str, dict[str, Any]]]:
-    """The config and its nested text config, with a prefix for messages."""
-    levels = [("", config)]
-    nested: Any = config
-    for key in path:
-        nested = nested.get(key) if isinstance(nested, dict) else None
-    if path and isinstance(nested, dict):
-        levels.append((".".join(path) + ".", nested))
-    return levels
-
-
 def _tie(pair: Pair) -> list[Finding]:
     """An output head of its own is ignored as long as the config ties it to the embedding."""
     if not pair.plan.untie or not pair.expected_added or not pair.foreign:
         return []  # with our record the whole config is compared
     tied = [
         f"{where}tie_word_embeddings"
-        for where, config in _levels(pair.folded.config, pair.plan.text_config)
+        for where, config in levels(pair.folded.config, pair.plan.text_config)
         if config.get("tie_word_embeddings", not where and "tie_word_embeddings" not in config)
     ]
     head = next(iter(pair.expected_added))
@@ -113,56 +104,6 @@ def _tie(pair: Pair) -> list[Finding]:
 
 
 # ---- with our record -------------------------------------------------------------------------------------------------
-
-
-def _config(pair: Pair) -> list[Finding]:
-    """config.json holds the source's keys and the flags of the plan; each key that does not is named."""
-    wanted = record.folded_config(pair.source.config, pair.plan, _recorded_layout(pair))
-    findings = []
-    for key, found, expected in _unequal(pair.folded.config, wanted, ""):
-        both = found is not _MISSING and expected is not _MISSING
-        if key.rsplit(".", 1)[-1] in PLACE_KEYS:  # where it came from, which push-to-hub shortens
-            continue
-        if key.endswith("flashnorm.tool") or (".kept." in key and both):  # another version, or its words for a reason
-            continue
-        findings.append(Finding(CONFIG, f"{key} is {_short(found)} instead of {_short(expected)}"))
-    return findings
-
-
-_MISSING = object()
-
-
-def _unequal(found: Any, wanted: Any, path: str) -> list[tuple[str, Any, Any]]:
-    """Every place where two JSON values differ, as (path, found, wanted)."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        keys = list(dict.fromkeys([*wanted, *found]))
-        return [
-            difference
-            for key in keys
-            for difference in _unequal(
-                found.get(key, _MISSING), wanted.get(key, _MISSING), f"{path}.{key}" if path else key
-            )
-        ]
-    # 1 and True are equal in Python, and not in JSON
-    return [] if json_equal(found, wanted) else [(path, found, wanted)]
-
-
-def json_equal(a: Any, b: Any) -> bool:
-    if a is _MISSING or b is _MISSING:
-        return a is b
-    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
-
-
-def _short(value: Any) -> str:
-    if value is _MISSING:
-        return "missing"
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _recorded_layout(pair: Pair) -> str:
-    layout = (pair.record or {}).get("layout")
-    return layout if layout in record.LAYOUTS else pair.layout
 
 
 def _shards(pair: Pair) -> list[Finding]:
@@ -173,13 +114,7 @@ def _shards(pair: Pair) -> list[Finding]:
         wanted = pair.source.shard_of.get(name, last)
         if shard != wanted:
             findings.append(Finding(name, f"is in {shard} instead of {wanted}"))
-    if (pair.source.index is None) != (pair.folded.index is None):
-        findings.append(Finding(INDEX, "is missing" if pair.folded.index is None else "is not in the source"))
-    elif pair.source.index is not None and pair.folded.index is not None:
-        dropped = frozenset(name for name in pair.gains if pair.states[name] == DROPPED)
-        wanted_index = record.folded_index(pair.source.index, pair.plan, dropped, last, pair.source)
-        for key, found, expected in _unequal(pair.folded.index, wanted_index, ""):
-            findings.append(Finding(INDEX, f"{key} is {_short(found)} instead of {_short(expected)}"))
+    findings += index_findings(pair)
     for shard, header in pair.source.shards.items():
         mine = pair.folded.shards.get(shard)
         if mine is None:
@@ -191,43 +126,41 @@ def _shards(pair: Pair) -> list[Finding]:
 
 def _record(pair: Pair) -> list[Finding]:
     """flashnorm.json has to tell the plan that is traced now."""
-    said = pair.record or {}
-    findings = []
-    if not isinstance(said.get("norms"), list) or not isinstance(said.get("readers"), list):
+    findings: list[Finding] = []
+    if pair.record is None:
         return [Finding(RECORD, "holds no plan")]
     wanted = pair.plan.to_json()
     for what, fields in (
         ("norms", ("shape", "scale", "offset", "folded")),
         ("readers", ("dim", "runs", "values_from")),
     ):
-        mine = {
-            e.get("tensor"): {f: e.get(f) for f in fields}
-            for e in said[what]
-            if isinstance(e, dict) and isinstance(e.get("tensor"), str)
-        }
+        entries = pair.record.entries(what)
+        if entries is None:
+            return [Finding(RECORD, "holds no plan")]
+        mine = {tensor: {f: e.get(f) for f in fields} for tensor, e in entries.items()}
         plan = {e["tensor"]: json.loads(json.dumps({f: e[f] for f in fields})) for e in wanted[what]}
         for tensor in dict.fromkeys([*plan, *mine]):
             if not json_equal(mine.get(tensor), plan.get(tensor)):
                 findings.append(Finding(RECORD, f"{what}: {tensor} is not recorded as the source's forward says it is"))
-    layout = said.get("layout")
+    layout = pair.record.content.get("layout")
     if layout == "identity":
         left_out = [name for name in pair.gains if pair.states[name] == DROPPED]
         findings += [
             Finding(name, "is left out, but the record says that layout identity was written") for name in left_out
         ]
     if pair.gains and layout != pair.layout:
-        findings.append(Finding(RECORD, f"says layout {layout!r}, but the files hold layout {pair.layout!r}"))
+        findings.append(Finding(RECORD, f"says layout {quoted(layout)}, but the files hold layout {pair.layout!r}"))
     return findings
 
 
 def _source_files(pair: Pair) -> list[Finding]:
     """The source has to be the one that was folded, as far as its headers and small files tell."""
-    facts = (pair.record or {}).get("source_files")
+    facts = (pair.record.source_files if pair.record else None) or {}
     findings = []
-    if not isinstance(facts, dict) or not set(facts) >= {CONFIG, *pair.source.shards}:
+    if not set(facts) >= {CONFIG, *pair.source.shards}:
         findings.append(Finding(RECORD, "does not name the files of the source that it was made from"))
-    for name, fact in facts.items() if isinstance(facts, dict) else ():
-        if name not in (CONFIG, INDEX, *pair.source.shards) or not isinstance(fact, dict):
+    for name, fact in facts.items():
+        if name not in (CONFIG, pair.source.index_name, *pair.source.shards) or not fact:
             findings.append(Finding(RECORD, f"speaks of {name} of the source, which is not there"))
             continue
         path = pair.source.folder / name
@@ -235,7 +168,7 @@ def _source_files(pair: Pair) -> list[Finding]:
             findings.append(Finding(RECORD, f"speaks of {name} of the source, which is not there"))
             continue
         header = pair.source.shards.get(name)
-        now = record.file_facts(path, header.raw if header else None, pair.source.sha256.get(name))
+        now = file_facts(path, header.raw if header else None, pair.source.sha256.get(name))
         if any(fact.get(key) != now[key] for key in now if key in fact):
             findings.append(Finding(RECORD, f"was made from another {name} than this source's"))
     return findings
@@ -302,10 +235,16 @@ def _config_by_meaning(pair: Pair) -> list[Finding]:
         except PlanError as error:
             return [Finding(CONFIG, str(error))]
     return [
-        Finding(CONFIG, f"{key} is {_short(now)}, but {_short(was)} in the source")
-        for key, now, was in _unequal(found, wanted, "")
+        Finding(CONFIG, f"{key} is {short(now)}, but {short(was)} in the source")
+        for key, now, was in unequal(found, wanted)
         if not (key.endswith("tie_word_embeddings") and now is False and pair.expected_added)
+        and not (key == "architectures" and _renamed(now, was))
     ]
+
+
+def _renamed(now: Any, was: Any) -> bool:
+    """Whether another tool gave the class a name of its own, LlamaFlashNorm say, for the same model type."""
+    return isinstance(now, list) and len(now) == 1 and CLASS in str(now[0]) and isinstance(was, list)
 
 
 def _lost_record(pair: Pair) -> list[Finding]:

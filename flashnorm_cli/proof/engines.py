@@ -1,15 +1,15 @@
 """Level runtime: source and folded checkpoint in the engine that will serve them, vLLM or llama.cpp.
 
-Three models run one after the other, each in a process of its own: the source in float32, which continues the prompts
-greedily and is the reference; the source in its own dtype, which shows the engine's noise; and the folded checkpoint in
-its own dtype. The last two are asked for the log-probability of the reference's token after each of its prefixes, so
-that texts cannot part. The mean distance of the folded checkpoint from the reference may be twice the noise, since its
+Three models run one after the other, each in a process of its own: the source in float32, which is the reference; the
+source in its own dtype, which shows the engine's noise; and the folded checkpoint in its own dtype. Each says, after
+every token of some text, how likely the next tokens are; compared is the log-probability of the one that the reference
+finds most likely. The mean distance of the folded checkpoint from the reference may be twice the noise, since its
 weights are rounded once more, plus 1e-4: what float32 itself leaves undecided.
 
 llama.cpp runs by way of `xllamacpp`, a wheel with its binaries. The converter comes with llama.cpp's sources, which
 FLASHNORM_LLAMA_CPP names.
 
-    python -m flashnorm_cli.proof.runtimes JOB RESULT    # the process of one model
+    python -m flashnorm_cli.proof.engines JOB RESULT    # the process of one model
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from flashnorm_cli.checkpoint.model import Progress
+from flashnorm_cli.proof.figures import RuntimeFigures
 from flashnorm_cli.proof.result import Finding, LevelResult
 from flashnorm_cli.runtimes.llama_cpp import CONVERTER, LLAMA_CPP, converted, run_llama_cpp
-from flashnorm_cli.runtimes.process import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, EngineError, Tops, call
+from flashnorm_cli.runtimes.process import POSITIONS, PROMPT_TOKENS, EngineError, Tops, call
 from flashnorm_cli.runtimes.vllm.engine import run_vllm
 
 NOISE_FACTOR, FLOAT32_TOLERANCE = 2.0, 1e-4
@@ -47,47 +48,55 @@ def compare_runtime(
 
     Args:
         name: "vllm" or "gguf".
-        prompts: token ids; the first few are used, and cut.
+        prompts: token ids; as many as make `POSITIONS` positions are used, and cut.
         dtype: what the checkpoints run in: "float32", "bfloat16" or "float16".
 
-    figures: `engine`, `version`, `prompts`, `tokens` (positions that were compared), `same_tokens` (where the most
-    likely token is the source's), `logprob_difference` (mean distance from the float32 reference, in nats), `noise`
-    (that of the source in its own dtype), `tolerance`. From vLLM also `norms` (those that carry a weight) and
-    `norms_without_weight` (how many of them run without it, which takes this package's plugin).
+    figures: `RuntimeFigures`; that norms run without their weight takes this package's plugin in vLLM.
     """
     package, title = PACKAGES[name]
     level = f"runtime:{name}"
     if reason := _not_installed(name):
         return LevelResult(level, "skipped", reason=reason)
-    asked = [prompt[:PROMPT_TOKENS] for prompt in prompts[:PROMPTS]]
+    asked = _enough(prompts)
     with TemporaryDirectory() as scratch:
 
-        def run(folder: Path, what: str, dtype: str, follow: list[list[int]] | None) -> dict[str, Any]:
+        def run(folder: Path, what: str, dtype: str) -> dict[str, Any]:
             report(0, 0, f"{title}: the {what} in {dtype}")
             job = {
                 "engine": name,
                 "model": str(converted(folder, dtype, Path(scratch)) if name == "gguf" else folder.resolve()),
                 "dtype": dtype,
                 "prompts": asked,
-                "follow": follow,
                 "trust_remote_code": trust_remote_code,
             }
             return _in_a_process(job, Path(scratch))
 
         try:
-            reference = run(source, "source", "float32", None)
-            tokens: list[list[int]] = reference["tokens"]
-            plain = reference if dtype == "float32" else run(source, "source", dtype, tokens)
+            reference = run(source, "source", "float32")
+            if not all(top for row in reference["tops"] for top in row):
+                raise EngineError("it gives no log-probabilities")
+            plain = reference if dtype == "float32" else run(source, "source", dtype)
         except EngineError as error:
             return LevelResult(level, "skipped", reason=f"{title} does not run the source: {error}")
         try:
-            mine = run(folded, "folded checkpoint", dtype, tokens)
+            mine = run(folded, "folded checkpoint", dtype)
         except EngineError as error:
             finding = Finding(title, f"does not run the folded checkpoint: {error}")
-            return LevelResult(level, "failed", {"engine": title, "version": _version(package)}, (finding,))
-    figures, findings = judge(reference["tops"], plain["tops"], mine["tops"], tokens)
-    figures = {"engine": title, "version": _version(package), "prompts": len(asked), **figures, **mine["facts"]}
+            return LevelResult(level, "failed", RuntimeFigures(title, _version(package)), (finding,))
+    tokens = [[_likeliest(top) for top in row] for row in reference["tops"]]
+    measured, findings = judge(reference["tops"], plain["tops"], mine["tops"], tokens)
+    figures = RuntimeFigures(title, _version(package), len(asked), **measured, **mine["facts"])
     return LevelResult(level, "failed" if findings else "passed", figures, findings)
+
+
+def _enough(prompts: list[list[int]]) -> list[list[int]]:
+    """The first prompts, cut to `PROMPT_TOKENS`, that make `POSITIONS` positions together."""
+    asked: list[list[int]] = []
+    for prompt in prompts:
+        left = POSITIONS - sum(map(len, asked))
+        if left > 0:
+            asked.append(prompt[: min(PROMPT_TOKENS, left)])
+    return asked
 
 
 def judge(
@@ -124,13 +133,14 @@ def judge(
     i, t = max(each, key=lambda place: each[place])
     message = (
         f"its log-probabilities are off by {difference:.2e} nats (mean; the source's own dtype: {noise:.2e}; "
-        f"{tolerance:.2e} is allowed), most of all at token {t + 1} after prompt {i + 1}: {each[i, t]:.2e}"
+        f"{tolerance:.2e} is allowed), most of all at token {t + 1} of prompt {i + 1}: {each[i, t]:.2e}"
     )
     return figures, (Finding("folded checkpoint", message, difference),)
 
 
-def _likeliest(top: dict[int, float]) -> int | None:
-    return max(top, key=lambda token: top[token], default=None)
+def _likeliest(top: dict[int, float]) -> int:
+    """The most likely token; -1 where the engine said nothing."""
+    return max(top, key=lambda token: top[token], default=-1)
 
 
 # ---- the engine's process --------------------------------------------------------------------------------------------
@@ -173,21 +183,9 @@ def _in_a_process(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
 
 
 def _answer(job: dict[str, Any]) -> dict[str, Any]:
-    """In the process: the reference continues the prompts, the others follow its tokens."""
-    top = {"vllm": run_vllm, "gguf": run_llama_cpp}[job["engine"]](job)
-    prompts: list[list[int]] = job["prompts"]
-    tokens: list[list[int]] = job["follow"] or [[] for _ in prompts]
-    tops: list[Tops] = [[] for _ in prompts]
-    if job["follow"]:
-        places = [(i, t) for i, row in enumerate(tokens) for t in range(len(row))]
-        for (i, _), found in zip(places, top([prompts[i] + tokens[i][:t] for i, t in places]), strict=True):
-            tops[i].append(found)
-    else:
-        for _ in range(NEW_TOKENS):
-            for i, found in enumerate(top([p + t for p, t in zip(prompts, tokens, strict=True)])):
-                tops[i].append(found)
-                tokens[i].append(max(found, key=lambda token: found[token]))
-    return {"tokens": tokens, "tops": tops, "facts": job.get("facts", {})}
+    """In the process: the most likely next tokens after every prefix of every prompt."""
+    tops = {"vllm": run_vllm, "gguf": run_llama_cpp}[job["engine"]](job)
+    return {"tops": tops(job["prompts"]), "facts": job.get("facts", {})}
 
 
 if __name__ == "__main__":

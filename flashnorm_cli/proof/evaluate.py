@@ -12,6 +12,7 @@ from typing import Any
 from flashnorm_cli.checkpoint.model import Progress
 from flashnorm_cli.errors import UsageError
 from flashnorm_cli.modeling.quiet import quiet_transformers
+from flashnorm_cli.proof.figures import EvalFigures, TaskFigures
 from flashnorm_cli.proof.result import Finding, LevelResult
 
 # Both runs see the same items, so their errors are not independent: two combined standard errors are generous.
@@ -33,8 +34,7 @@ def compare_eval(
         tasks: names that the harness knows, or paths of task files (YAML).
         limit: items of each task; None for all.
 
-    figures: `tasks` (per task and metric: `task`, `metric`, `source`, `source_stderr`, `folded`, `folded_stderr`,
-    `delta`), `limit`. A metric fails if it differs by more than two combined standard errors.
+    figures: `EvalFigures`. A metric fails if it differs by more than two combined standard errors.
 
     Raises UsageError for a task that the harness does not know.
     """
@@ -47,40 +47,32 @@ def compare_eval(
         report(0, 0, f"Evaluating the {what} on {', '.join(tasks)}")
         results.append(_evaluate(tasks, folder, dtype, device, limit))
     rows, findings = judge(*results)
-    figures = {"tasks": rows, "limit": limit}
+    figures = EvalFigures(tuple(rows), limit)
     return LevelResult("eval", "failed" if findings else "passed", figures, tuple(findings))
 
 
 def judge(
     source: dict[str, dict[str, Any]], folded: dict[str, dict[str, Any]]
-) -> tuple[list[dict[str, Any]], list[Finding]]:
+) -> tuple[list[TaskFigures], list[Finding]]:
     """Compare two results of the harness: per task, `metric,filter` -> value, `metric_stderr,filter` -> its error."""
-    rows: list[dict[str, Any]] = []
+    rows: list[TaskFigures] = []
     findings = []
     for task, metrics in source.items():
         for key, value in metrics.items():
             metric, _, what = key.partition(",")
-            other = folded.get(task, {}).get(key)
+            other: Any = folded.get(task, {}).get(key)
             if not what or metric.endswith("_stderr") or not _is_number(value) or not _is_number(other):
                 continue
             errors = [each.get(task, {}).get(f"{metric}_stderr,{what}") for each in (source, folded)]
             known = [error if _is_number(error) else None for error in errors]
             delta = other - value
-            row = {
-                "task": task,
-                "metric": metric if what == "none" else key,
-                "source": value,
-                "source_stderr": known[0],
-                "folded": other,
-                "folded_stderr": known[1],
-                "delta": delta,
-            }
+            row = TaskFigures(task, metric if what == "none" else key, value, known[0], other, known[1], delta)
             rows.append(row)
             if known[0] is None or known[1] is None:
                 continue
             allowed = STANDARD_ERRORS * math.hypot(known[0], known[1])
             if abs(delta) > allowed:
-                message = f"{row['metric']} changes by {delta:+.4f}; {allowed:.4f} is within the standard errors"
+                message = f"{row.metric} changes by {delta:+.4f}; {allowed:.4f} is within the standard errors"
                 findings.append(Finding(task, message, abs(delta)))
     return rows, findings
 

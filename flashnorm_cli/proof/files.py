@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
-from flashnorm_cli.checkpoint.model import CONFIG, INDEX, RECORD, Checkpoint
+from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint
 
 # Written for readers and for git, not for the model.
 PAPERS = (".gitattributes", ".gitignore", "LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY")
@@ -22,7 +23,7 @@ def is_paper(name: str) -> bool:
 def hashed_files(folded: Checkpoint) -> list[str]:
     """The files that a verification speaks of; papers may change without voiding it."""
     small = [name for name in folded.others if name != RECORD and not is_paper(name)]
-    return [CONFIG, *([INDEX] if folded.index else []), *folded.shards, *small]
+    return [CONFIG, *([folded.index_name] if folded.index else []), *folded.shards, *small]
 
 
 def changed_files(entry: dict[str, Any], hashes: dict[str, str]) -> list[str]:
@@ -30,3 +31,29 @@ def changed_files(entry: dict[str, Any], hashes: dict[str, str]) -> list[str]:
     said = entry.get("files")
     said = said if isinstance(said, dict) else {}
     return [name for name in dict.fromkeys([*said, *hashes]) if said.get(name) != hashes.get(name)]
+
+
+# Small files are hashed whole; of a larger one the name that the Hub cache gives it, where it lies there.
+HASH_UP_TO = 64 << 20
+
+
+def file_facts(path: Path, header: bytes | None = None, sha256: str | None = None) -> dict[str, Any]:
+    """What a record says of a file, found out afresh: size, the sha256 of a shard's header, and that of the whole file
+    where it is cheap, or where `sha256` was computed over its bytes already.
+    """
+    facts: dict[str, Any] = {"size": path.stat().st_size}
+    if sha256 is not None:
+        facts["sha256"] = sha256
+    elif facts["size"] <= HASH_UP_TO:
+        facts["sha256"] = sha256_of(path)
+    if header is not None:
+        facts["header_sha256"] = hashlib.sha256(header).hexdigest()
+    return facts
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from flashnorm_cli.norms import fused_add_rms_norm, info, rms_norm
+from flashnorm_cli.proof.figures import KernelsFigures
 from flashnorm_cli.proof.pairing import Pair
 from flashnorm_cli.proof.result import Finding, LevelResult
 
@@ -17,8 +18,7 @@ ALLOWED = {torch.bfloat16: 0.51, torch.float16: 0.51, torch.float32: 24.0}
 def check_kernels(pair: Pair, dtype: torch.dtype, device: str) -> LevelResult:
     """Run the weightless kernels, and their weighted twins, on fresh random rows of each size that a norm has.
 
-    figures: `path` (see `norms.info`), `sizes` (elements in a row), `rows`, `dtype`, `error` (the largest error of an
-    element relative to it, in eps of the dtype; half an eps is one rounding).
+    figures: `KernelsFigures`; `path` as in `norms.info`.
     """
     with torch.cuda.device(torch.device(device)):
         path = info()
@@ -34,14 +34,8 @@ def check_kernels(pair: Pair, dtype: torch.dtype, device: str) -> LevelResult:
         if not error <= ALLOWED[dtype]:
             message = f"the kernel's error is {error:.3g} eps of {str(dtype).removeprefix('torch.')}"
             findings.append(Finding(f"norms of {size} elements", message, error))
-    figures = {
-        "path": path["path"],
-        "gpu": path["gpu"],
-        "sizes": sizes,
-        "rows": list(ROWS),
-        "dtype": str(dtype).removeprefix("torch."),
-        "error": worst,
-    }
+    name = str(dtype).removeprefix("torch.")
+    figures = KernelsFigures(path["path"], path["gpu"], tuple(sizes), ROWS, name, worst)
     return LevelResult("kernels", "failed" if findings else "passed", figures, tuple(findings))
 
 

@@ -6,10 +6,11 @@ import copy
 import gc
 import inspect
 import math
+import resource
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,38 +19,62 @@ import torch
 
 from flashnorm_cli.checkpoint.model import Checkpoint
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
+from flashnorm_cli.errors import FlashNormError
 from flashnorm_cli.modeling import build
-from flashnorm_cli.modeling.quiet import quiet_transformers
+from flashnorm_cli.modeling.quiet import first_line, quiet_transformers
 from flashnorm_cli.proof.pairing import Pair
 from flashnorm_cli.proof.prompts import Prompts
 
 BATCH_TOKENS = 256  # in one forward
-
-
+FROM_DISK_TOKENS = 4096  # the same, where each forward reads the whole model from the disk
 LARGE = 256 << 20  # bytes of a model whose memory is worth a search for what is not used any more
+SPARE = 1.2  # what a forward takes besides the weights
 
 
-@dataclass
-class _Run:
-    """Settings of the four models."""
+class ModelError(FlashNormError):
+    """A model could not be loaded or called: its own code, or transformers, raised. The message is its first line."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all models of a comparison have in common.
+
+    `scratch` is a folder for what does not fit into memory; `from_disk` says that the models do not.
+    """
 
     pair: Pair
     cls: Any
+    config: Any
     trust_remote_code: bool
     device: str
-    device_map: Any
-    offload: str | None
-    prompts: Prompts
-    large: bool
-    reference: list[torch.Tensor] = field(default_factory=list)
+    scratch: Path
+    need: float  # bytes of the widest of the models
+    from_disk: bool
+
+    @classmethod
+    def of(cls, pair: Pair, wide: torch.dtype, device: str, trust_remote_code: bool, scratch: Path) -> Setting:
+        """Raises PlanError for an architecture that cannot be built."""
+        config = build.load_config(pair.source.folder, trust_remote_code)
+        model = build.model_class(config, pair.source.folder, trust_remote_code)
+        sizes = (math.prod(e.shape) for e in pair.source.tensors.values() if e.dtype in TORCH_DTYPE)
+        need = float(sum(sizes) * wide.itemsize)
+        from_disk = need * SPARE >= memory(device)
+        return cls(pair, model, config, trust_remote_code, device, scratch, need, from_disk)
 
     def free(self) -> None:
         """Give back the memory of models that are not used any more: they hold themselves, by cycles.
 
         Looking for cycles walks through all of transformers, which takes longer than to run a small model.
         """
-        if self.large:
+        if self.need > LARGE:
             gc.collect()
+
+    def placement(self) -> dict[str, Any]:
+        """Where the weights go. On a GPU that is too small, accelerate spreads them; without, all stay on the disk."""
+        if not self.from_disk:
+            return {"device_map": {"": self.device}}
+        on_disk = "auto" if self.device.startswith("cuda") else {"": "disk"}
+        return {"device_map": on_disk, "offload_folder": str(self.scratch / "offload")}
 
 
 def own_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -61,23 +86,35 @@ def own_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return TORCH_DTYPE[sizes.most_common(1)[0][0]] if sizes else torch.float32
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _memory(device: str) -> float:
-    """Bytes that are free on a device."""
+def memory(device: str) -> float:
+    """Bytes that are free on a device: of the machine, and of what this process and its control group may take."""
     if device.startswith("cuda"):
         return float(torch.cuda.mem_get_info(torch.device(device))[0])
+    found = [math.inf]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return float(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
-    except (OSError, StopIteration):
-        return math.inf
+        found.append(float(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024)
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        for limit, used in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
+            if (soft := resource.getrlimit(limit)[0]) != resource.RLIM_INFINITY:
+                found.append(soft - float(status[used].split()[0]) * 1024)
+        group = Path("/sys/fs/cgroup")
+        limit_text = (group / "memory.max").read_text().strip()
+        if limit_text != "max":
+            used_here = float((group / "memory.current").read_text())
+            cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            found.append(float(limit_text) - used_here + float(cache.get("inactive_file", 0)))
+    except (OSError, StopIteration, ValueError, KeyError):
+        pass  # what this system does not tell is no limit
+    return max(min(found), 0.0)
 
 
 @contextmanager
-def _deterministic() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
     """float32 products in float32, and no gradients."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -88,37 +125,52 @@ def _deterministic() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _load(run: _Run, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    more = {"offload_folder": run.offload} if run.offload else {}
-    run.free()
-    with quiet_transformers():
-        return run.cls.from_pretrained(
+@contextmanager
+def its_own_errors() -> Iterator[None]:
+    """ModelError for whatever a model raises. Only loading and calling a model belongs in here: no code of ours."""
+    try:
+        with quiet_transformers():
+            yield
+    except Exception as error:  # a model's own code may raise anything
+        raise ModelError(first_line(error)) from error
+
+
+def load(setting: Setting, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """A checkpoint as its class, ready to run. Raises ModelError."""
+    setting.free()
+    with its_own_errors():
+        return setting.cls.from_pretrained(
             checkpoint.folder,
             dtype=dtype,
-            device_map=run.device_map,
-            trust_remote_code=run.trust_remote_code,
+            trust_remote_code=setting.trust_remote_code,
             experts_implementation="eager",  # the others know no float64
-            **more,
+            **setting.placement(),
         ).eval()
 
 
 @contextmanager
-def _weightless(model: Any, device: str) -> Iterator[int]:
-    """On a GPU, run the model's norms on this project's kernels; yields how many."""
+def weightless(model: Any, device: str) -> Iterator[int]:
+    """On a GPU, run the model's norms on this project's kernels, and their readers with them; yields how many norms."""
     if not device.startswith("cuda"):
         yield 0
         return
+    from flashnorm_cli.runtimes.transformers.deferred import defer, undefer
     from flashnorm_cli.runtimes.transformers.swap import norms_replaced
 
     with norms_replaced(model) as names:
-        yield len(names)
+        defer(model, measure=False)
+        try:
+            yield len(names)
+        finally:
+            undefer(model)
 
 
-def _fold_in_memory(run: _Run, config: Any, dtype: torch.dtype) -> Any:
-    """The source, folded in the reference dtype without rounding to its own."""
+def fold_in_memory(setting: Setting, dtype: torch.dtype) -> Any:
+    """The source, folded in the reference dtype without rounding to its own. Raises ModelError."""
     from safetensors import safe_open
 
-    pair, state = run.pair, {}
+    setting.free()
+    pair, state = setting.pair, {}
     for shard in pair.source.shards:
         with safe_open(pair.source.folder / shard, "pt") as file:
             for name in file.keys():  # noqa: SIM118
@@ -130,45 +182,59 @@ def _fold_in_memory(run: _Run, config: Any, dtype: torch.dtype) -> Any:
         factor = pair.factor(reader).to(dtype)
         origin = state[reader.values_from or name]
         state[name] = origin * factor.view([-1 if d == reader.dim else 1 for d in range(origin.ndim)])
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(setting.config)
     if pair.plan.untie and pair.expected_added:
         build.set_tie(config, False)
-    with quiet_transformers():
-        return run.cls.from_pretrained(
+    with its_own_errors():
+        return setting.cls.from_pretrained(
             None,
             config=config,
             state_dict=state,
             dtype=dtype,
-            device_map=run.device_map,
             experts_implementation="eager",
+            **setting.placement(),
         ).eval()
 
 
-def _batches(prompts: Prompts) -> Iterator[tuple[tuple[int, ...], ...]]:
+def _batches(prompts: Prompts, tokens: int) -> Iterator[tuple[tuple[int, ...], ...]]:
     """Neighbouring prompts of the same length, so that nothing has to be padded."""
     for _, same in groupby(prompts.ids, key=len):
         rows = list(same)
-        step = max(BATCH_TOKENS // len(rows[0]), 1)
+        step = max(tokens // len(rows[0]), 1)
         for i in range(0, len(rows), step):
             yield tuple(rows[i : i + step])
 
 
-def _logits(run: _Run, model: Any) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
-    """Each prompt with its logits, on the CPU: (tokens, vocabulary)."""
-    for rows in _batches(run.prompts):
-        tokens = torch.tensor(rows, device=_device_of(run, model))
-        accepted = inspect.signature(model.forward).parameters
-        inputs: dict[str, Any] = {
-            "input_ids": tokens,
-            "attention_mask": torch.ones_like(tokens),
-            "decoder_input_ids": tokens,
-            "use_cache": False,
-        }
-        output = model(**{name: value for name, value in inputs.items() if name in accepted})
-        found = (output.logits if "logits" in output else output.last_hidden_state).cpu()
+def logits_of(setting: Setting, model: Any, prompts: Prompts) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
+    """Each prompt with its logits, on the CPU: (tokens, vocabulary). Raises ModelError."""
+    for rows in _batches(prompts, FROM_DISK_TOKENS if setting.from_disk else BATCH_TOKENS):
+        found = call(setting, model, torch.tensor(rows))
         yield from zip(rows, found, strict=True)
 
 
-def _device_of(run: _Run, model: Any) -> torch.device:
+def call(setting: Setting, model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """A model's logits, or its last hidden states where it has none, on the CPU. Raises ModelError."""
+    output = outputs(setting, model, tokens)
+    with its_own_errors():
+        found: torch.Tensor = (output.logits if "logits" in output else output.last_hidden_state).cpu()
+    return found
+
+
+def outputs(setting: Setting, model: Any, tokens: torch.Tensor, **more: Any) -> Any:
+    """Everything that a model's forward gives for token ids of shape (rows, length). Raises ModelError."""
+    tokens = tokens.to(input_device(setting, model))
+    accepted = inspect.signature(model.forward).parameters
+    inputs: dict[str, Any] = {
+        "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens),
+        "decoder_input_ids": tokens,
+        "use_cache": False,
+    }
+    with its_own_errors():
+        return model(**{name: value for name, value in inputs.items() if name in accepted}, **more)
+
+
+def input_device(setting: Setting, model: Any) -> torch.device:
     """Where a model takes its input: the weights of one that is spread over devices may not be there yet."""
-    return torch.device(run.device) if model.device.type == "meta" else model.device
+    found: torch.device = model.device
+    return torch.device(setting.device) if found.type == "meta" else found

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 
-from flashnorm_cli.checkpoint.model import RECORD, Checkpoint, read_json
+from flashnorm_cli.checkpoint.model import RECORD, Checkpoint
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
 from flashnorm_cli.errors import PlanError
 from flashnorm_cli.plan.model import Norm, Plan, Reader
 from flashnorm_cli.plan.planner import make_plan
 from flashnorm_cli.proof.result import Finding
+from flashnorm_cli.record.read import FoldRecord
 
 IDENTITY, DROPPED, SOURCE, OTHER = "identity", "dropped", "source", "other"
 
@@ -28,21 +28,21 @@ class Pair:
 
     `states` maps each norm's tensor to IDENTITY, DROPPED, SOURCE (kept), or OTHER. `record` is the content of
     flashnorm.json, None where the checkpoint was folded by something else. `gains` are those of the folded norms,
-    float32 of shape (elements,).
+    of shape (elements,), float32 (float64 of an F64 norm).
     """
 
     source: Checkpoint
     folded: Checkpoint
     plan: Plan
     states: dict[str, str]
-    record: dict[str, Any] | None
+    record: FoldRecord | None
     gains: dict[str, torch.Tensor]
     findings: tuple[Finding, ...]
 
     @property
     def foreign(self) -> bool:
         """Whether another tool folded it: it may have rounded otherwise, and have left out files."""
-        return self.record is None or self.record.get("adopted") is True
+        return self.record is None or self.record.adopted
 
     @cached_property
     def norms(self) -> dict[str, Norm]:
@@ -68,7 +68,7 @@ class Pair:
         return "mixed" if {IDENTITY, DROPPED} <= found else "dropped" if DROPPED in found else "identity"
 
     def factor(self, reader: Reader) -> torch.Tensor:
-        """What a reader's channels are multiplied by: float32 of shape (shape[reader.dim],)."""
+        """What a reader's channels are multiplied by: float32 (float64 if a gain is) of shape (shape[reader.dim],)."""
         parts = []
         for run in reader.runs:
             gain = self.gains.get(run.norm or "")
@@ -82,7 +82,7 @@ def pair(source: Checkpoint, folded: Checkpoint, trust_remote_code: bool = False
 
     Raises FlashNormError if the source is folded itself, PlanError if its architecture cannot be planned.
     """
-    record = read_json(folded.folder / RECORD) if (folded.folder / RECORD).exists() else None
+    record = FoldRecord.read(folded.folder / RECORD) if (folded.folder / RECORD).exists() else None
     plan = make_plan(source, "auto", trust_remote_code)
     states = _states(source, folded, plan)
     # The files decide about the final norm. Keeping and untying were the user's choice, or another tool's.
@@ -104,14 +104,12 @@ def pair(source: Checkpoint, folded: Checkpoint, trust_remote_code: bool = False
     return Pair(source, folded, plan, states, record, gains, tuple(findings))
 
 
-def _claims(record: dict[str, Any] | None, tensor: str) -> bool:
+def _claims(record: FoldRecord | None, tensor: str) -> bool:
     """Whether the record says that a norm is folded. One without a readable list claims what the plan folds."""
     if record is None:
         return False
-    norms = record.get("norms")
-    if not isinstance(norms, list):
-        return True
-    return any(isinstance(n, dict) and n.get("tensor") == tensor and n.get("folded") is True for n in norms)
+    norms = record.entries("norms")
+    return norms is None or norms.get(tensor, {}).get("folded") is True
 
 
 def values(checkpoint: Checkpoint, name: str) -> torch.Tensor:
@@ -129,8 +127,9 @@ def values(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 
 def gain_of(source: Checkpoint, norm: Norm) -> torch.Tensor:
-    """The gain of a norm, `scale * weight + offset`, in float32 of shape (elements,)."""
-    return (values(source, norm.tensor).flatten().float() * norm.scale) + norm.offset
+    """The gain of a norm, `scale * weight + offset`, of shape (elements,): float32, float64 where it is stored so."""
+    stored = values(source, norm.tensor).flatten()
+    return ((stored if stored.dtype == torch.float64 else stored.float()) * norm.scale) + norm.offset
 
 
 def _states(source: Checkpoint, folded: Checkpoint, plan: Plan) -> dict[str, str]:

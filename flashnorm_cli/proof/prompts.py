@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +12,9 @@ from typing import Any
 
 import torch
 
+from flashnorm_cli.checkpoint.files import read_text
 from flashnorm_cli.checkpoint.model import Checkpoint
-from flashnorm_cli.errors import UsageError
+from flashnorm_cli.errors import FolderError, UsageError
 from flashnorm_cli.modeling import build
 from flashnorm_cli.modeling.quiet import quiet_transformers
 
@@ -20,18 +23,10 @@ PROMPTS = Path(__file__).parent / "prompts.txt"
 
 # Many short prompts rather than a few long ones: what happens to one token is carried on to those that follow it.
 PROMPT_TOKENS, ALL_TOKENS = 64, 1024
-
-
 TEXT_PROMPT_TOKENS, TEXT_TOKENS = 256, 4096  # of a file that the user gives
-
-
 MIN_TOKENS = 64
-
-
 RANDOM_PROMPTS, RANDOM_TOKENS = 32, 16  # where there is no tokenizer
-
-
-LOGITS_BYTES = 512 << 20  # that the reference's logits may take
+LENGTH_STEP = 16  # where each length costs a reading of the model
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,6 @@ def read_prompts(source: Checkpoint, text: Path | None, ids: Path | None, trust_
     positions = getattr(config, "max_position_embeddings", None)
     length, budget = (TEXT_PROMPT_TOKENS, TEXT_TOKENS) if text else (PROMPT_TOKENS, ALL_TOKENS)
     length = min(length, positions) if isinstance(positions, int) and positions > 0 else length
-    budget = max(min(budget, LOGITS_BYTES // (vocabulary * 8)), MIN_TOKENS)
     if ids is not None:
         rows = _rows_of_ids(ids, vocabulary)
         _enough(rows, ids)
@@ -67,13 +61,13 @@ def read_prompts(source: Checkpoint, text: Path | None, ids: Path | None, trust_
         if text is not None:
             raise UsageError("--text needs a tokenizer, and the source has none; pass --token-ids instead")
         return Prompts(
-            _random_ids(source, vocabulary, min(length, RANDOM_TOKENS)),
+            _random_ids(source, vocabulary, RANDOM_PROMPTS, min(length, RANDOM_TOKENS), seed=0),
             "random token ids (there is no tokenizer)",
             random=True,
         )
     try:
-        words = (text or PROMPTS).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        words = read_text(text or PROMPTS)
+    except (OSError, UnicodeDecodeError, FolderError) as error:
         raise UsageError(f"{text}: cannot be read as text: {error}") from error
     with quiet_transformers():
         # The built-in text is made of paragraphs on different matters; a file of the user's is one text.
@@ -85,7 +79,30 @@ def read_prompts(source: Checkpoint, text: Path | None, ids: Path | None, trust_
         if len(row) > 1 and sum(map(len, kept)) < budget:
             kept.append(tuple(row[: budget - sum(map(len, kept))]))
     _enough(kept, text or PROMPTS)
-    return Prompts(tuple(kept), str(text) if text else "the text that comes with flashnorm", tokenizer)
+    origin = str(text) if text else "the text that comes with flashnorm"
+    used, given = sum(map(len, kept)), sum(map(len, rows))
+    if text and used < given - length:
+        origin += f", the first of its {given:,} tokens"
+    return Prompts(tuple(kept), origin, tokenizer)
+
+
+def drawn_afresh(source: Checkpoint, count: int, seed: int | None = None) -> Prompts:
+    """Prompts of random token ids: `count` of them, or more. Without a seed no run before has seen them."""
+    config = build.load_config(source.folder, "auto_map" in source.config).get_text_config()
+    vocabulary = int(getattr(config, "vocab_size", 0) or 256)
+    positions = getattr(config, "max_position_embeddings", None)
+    length = min(RANDOM_TOKENS, positions) if isinstance(positions, int) and positions > 0 else RANDOM_TOKENS
+    ids = _random_ids(
+        source, vocabulary, max(2 * RANDOM_PROMPTS, count), length, secrets.randbits(63) if seed is None else seed
+    )
+    return Prompts(ids, "random token ids", random=True)
+
+
+def in_few_lengths(prompts: Prompts) -> Prompts:
+    """The prompts cut to multiples of `LENGTH_STEP` tokens and sorted by length: few batches hold them all."""
+    cut = [ids[: len(ids) // LENGTH_STEP * LENGTH_STEP] for ids in prompts.ids]
+    kept = sorted((ids for ids in cut if ids), key=len)
+    return dataclasses.replace(prompts, ids=tuple(kept)) if kept else prompts
 
 
 def _enough(rows: Sequence[Sequence[int]], path: Path) -> None:
@@ -98,8 +115,8 @@ def _enough(rows: Sequence[Sequence[int]], path: Path) -> None:
 
 def _rows_of_ids(path: Path, vocabulary: int) -> list[list[int]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        rows = json.loads(read_text(path))
+    except (OSError, ValueError, FolderError) as error:
         raise UsageError(f"{path}: cannot be read as JSON: {error}") from error
     if isinstance(rows, list) and rows and all(type(i) is int for i in rows):
         rows = [rows]
@@ -123,8 +140,8 @@ def _tokenizer(source: Checkpoint, trust_remote_code: bool) -> Any:
         return None
 
 
-def _random_ids(source: Checkpoint, vocabulary: int, length: int) -> tuple[tuple[int, ...], ...]:
-    """Ids without a special meaning: none that the config names."""
+def _random_ids(source: Checkpoint, vocabulary: int, count: int, length: int, seed: int) -> tuple[tuple[int, ...], ...]:
+    """`count` prompts of ids without a special meaning: none that the config names."""
     special: set[int] = set()
 
     def collect(value: Any, key: str) -> None:
@@ -139,6 +156,6 @@ def _random_ids(source: Checkpoint, vocabulary: int, length: int) -> tuple[tuple
 
     collect(build.load_config(source.folder, False).to_dict() if "auto_map" not in source.config else source.config, "")
     plain = torch.tensor([i for i in range(vocabulary) if i not in special] or [0])
-    generator = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(plain), (RANDOM_PROMPTS, length), generator=generator)
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(plain), (count, length), generator=generator)
     return tuple(tuple(row) for row in plain[picks].tolist())

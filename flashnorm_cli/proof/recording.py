@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint
+from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, Progress
 from flashnorm_cli.checkpoint.output import write_text
 from flashnorm_cli.plan.model import Plan
-from flashnorm_cli.proof.contract import json_equal
-from flashnorm_cli.proof.files import changed_files, hashed_files
-from flashnorm_cli.proof.levels import Levels
+from flashnorm_cli.proof.files import changed_files, file_facts, hashed_files, sha256_of
 from flashnorm_cli.proof.pairing import DROPPED, Pair
-from flashnorm_cli.proof.result import Verification, level_json
-from flashnorm_cli.record import write as records
+from flashnorm_cli.proof.result import EQUIVALENT, NOT_EQUIVALENT, Verification, level_json, verdict_of
+from flashnorm_cli.record.adopt import adopted
 
 
-def record_result(both: Pair, result: Verification, run: Levels, adopt: bool, wanted: bool) -> Verification:
-    """Write the result into the folded checkpoint, where it has a record or gets one now."""
+def record_result(
+    both: Pair,
+    result: Verification,
+    known: dict[str, str],
+    workers: int,
+    report: Progress,
+    adopt: bool,
+    wanted: bool,
+) -> Verification:
+    """Write the result into the folded checkpoint, where it has a record or gets one now.
+
+    `known` are the sha256 of files that a level has read whole.
+    """
     notes = []
-    said = both.record
-    hashes = _hashes(both.folded, run)
+    said = both.record.content if both.record else None
+    hashes = _hashes(both.folded, known, workers, report)
     before = (said or {}).get("verify")
     if isinstance(before, dict) and (changed := changed_files(before, hashes)):
         environment = before.get("environment")
@@ -33,13 +40,13 @@ def record_result(both: Pair, result: Verification, run: Levels, adopt: bool, wa
     weights = result.level("weights")
     if adopt and said is not None:
         notes.append("nothing to adopt: it has a record already")
-    elif adopt and (weights is None or weights.status != "passed" or not result.equivalent):
+    elif adopt and (weights is None or weights.status != "passed" or result.verdict == NOT_EQUIVALENT):
         notes.append("not adopted: only a checkpoint that passes level weights gets a record")
     elif adopt and not both.gains:
         notes.append("not adopted: no norm of it is folded")
     elif adopt:
         said = _adopt(both)
-        hashes[CONFIG] = _sha256(both.folded.folder / CONFIG)
+        hashes[CONFIG] = sha256_of(both.folded.folder / CONFIG)
         notes.append(f"adopted: wrote {RECORD}, and the flag into {CONFIG}")
     recorded = None
     if said is not None and both.folded.commit is None and (wanted or adopt):
@@ -58,11 +65,15 @@ def _entry(both: Pair, result: Verification, hashes: dict[str, str], before: Any
     for entry in levels.values():
         entry["date"] = result.environment["date"]
     if isinstance(before, dict) and before.get("files") == hashes and isinstance(before.get("levels"), dict):
-        levels = {**before["levels"], **levels}
-    statuses = {level["status"] for level in levels.values()}
+        # What ran before counts on; that it could not run again takes nothing away.
+        known = before["levels"]
+        now = {name: entry for name, entry in levels.items() if entry["status"] != "skipped" or name not in known}
+        levels = {**known, **now}
+    verdict = verdict_of({name: str(e.get("status")) for name, e in levels.items() if isinstance(e, dict)})
     headers = {name: header.raw for name, header in both.source.shards.items()}
     return {
-        "equivalent": "passed" in statuses and "failed" not in statuses,
+        "verdict": verdict,
+        "equivalent": verdict == EQUIVALENT,
         "levels": levels,
         "thresholds": result.thresholds,
         "environment": result.environment,
@@ -70,7 +81,7 @@ def _entry(both: Pair, result: Verification, hashes: dict[str, str], before: Any
             "name": result.source,
             "commit": result.commit,
             "files": {
-                name: records.file_facts(both.source.folder / name, headers.get(name), both.source.sha256.get(name))
+                name: file_facts(both.source.folder / name, headers.get(name), both.source.sha256.get(name))
                 for name in (CONFIG, *both.source.shards)
             },
         },
@@ -78,26 +89,18 @@ def _entry(both: Pair, result: Verification, hashes: dict[str, str], before: Any
     }
 
 
-def _hashes(folded: Checkpoint, run: Levels) -> dict[str, str]:
+def _hashes(folded: Checkpoint, known: dict[str, str], workers: int, report: Progress) -> dict[str, str]:
     """sha256 of every file that a verification speaks of; shards are only read if no level has."""
     names = hashed_files(folded)
-    missing = [name for name in names if name not in run.hashes]
-    done = 0
+    missing = [name for name in names if name not in known]
+    found, done = dict(known), 0
     total = sum((folded.folder / name).stat().st_size for name in missing)
-    with ThreadPoolExecutor(run.workers) as pool:
-        for name, digest in zip(missing, pool.map(lambda n: _sha256(folded.folder / n), missing), strict=True):
-            run.hashes[name] = digest
+    with ThreadPoolExecutor(workers) as pool:
+        for name, digest in zip(missing, pool.map(lambda n: sha256_of(folded.folder / n), missing), strict=True):
+            found[name] = digest
             done += (folded.folder / name).stat().st_size
-            run.report(done, total, "Hashing")
-    return {name: run.hashes[name] for name in names}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+            report(done, total, "Hashing")
+    return {name: found[name] for name in names}
 
 
 def _adopt(both: Pair) -> dict[str, Any]:
@@ -119,7 +122,7 @@ def _adopt(both: Pair) -> dict[str, Any]:
     )
     layout = "dropped" if any(both.states[name] == DROPPED for name in both.gains) else "identity"
     path = folded.folder / CONFIG
-    config = records.folded_config(folded.config, plan, layout)
-    if not json_equal(config, folded.config):
-        write_text(path, records.dump_like(config, path.read_text(encoding="utf-8")))
-    return {**records.full_record(both.source, plan, layout, {}), "adopted": True}
+    record, text = adopted(both.source, folded, plan, layout)
+    if text != path.read_text(encoding="utf-8"):
+        write_text(path, text)
+    return record

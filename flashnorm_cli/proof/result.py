@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,22 @@ LEVELS = ("weights", "layers", "logits")
 # What counts as equivalent: exact algebra in float32, and rounding no worse than the dtype's own.
 MAX_ALGEBRA_ERROR = 1e-5
 MAX_NOISE_RATIO = 1.5
+
+# The three verdicts. Nothing is called equivalent that was not run.
+EQUIVALENT, NOT_RUN, NOT_EQUIVALENT = "equivalent", "as planned, not run", "not equivalent"
+RUNS_MODELS = ("logits", "runtime:")  # levels that compare a forward of both models, apart from the plan
+
+
+def verdict_of(statuses: Mapping[str, str]) -> str:
+    """The verdict that levels ("weights", "runtime:vllm", ...) with these statuses allow.
+
+    A forward of both models has to have been compared. Where the checkpoint announces users besides the logits, level
+    users belongs to it: one that could not be run leaves the verdict open.
+    """
+    if "failed" in statuses.values():
+        return NOT_EQUIVALENT
+    ran = any(level.startswith(RUNS_MODELS) and status == "passed" for level, status in statuses.items())
+    return EQUIVALENT if ran and statuses.get("users", "passed") == "passed" else NOT_RUN
 
 
 @dataclass(frozen=True)
@@ -29,12 +46,12 @@ class Finding:
 class LevelResult:
     """The outcome of one level: "passed", "failed" (see `findings`) or "skipped" (see `reason`).
 
-    `figures` holds what the level measured, as JSON values; the keys are described where the level is computed.
+    `figures` holds what the level measured: one of the classes in `figures.py`, or what a record says of it.
     """
 
     level: str
     status: str
-    figures: dict[str, Any] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     notes: tuple[str, ...] = ()
     reason: str | None = None
@@ -62,10 +79,22 @@ class Verification:
     recorded: str | None = None
 
     @property
+    def verdict(self) -> str:
+        """EQUIVALENT, NOT_RUN or NOT_EQUIVALENT."""
+        return verdict_of({level.level: level.status for level in self.levels})
+
+    @property
     def equivalent(self) -> bool:
-        """No level failed, and at least one ran."""
-        statuses = {level.status for level in self.levels}
-        return "passed" in statuses and "failed" not in statuses
+        """A forward of both models was compared, and no level failed."""
+        return self.verdict == EQUIVALENT
+
+    def __bool__(self) -> bool:
+        return self.equivalent
+
+    @property
+    def skipped(self) -> tuple[LevelResult, ...]:
+        """Levels that were asked for and did not run, each with its reason."""
+        return tuple(level for level in self.levels if level.status == "skipped")
 
     def level(self, name: str) -> LevelResult | None:
         """The result of a level by its name."""
@@ -102,6 +131,7 @@ class Verification:
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values, without the plan."""
         return {
+            "verdict": self.verdict,
             "equivalent": self.equivalent,
             "folded": self.folded,
             "source": self.source,
@@ -117,15 +147,15 @@ class Verification:
 
 def level_json(level: LevelResult) -> dict[str, Any]:
     """A level as plain JSON values, without its name; what is empty is left out."""
-    plain = dataclasses.asdict(level)
-    del plain["level"]
-    return {key: _finite(value) for key, value in plain.items() if value not in ((), {}, None, [])}
+    plain = {field.name: getattr(level, field.name) for field in dataclasses.fields(level) if field.name != "level"}
+    plain["findings"] = [dataclasses.asdict(finding) for finding in level.findings]
+    return {key: _plain(value) for key, value in plain.items() if value is not None and value not in ((), {}, [])}
 
 
-def _finite(value: Any) -> Any:
-    """JSON knows neither inf nor NaN: they become null."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+def _plain(value: Any) -> Any:
+    """As JSON values, which know neither inf nor NaN: they become null."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
+        return [_plain(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

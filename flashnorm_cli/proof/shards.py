@@ -18,6 +18,7 @@ from flashnorm_cli.plan.model import Plan
 from flashnorm_cli.proof.pairing import DROPPED, IDENTITY, SOURCE, Pair
 from flashnorm_cli.proof.result import Finding
 from flashnorm_cli.proof.weights import _describe, _expected, _other_shape, _ShardStream
+from flashnorm_cli.record.read import FoldRecord
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,12 @@ def _pair(wanted: ShardPlan, source: Path, folded: Path, origins: Collection[Pat
     gains = {}
     for norm in wanted.plan.folded:
         raw, dtype = wanted.gains[norm.tensor]
-        values = torch.frombuffer(bytearray(raw), dtype=TORCH_DTYPE[dtype]).float()
+        stored = torch.frombuffer(bytearray(raw), dtype=TORCH_DTYPE[dtype])
+        values = stored if stored.dtype == torch.float64 else stored.float()
         gains[norm.tensor] = values * norm.scale + norm.offset
     made = DROPPED if wanted.dropped else IDENTITY
     states = {norm.tensor: made if norm.folded else SOURCE for norm in wanted.plan.norms}
     root = Path(source.absolute().anchor)
     theirs = Checkpoint(Source(str(source)), root, None, {}, shards, None)
     mine = Checkpoint(Source(str(folded)), root, None, {}, {_name(folded): read_header(folded)}, None)
-    return Pair(theirs, mine, wanted.plan, states, {}, gains, ())
+    return Pair(theirs, mine, wanted.plan, states, FoldRecord("a fold of this run", {}), gains, ())

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import os
+import datetime
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from flashnorm_cli._version import __version__
 from flashnorm_cli.adapters.files import CONFIG as ADAPTER
 from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, Progress, Source, read_json
 from flashnorm_cli.checkpoint.open import open_checkpoint
-from flashnorm_cli.errors import CheckpointError, UsageError
-from flashnorm_cli.proof.levels import DTYPES, Levels, environment
+from flashnorm_cli.errors import CheckpointError, FolderError, UsageError
+from flashnorm_cli.proof.levels import run_levels, threads
+from flashnorm_cli.proof.options import Access, VerifyOptions
 from flashnorm_cli.proof.pairing import pair
 from flashnorm_cli.proof.recording import record_result
 from flashnorm_cli.proof.result import (
@@ -23,9 +26,7 @@ from flashnorm_cli.proof.result import (
     LevelResult,
     Verification,
 )
-from flashnorm_cli.record.read import recorded_source
-
-RUNTIMES = ("vllm", "gguf")
+from flashnorm_cli.record.read import FoldRecord, recorded_source
 
 
 def verify(
@@ -50,6 +51,7 @@ def verify(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    follow_links: bool = False,
     trust_remote_code: bool = False,
     workers: int | None = None,
     command: str | None = None,
@@ -60,112 +62,96 @@ def verify(
     Args:
         folded: a local folder or a Hub id.
         source: the checkpoint that it was made from; by default the one that its record names.
-        levels: some of "weights", "layers", "logits"; by default all of them, where they can run.
-        runtimes: engines to run both checkpoints in: "vllm", "gguf" (llama.cpp).
-        tasks, limit: tasks of lm-evaluation-harness to run on both, and how many items of each.
-        text, token_ids: a text file, or a JSON file with lists of token ids, instead of the built-in prompts.
-        device: for layers and logits; by default "cuda" where there is one, else "cpu".
-        dtype: what the models run in; by default the one that they are stored in.
-        max_algebra: largest relative error of the logits of a fold made in float32.
-        max_ratio: largest ratio of the folded checkpoint's error to the noise floor, the source's own.
-        insist: run level logits although the model may not fit into memory, or the files are not right.
+        levels: some of "weights", "layers", "logits"; by default all of them.
+        runtimes, tasks, limit, text, token_ids, device, dtype, max_algebra, max_ratio, insist, trust_remote_code,
+            workers: see `VerifyOptions`.
         adopt: give a checkpoint that another tool has folded a record and flag, if it passes.
         record: write the result into flashnorm.json.
         revision, source_revision, token, cache_dir, local_files_only: as in huggingface_hub.
-        trust_remote_code: let the source's own Python code define the architecture.
-        workers: threads; by default the number of processors, 8 at most.
+        follow_links: follow links of both folders also where they lead out of them.
         command: how to reproduce this, for the record.
         on_progress: called with (done, all, what is going on).
+    Returns:
+        The verdict with what each level found; true where it is "equivalent".
     Raises:
         UsageError: the call contradicts itself or the file system.
         FlashNormError: the source is broken, folded itself, or cannot be planned.
     """
-    _check_call(levels, runtimes, dtype, workers, max_algebra, max_ratio)
-    device = _device(device)
+    chosen = {"device": device} if device is not None else {}
+    options = VerifyOptions(
+        levels=tuple(levels) or LEVELS,
+        runtimes=tuple(runtimes),
+        tasks=tuple(tasks),
+        limit=limit,
+        text=Path(text).expanduser() if text else None,
+        token_ids=Path(token_ids).expanduser() if token_ids else None,
+        dtype=dtype,
+        max_algebra=max_algebra,
+        max_ratio=max_ratio,
+        insist=insist,
+        trust_remote_code=trust_remote_code,
+        workers=workers,
+        **chosen,
+    )
+    access = Access(token, Path(cache_dir) if cache_dir else None, local_files_only, follow_links)
+    target = access.source(str(folded), revision)
+    origin = None if source is None else access.source(str(source), source_revision)
+    if origin is None and source_revision is not None:
+        raise UsageError("--source-revision needs --source")
+    return verify_pair(target, origin, options, access, adopt, record, command, on_progress)
+
+
+def verify_pair(
+    target: Source,
+    origin: Source | None,
+    options: VerifyOptions,
+    access: Access,
+    adopt: bool = False,
+    record: bool = True,
+    command: str | None = None,
+    on_progress: Progress | None = None,
+) -> Verification:
+    """As `verify`, for checkpoints that are named already; without `origin`, the one that the record names."""
     report = on_progress or (lambda done, total, what: None)
-    where = Path(cache_dir) if cache_dir else None
     report(0, 0, "Reading headers")
-    target = Source(str(folded), revision, token, where, local_files_only)
-    folder = Path(str(folded)).expanduser()
+    name, folder = target.name, Path(target.name).expanduser()
     if (folder / ADAPTER).is_file() and not (folder / CONFIG).exists():
         raise UsageError(
-            f"{folded}: is an adapter; name the folded checkpoint (`flashnorm fold-adapter` checks what it writes)"
+            f"{name}: is an adapter; name the folded checkpoint (`flashnorm fold-adapter` checks what it writes)"
         )
-    origin = _source_of(target, folder, source, source_revision, token, where, local_files_only)
+    if origin is None and folder.is_dir():
+        origin = _source_beside(name, folder, access)
+    where = environment(options.device, command)
     try:
-        mine = open_checkpoint(target, on_progress=report)
-        if (mine.folder / RECORD).exists():
-            read_json(mine.folder / RECORD)
+        folded = open_checkpoint(target, on_progress=report)
+        if (folded.folder / RECORD).exists():
+            FoldRecord.read(folded.folder / RECORD)
     except CheckpointError as error:
-        if not _was_checkpoint(folder):
+        if isinstance(error, FolderError) or not _was_checkpoint(folder):
             raise
-        return _broken(str(folded), origin, error, environment(device, command))
+        return _broken(name, origin, error, where)
     if origin is None:
-        origin = _recorded_source(mine, token, where, local_files_only)
-    theirs = open_checkpoint(origin, on_progress=report)
-    if theirs.folder.resolve() == mine.folder.resolve():
-        raise UsageError(f"{folded}: is the source itself; name a folded checkpoint and its source")
-    report(0, 0, f"Tracing {', '.join(theirs.config.get('architectures') or ['the model'])}")
-    both = pair(theirs, mine, trust_remote_code)
-
-    run = Levels(both, report, workers or min(os.cpu_count() or 1, 8), device, max_algebra, max_ratio)
-    run.trust_remote_code = trust_remote_code
-    run.dtype = DTYPES[dtype] if dtype else None
-    run.text = Path(text).expanduser() if text else None
-    run.token_ids = Path(token_ids).expanduser() if token_ids else None
-    run.insist = insist
-    results = run.all(tuple(levels) or (() if runtimes or tasks else LEVELS), runtimes, tasks, limit)
-
+        origin = _recorded_source(folded, access)
+    source = open_checkpoint(replace(origin, follow_links=access.follow_links), on_progress=report)
+    if source.folder.resolve() == folded.folder.resolve():
+        raise UsageError(f"{name}: is the source itself; name a folded checkpoint and its source")
+    report(0, 0, f"Tracing {', '.join(source.config.get('architectures') or ['the model'])}")
+    both = pair(source, folded, options.trust_remote_code)
+    run = run_levels(both, options, report)
     result = Verification(
-        folded=str(folded),
-        source=theirs.source.name,
-        commit=theirs.commit,
+        folded=name,
+        source=source.source.name,
+        commit=source.commit,
         foreign=both.foreign,
         plan=both.plan,
-        levels=tuple(results),
-        thresholds={"max_algebra_error": max_algebra, "max_noise_ratio": max_ratio},
-        environment=environment(device, command),
+        levels=run.results,
+        thresholds={"max_algebra_error": options.max_algebra, "max_noise_ratio": options.max_ratio},
+        environment=where,
     )
-    return record_result(both, result, run, adopt, record)
+    return record_result(both, result, run.hashes, threads(options), report, adopt, record)
 
 
 # ---- before the work -------------------------------------------------------------------------------------------------
-
-
-def _check_call(
-    levels: Collection[str],
-    runtimes: Collection[str],
-    dtype: str | None,
-    workers: int | None,
-    max_algebra: float,
-    max_ratio: float,
-) -> None:
-    for given, known, what in ((levels, LEVELS, "level"), (runtimes, RUNTIMES, "runtime")):
-        for each in given:
-            if each not in known:
-                raise UsageError(f"{what} is one of {', '.join(known)}, not {each!r}")
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
-    if workers is not None and workers < 1:
-        raise UsageError(f"workers has to be at least 1, not {workers}")
-    if not max_algebra > 0 or not max_ratio > 0:
-        raise UsageError("max_algebra and max_ratio have to be greater than 0")
-
-
-def _device(device: str | None) -> str:
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device)
-    except RuntimeError:
-        raise UsageError(f"{device!r} is no device; try cpu, cuda or cuda:1") from None
-    if kind.type not in ("cpu", "cuda"):
-        raise UsageError(f"{device!r}: only cpu and cuda are supported")
-    if kind.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"{device}: torch sees no CUDA device here")
-    if kind.index is not None and kind.type == "cuda" and kind.index >= torch.cuda.device_count():
-        raise UsageError(f"{device}: there are {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def _was_checkpoint(folder: Path) -> bool:
@@ -173,45 +159,26 @@ def _was_checkpoint(folder: Path) -> bool:
     return folder.is_dir() and ((folder / RECORD).exists() or any(folder.glob("*.safetensors*")))
 
 
-def _source_of(
-    target: Source,
-    folder: Path,
-    source: str | Path | None,
-    source_revision: str | None,
-    token: str | bool | None,
-    cache_dir: Path | None,
-    local_files_only: bool,
-) -> Source | None:
-    """The source that the call or a local record names; None where the record is on the Hub still."""
-    if source is not None:
-        return Source(str(source), source_revision, token, cache_dir, local_files_only)
-    if source_revision is not None:
-        raise UsageError("--source-revision needs --source")
-    if not folder.is_dir():
-        return None
+def _source_beside(name: str, folder: Path, access: Access) -> Source:
+    """The source that the record of a local folder names."""
     if not (folder / RECORD).exists():
         if not (folder / CONFIG).exists() and not _was_checkpoint(folder):
             read_json(folder / CONFIG)  # says that this is no checkpoint
-        raise UsageError(
-            f"{target.name}: has no {RECORD} that names its source; add --source <the model it was made from>"
-        )
-    return recorded_source(read_json(folder / RECORD), target.name, folder, token, cache_dir, local_files_only)
+        raise UsageError(f"{name}: has no {RECORD} that names its source; add --source <the model it was made from>")
+    record = FoldRecord.read(folder / RECORD)
+    return recorded_source(record, name, folder, access.token, access.cache_dir, access.local_files_only)
 
 
-def _recorded_source(
-    checkpoint: Checkpoint, token: str | bool | None, cache_dir: Path | None, local_files_only: bool
-) -> Source:
+def _recorded_source(checkpoint: Checkpoint, access: Access) -> Source:
     name = checkpoint.source.name
     path = checkpoint.folder / RECORD
     if not path.exists():
         raise UsageError(f"{name}: has no {RECORD} that names its source; add --source <the model it was made from>")
-    return recorded_source(read_json(path), name, checkpoint.folder, token, cache_dir, local_files_only)
+    record = FoldRecord.read(path)
+    return recorded_source(record, name, checkpoint.folder, access.token, access.cache_dir, access.local_files_only)
 
 
-# ---- the levels ------------------------------------------------------------------------------------------------------
-
-
-def _broken(folded: str, source: Source | None, error: CheckpointError, environment: dict[str, str]) -> Verification:
+def _broken(folded: str, source: Source | None, error: CheckpointError, where: dict[str, str]) -> Verification:
     """The result for files that do not hold together: something of the checkpoint is lost or cut off."""
     finding = Finding("files", str(error))
     return Verification(
@@ -222,8 +189,23 @@ def _broken(folded: str, source: Source | None, error: CheckpointError, environm
         plan=None,
         levels=(LevelResult("weights", "failed", findings=(finding,)),),
         thresholds={},
-        environment=environment,
+        environment=where,
     )
 
 
-# ---- the record ------------------------------------------------------------------------------------------------------
+def environment(device: str, command: str | None) -> dict[str, str]:
+    """Versions, device, date (ISO 8601, UTC) and command, as the record keeps them."""
+    import platform
+
+    import transformers
+
+    name = torch.cuda.get_device_name(torch.device(device)) if device.startswith("cuda") else platform.machine()
+    return {
+        "flashnorm": __version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": f"{device} ({name})",
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "command": command or "",
+    }

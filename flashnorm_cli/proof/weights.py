@@ -24,6 +24,7 @@ from flashnorm_cli.errors import CheckpointError
 from flashnorm_cli.proof import contract
 from flashnorm_cli.proof.blocks import BLOCK_BYTES, Block, ShardReader, blocks
 from flashnorm_cli.proof.diagnose import diagnose
+from flashnorm_cli.proof.figures import WeightsFigures
 from flashnorm_cli.proof.pairing import DROPPED, Pair
 from flashnorm_cli.proof.result import Finding, LevelResult
 
@@ -75,9 +76,7 @@ class _Outcome:
 def check_weights(pair: Pair, workers: int, report: Progress) -> tuple[LevelResult, dict[str, str]]:
     """Compare every tensor and file of a folded checkpoint with what the source and the plan say.
 
-    Returns the level's result, and the sha256 of each folded shard. figures: `tensors`, `changed` (that take a gain
-    or the identity), `identical` (bit for bit), `rounded_otherwise`, `differing`, `bytes_read`, `layout`, `folded`,
-    `kept` (norms).
+    Returns the level's result (figures: `WeightsFigures`), and the sha256 of each folded shard.
     """
     expected = _expected(pair)
     findings = [*contract.check(pair), *pair.findings]
@@ -118,17 +117,17 @@ def check_weights(pair: Pair, workers: int, report: Progress) -> tuple[LevelResu
     if not pair.gains:
         notes.append("no norm is folded: every one keeps the source's weight")
     notes += contract.notes(pair)
-    figures = {
-        "tensors": len(expected),
-        "changed": sum(want.factor is not None or want.fill is not None for want in expected.values()),
-        "identical": len(comparable) - len(rounded) - len(wrong),
-        "rounded_otherwise": len(rounded),
-        "differing": len(expected) - len(comparable) + len(wrong),
-        "bytes_read": outcome.bytes_read,
-        "layout": pair.layout,
-        "folded": len(pair.gains),
-        "kept": len(pair.plan.norms) - len(pair.gains),
-    }
+    figures = WeightsFigures(
+        tensors=len(expected),
+        changed=sum(want.factor is not None or want.fill is not None for want in expected.values()),
+        identical=len(comparable) - len(rounded) - len(wrong),
+        rounded_otherwise=len(rounded),
+        differing=len(expected) - len(comparable) + len(wrong),
+        bytes_read=outcome.bytes_read,
+        layout=pair.layout,
+        folded=len(pair.gains),
+        kept=len(pair.plan.norms) - len(pair.gains),
+    )
     status = "failed" if findings else "passed"
     return LevelResult("weights", status, figures, tuple(findings), tuple(notes)), outcome.hashes
 
@@ -322,7 +321,8 @@ class _ShardStream:
         size = TORCH_DTYPE[want.origin.dtype].itemsize
         source = reader.view(base + block.first * size, block.elements * size)
         values = torch.frombuffer(source, dtype=TORCH_DTYPE[want.origin.dtype])
-        wide = torch.float64 if want.origin.dtype == "F64" else torch.float32
+        double = want.origin.dtype == "F64" or (want.factor is not None and want.factor.dtype == torch.float64)
+        wide = torch.float64 if double else torch.float32
         product = values.to(wide)
         if want.factor is not None:
             # (outer, channels, inner): the block holds whole channels of one or more outer slices.

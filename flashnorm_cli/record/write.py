@@ -6,15 +6,17 @@ import hashlib
 import json
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from flashnorm_cli._version import __version__
-from flashnorm_cli.checkpoint.model import CONFIG, INDEX, RECORD, Checkpoint
+from flashnorm_cli.checkpoint.files import read_text
+from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint
 from flashnorm_cli.checkpoint.names import pattern_of
 from flashnorm_cli.plan.model import FORMAT, Plan
+from flashnorm_cli.record.read import LAYOUTS as LAYOUTS
 
-LAYOUTS = ("identity", "dropped")
 # Small files are hashed whole. A larger shard's sha256 is written where its bytes were hashed already, as those of the
 # Hub are when they come in: hashing gigabytes costs as much as folding them.
 HASH_UP_TO = 64 << 20
@@ -102,7 +104,8 @@ def file_facts(path: Path, header: bytes | None = None, sha256: str | None = Non
 
 def source_facts(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """Size and hashes of config, index and shards; where only a shard's header is here, what the Hub says of it."""
-    facts = {name: file_facts(checkpoint.folder / name) for name in (CONFIG, *([INDEX] if checkpoint.index else []))}
+    small = (CONFIG, *([checkpoint.index_name] if checkpoint.index else []))
+    facts = {name: file_facts(checkpoint.folder / name) for name in small}
     for name, header in checkpoint.shards.items():
         if (checkpoint.folder / name).exists():
             facts[name] = file_facts(checkpoint.folder / name, header.raw, checkpoint.sha256.get(name))
@@ -119,7 +122,7 @@ def full_record(checkpoint: Checkpoint, plan: Plan, layout: str, flushed: dict[s
         **plan.to_json(),
         "layout": layout,
         "source_files": source_facts(checkpoint),
-        "left_out": list(checkpoint.left_out),
+        "left_out": [asdict(each) for each in checkpoint.left_out],
         "flushed_to_zero": {name: flushed[name] for name in (*checkpoint.tensors, *plan.added) if flushed.get(name)},
         "verify": None,
     }
@@ -130,12 +133,12 @@ def texts(checkpoint: Checkpoint, plan: Plan, layout: str, flushed: dict[str, in
     found = {}
     if checkpoint.index is not None:
         dropped = frozenset(norm.tensor for norm in plan.folded) if layout == "dropped" else frozenset[str]()
-        original = (checkpoint.folder / INDEX).read_text(encoding="utf-8")
+        original = read_text(checkpoint.folder / checkpoint.index_name)
         if dropped or plan.added:
             index = folded_index(checkpoint.index, plan, dropped, list(checkpoint.shards)[-1], checkpoint)
             original = dump_like(index, original)
-        found[INDEX] = original
+        found[checkpoint.index_name] = original
     found[RECORD] = json.dumps(full_record(checkpoint, plan, layout, flushed), indent=2) + "\n"
-    original = (checkpoint.folder / CONFIG).read_text(encoding="utf-8")
+    original = read_text(checkpoint.folder / CONFIG)
     found[CONFIG] = dump_like(folded_config(checkpoint.config, plan, layout), original)
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,7 +142,7 @@ def draw(norms: list[NormError], limit: float, width: int, height: int) -> Chart
     )
 
 
-def chart_norms(figures: dict[str, Any], limit: float) -> list[NormError]:
+def chart_norms(figures: Mapping[str, Any], limit: float) -> list[NormError]:
     found: list[NormError] = []
     for row in dicts_in(figures.get("norms")):
         source, folded, ratio = (as_number(row.get(key)) for key in ("error_source", "error_folded", "ratio"))

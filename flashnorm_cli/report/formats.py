@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from markupsafe import Markup
@@ -22,13 +22,13 @@ SPACE = "\u00a0"  # between a number and its unit: no line ends there
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
-def figures_of(result: Verification, name: str) -> dict[str, Any]:
+def figures_of(result: Verification, name: str) -> Mapping[str, Any]:
     level = result.level(name)
     return level.figures if level else {}
 
 
 def dicts_in(value: Any) -> list[dict[str, Any]]:
-    return [v for v in value if isinstance(v, dict)] if isinstance(value, list | tuple) else []
+    return [dict(v) for v in value if isinstance(v, Mapping)] if isinstance(value, list | tuple) else []
 
 
 def as_number(value: Any) -> float | None:

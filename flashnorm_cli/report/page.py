@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,14 @@ from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from flashnorm_cli._version import __version__
 from flashnorm_cli.checkpoint.names import grouped, pattern_of
 from flashnorm_cli.plan.model import Norm, Plan
-from flashnorm_cli.proof.result import MAX_ALGEBRA_ERROR, MAX_NOISE_RATIO, Finding, LevelResult, Verification
+from flashnorm_cli.proof.result import (
+    EQUIVALENT,
+    MAX_ALGEBRA_ERROR,
+    MAX_NOISE_RATIO,
+    Finding,
+    LevelResult,
+    Verification,
+)
 from flashnorm_cli.report.chart import CHART_SIZES, chart_norms, draw
 from flashnorm_cli.report.formats import (
     anchor,
@@ -143,6 +150,13 @@ def verdict(result: Verification) -> Verdict:
         return Verdict("bad", "NOT equivalent", sentence + also + left_out, decisive)
     if not passed:
         return Verdict("open", "Not verified", "No level ran, so nothing is shown in either direction." + left_out)
+    if result.verdict != EQUIVALENT:
+        sentence = (
+            f"The files hold what the plan asks for, but no run of both models was compared (passed: {_names(passed)})."
+        )
+        if result.level("users") in skipped and result.level("logits") in passed:
+            sentence = f"Not everything that this checkpoint is used for was compared (passed: {_names(passed)})."
+        return Verdict("open", "As planned, not run", sentence + left_out)
     every = "the one level that was run" if len(passed) == 1 else f"all {len(passed)} levels that were run"
     sentence = f"The folded checkpoint is the same model as its source: it passed {every} ({_names(passed)})."
     return Verdict("good", "Equivalent", sentence + left_out)
@@ -163,7 +177,7 @@ def highlights(result: Verification) -> list[tuple[str, str, str]]:
         beside = f"relative error of the logits; limit {error(algebra_limit(result))}"
         found.append(("Algebra", error(logits["algebra_error"]), beside))
     top1 = {
-        who: as_number(logits[who].get("top1")) for who in ("source", "folded") if isinstance(logits.get(who), dict)
+        who: as_number(logits[who].get("top1")) for who in ("source", "folded") if isinstance(logits.get(who), Mapping)
     }
     if top1.get("folded") is not None:
         floor = f"; the source in {logits.get('dtype') or 'its own dtype'}: {percent(top1.get('source'))}"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from flashnorm_cli.runtimes.process import NEW_TOKENS, TOP, EngineError, Tops, call
+from flashnorm_cli.runtimes.process import TOP, EngineError, Tops, call
 
 LLAMA_CPP = "FLASHNORM_LLAMA_CPP"
 
@@ -31,14 +32,17 @@ def converted(folder: Path, dtype: str, scratch: Path) -> Path:
     return out
 
 
-def llama_cpp_settings(model: str, context: int) -> Any:
-    """xllamacpp's settings for a GGUF on the CPU, with `context` tokens, as exact as llama.cpp computes."""
+SLOTS = 8  # prompts that advance together: each step then reads the weights once for all of them
+
+
+def llama_cpp_settings(model: str, context: int, slots: int = 1) -> Any:
+    """xllamacpp's settings for a GGUF on the CPU, `context` tokens in each slot, as exact as llama.cpp computes."""
     import xllamacpp  # type: ignore[import-not-found]
 
     settings = xllamacpp.CommonParams()
     settings.model.path = model
-    settings.n_ctx = context
-    settings.n_parallel = 1
+    settings.n_ctx = context * slots
+    settings.n_parallel = slots
     settings.warmup = False
     settings.n_gpu_layers = 0
     # Keys, values and attention in float32: float16 would hide what is looked for.
@@ -47,9 +51,9 @@ def llama_cpp_settings(model: str, context: int) -> Any:
     return settings
 
 
-def llama_cpp_top(engine: Any, prefix: list[int], count: int) -> dict[int, float]:
-    """The `count` most likely next tokens with their log-probabilities."""
-    asked = {"prompt": prefix, "n_predict": 1, "n_probs": count, "cache_prompt": False}
+def llama_cpp_top(engine: Any, prefix: list[int], count: int, slot: int = 0) -> dict[int, float]:
+    """The `count` most likely next tokens with their log-probabilities. A slot keeps what it has evaluated already."""
+    asked = {"prompt": prefix, "n_predict": 1, "n_probs": count, "cache_prompt": True, "id_slot": slot}
     # Where the next token is a part of a character, the server answers without probabilities. They come from the
     # logits as they are, so the token itself may be any other: a letter.
     answer = engine.handle_completions(asked | {"temperature": 0.0, "logit_bias": [["e", 1000.0]]})
@@ -57,15 +61,22 @@ def llama_cpp_top(engine: Any, prefix: list[int], count: int) -> dict[int, float
     return {entry["id"]: entry["logprob"] for entry in place["top_logprobs"]}
 
 
-def run_llama_cpp(job: dict[str, Any]) -> Callable[[list[list[int]]], Tops]:
+def run_llama_cpp(job: dict[str, Any]) -> Callable[[list[list[int]]], list[Tops]]:
+    """Per prompt and prefix of it, the most likely next tokens. Each prefix costs one token: the rest is kept."""
     import xllamacpp
 
-    engine = xllamacpp.Server(llama_cpp_settings(job["model"], max(map(len, job["prompts"])) + NEW_TOKENS + 1))
+    slots = min(SLOTS, len(job["prompts"]))
+    engine = xllamacpp.Server(llama_cpp_settings(job["model"], max(map(len, job["prompts"])) + 2, slots))
 
-    def top(prefixes: list[list[int]]) -> Tops:
-        found = []
-        for prefix in prefixes:
-            found.append(llama_cpp_top(engine, prefix, TOP))
+    def tops(prompts: list[list[int]]) -> list[Tops]:
+        found: list[Tops] = [[] for _ in prompts]
+
+        def walk(slot: int) -> None:
+            for i in range(slot, len(prompts), slots):
+                found[i] = [llama_cpp_top(engine, prompts[i][: t + 1], TOP, slot) for t in range(len(prompts[i]))]
+
+        with ThreadPoolExecutor(slots) as pool:
+            list(pool.map(walk, range(slots)))
         return found
 
-    return top
+    return tops

@@ -6,7 +6,7 @@ import subprocess
 
 from flashnorm_cli.errors import FlashNormError
 
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS, TOP = 6, 48, 12, 20
+POSITIONS, PROMPT_TOKENS, TOP = 512, 64, 20  # that are compared; of one prompt; most likely tokens at each
 
 
 SECONDS = 3600.0  # for one model

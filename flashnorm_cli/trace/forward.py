@@ -12,9 +12,11 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from flashnorm_cli.errors import PlanError
+from flashnorm_cli.trace.judge import judge
 from flashnorm_cli.trace.result import Trace
 from flashnorm_cli.trace.tracer import GainTracer
 from flashnorm_cli.trace.values import tensors_in
+from flashnorm_cli.trace.words import model_words
 
 BATCH, TOKENS = 2, 6
 
@@ -31,11 +33,11 @@ class _Literals(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__format__ and args[0].device.type == "meta" and args[0].ndim == 0:
-            known = self.tracer.values.of(args[0])
+            known = self.tracer.state.values.of(args[0])
             if known is not None:
                 return format(known.item(), *args[1:])
-        if func == _SET_DATA and not self.tracer.same_weight(*args):  # module.to(dtype) sets what was there
-            self.tracer.lose("data", args)
+        if func == _SET_DATA and not self.tracer.state.same_weight(*args):  # module.to(dtype) sets what was there
+            self.tracer.state.escape_through_answer("data", args)
         out = func(*args, **(kwargs or {}))
         if (
             func in (torch.tensor, torch.as_tensor)
@@ -44,7 +46,7 @@ class _Literals(TorchFunctionMode):
             and not tensors_in(args)
         ):
             with torch.utils._python_dispatch._disable_current_modes():
-                self.tracer.values.set(out, torch.tensor(*args, **{**(kwargs or {}), "device": "cpu"}))
+                self.tracer.state.values.set(out, torch.tensor(*args, **{**(kwargs or {}), "device": "cpu"}))
         return out
 
 
@@ -53,14 +55,26 @@ def _inputs(model: PreTrainedModel, tracer: GainTracer, batch: int, length: int)
     signature = inspect.signature(model.forward).parameters
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 8)
     values = (torch.arange(batch * length) * 7 + 3).view(batch, length) % vocabulary
+    end = getattr(model.config.get_text_config(), "eos_token_id", None)
+    if model.config.is_encoder_decoder and isinstance(end, int) and 0 <= end < vocabulary > 1:
+        # Classifiers read the state at the end token, and want as many of those in each row.
+        values = torch.where(values == end, (end + 1) % vocabulary, values)
+        values[:, -1] = end
     tokens = torch.empty_like(values, device="meta")
-    tracer.values.set(tokens, values)
+    tracer.state.values.set(tokens, values)
     inputs: dict[str, Any] = {"input_ids": tokens}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens
     if "use_cache" in signature:
         inputs["use_cache"] = False
     return inputs
+
+
+def _needs_one_row(model: PreTrainedModel) -> bool:
+    """Whether it classifies sequences and has no token to pad them with: of several rows it finds no end."""
+    text = model.config.get_text_config()
+    pad = getattr(model.config, "pad_token_id", None)
+    return "Classification" in type(model).__name__ and (pad if pad is not None else text.pad_token_id) is None
 
 
 def trace_forward(model: PreTrainedModel) -> Trace:
@@ -75,30 +89,40 @@ def trace_forward(model: PreTrainedModel) -> Trace:
         PlanError: the forward cannot run on the meta device; the message names operation and module.
     """
     tracer = GainTracer(model)
-    _run(model, tracer, BATCH, TOKENS)
+    run_forwards(model, tracer)
+    return judge(tracer.state)
+
+
+def run_forwards(model: PreTrainedModel, tracer: GainTracer) -> None:
+    """Run the model under a tracer, as `trace_forward` says. Raises PlanError where the first forward cannot run."""
+    batch = 1 if _needs_one_row(model) else BATCH
+    _run(model, tracer, batch, TOKENS)
     tracer.auxiliary = True
-    for guesses in tracer.values.other_guesses():
-        tracer.values.guesses = guesses
+    for guesses in tracer.state.values.other_guesses():
+        tracer.state.values.guesses = guesses
         with suppress(PlanError):
-            _run(model, tracer, BATCH, TOKENS)
+            _run(model, tracer, batch, TOKENS)
     with suppress(PlanError):
         _run(model, tracer, 1, 1)
-    return tracer.finish()
 
 
 def _run(model: PreTrainedModel, tracer: GainTracer, batch: int, length: int) -> None:
     inputs = _inputs(model, tracer, batch, length)
     try:
-        with torch.no_grad(), torch.device("meta"), tracer.watching_modules(), _Literals(tracer), tracer:
+        with torch.no_grad(), torch.device("meta"), tracer.state.watching_modules(), _Literals(tracer), tracer:
             output = model(**inputs)
     except PlanError:
         raise
     except Exception as error:  # anything may come out of a model's own code, remote code included
-        last = str(error).strip().splitlines() or [type(error).__name__]
+        own = model_words(error)
+        why = (
+            f"{type(error).__name__}: {own}"
+            if own
+            else "an operation there goes by the values of its data, and a trace has shapes only"
+        )
         raise PlanError(
-            f"the forward of {type(model).__name__} cannot be traced: it stopped in `{tracer.module}` "
-            f"({type(error).__name__}: {last[-1] if 'TorchScript' in last[0] else last[0]})"
+            f"the forward of {type(model).__name__} cannot be traced: it stopped in `{tracer.state.module}` ({why})"
         ) from error
     finally:
-        tracer.leave_modules()
-    tracer.returned(output)
+        tracer.state.leave_modules()
+    tracer.state.on_output(output)

@@ -150,11 +150,13 @@ class Values:
         if name == "masked_select":
             source, mask = torch.broadcast_tensors(first, args[1])
             return source[tuple(self._select_all(mask).unbind(1))]
-        if name == "_unique2":
+        if name in ("_unique2", "unique_consecutive"):
             flat = self._guess(first).flatten()
             if self.of(first) is None:
                 flat = torch.arange(flat.numel()).to(flat.dtype)
-            return tuple(self._meta_with(t) for t in torch.unique(flat, True, True, True))
+            consecutive = name == "unique_consecutive"
+            found = torch.unique_consecutive(flat, True, True) if consecutive else torch.unique(flat, True, True, True)
+            return tuple(self._meta_with(t) for t in found)
         if name == "repeat_interleave" and func._overloadname == "Tensor":
             return self._meta_with(torch.repeat_interleave(self._guess(first).long()))
         if name == "equal":

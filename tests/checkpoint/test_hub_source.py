@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -177,7 +178,8 @@ def test_plan_reads_headers_only(hub: HubServer, cli: Cli, model: Path, tmp_path
     assert all(0 < n <= FIRST_BYTES + 1000 for n in sent.values())
     assert all(request.range for request in hub.log if request.host == "cdn")
     assert not list((tmp_path / "home").rglob("*.safetensors"))
-    expected = json.loads(json.dumps(make_plan(open_checkpoint(Source(str(model)))).to_json()))
+    local = open_checkpoint(Source(str(model)))
+    expected = json.loads(json.dumps({**make_plan(local).to_json(), "left_out": list(map(asdict, local.left_out))}))
     assert json.loads(result.stdout) == {**expected, "source": "user/tiny", "commit": repo.refs["main"]}
     assert list((tmp_path / "cwd").iterdir()) == []
 
@@ -217,8 +219,8 @@ def test_fold_is_the_fold_of_the_same_folder(
     result = cli("fold", "user/tiny", *options)
     assert (result.returncode, result.stderr) == (0, "")
     assert (
-        "Left out (weights in other formats, links to folders): consolidated.safetensors, pytorch_model.bin\n"
-        in result.stdout
+        "Left out, named like an export of the whole model: consolidated.safetensors (1.0 kB), "
+        "pytorch_model.bin (1.0 kB)\n" in result.stdout
     )
     assert [path.name for path in cwd.iterdir()] == ["tiny-FlashNorm"]
     assert set(weight_bytes(hub)) == {path.name for path in older.glob("model-*.safetensors")}
@@ -411,7 +413,7 @@ BROKEN = {
         "model-00001-of-00002.safetensors",
     ],
     'holds no safetensors, only .bin weights; convert it first: python -c "from transformers import '
-    "AutoModelForCausalLM as M; M.from_pretrained('user/repo', dtype='auto').save_pretrained('repo-safetensors')\"": [
+    "LlamaForCausalLM as M; M.from_pretrained('user/repo', dtype='auto').save_pretrained('repo-safetensors')\"": [
         "config.json",
         "pytorch_model.bin",
     ],
@@ -459,3 +461,64 @@ def test_hub_errors(
     hub.add_repo("user/repo", one_shard)
     hub.fail(request_, status=status)
     assert_fails(cli("plan", "user/repo"), tmp_path, f"user/repo: {words}")
+
+
+# ---- files of tensors that are no copy -------------------------------------------------------------------------------
+
+
+LOOK = """
+import json, sys
+from dataclasses import asdict
+from flashnorm_cli.checkpoint.model import Source
+from flashnorm_cli.checkpoint.open import fetch_others, open_checkpoint
+from flashnorm_cli.errors import FlashNormError
+try:
+    found = open_checkpoint(Source("user/repo"), weights=sys.argv[1] == "weights")
+    if sys.argv[1] == "others":
+        found = fetch_others(found)
+except FlashNormError as error:
+    sys.exit(str(error))
+here = [name for name in found.others if (found.folder / name).exists()]
+print(json.dumps([found.others, here, sorted(found.seen), [each.name for each in found.left_out]]))
+"""
+
+
+def test_a_file_on_the_hub_is_told_by_its_content(
+    hub: HubServer, cli: Cli, one_shard: Path, down: str, tmp_path: Path
+) -> None:
+    """A head in a pickle and a Dense layer come along, a copy under a strange name does not; a plan fetches neither."""
+    torch.save({"v_head.summary.weight": torch.ones(1, 4), "more": torch.ones(200_000)}, one_shard / "head [1].bin")
+    (one_shard / "2_Dense").mkdir()
+    save_file({"linear.weight": torch.ones(4, 4), "bias": torch.ones(90)}, one_shard / "2_Dense" / "model.safetensors")
+    torch.save({"lm_head.weight": torch.ones(4, 4)}, one_shard / "ema.pt")
+    torch.save({"lm_head.weight": torch.ones(4, 4)}, one_shard / "pytorch_model.bin")
+    hub.add_repo("user/repo", one_shard)
+    others = ["2_Dense/model.safetensors", "head [1].bin"]
+
+    def look(what: str, **env: str) -> list[list[str]]:
+        result = cli(what, code=LOOK, **env)
+        assert result.stderr == ""
+        return list(json.loads(result.stdout))
+
+    assert look("plan") == [others, [], [], ["ema.pt", "pytorch_model.bin"]]
+    whole = (one_shard / "head [1].bin").stat().st_size
+    assert sum(weight_bytes(hub).values()) < whole  # its names are at its end
+    assert look("others") == [others, others, others, ["ema.pt", "pytorch_model.bin"]]
+    offline = cli("weights", code=LOOK, HF_HUB_OFFLINE="1")
+    assert "not in the Hub cache" in offline.stderr or "network is off" in offline.stderr
+    assert look("weights") == [others, others, others, ["ema.pt", "pytorch_model.bin"]]
+    hub.log.clear()
+    (one_shard / "ema.pt").unlink()  # which was never fetched, so that it cannot be told without a network
+    assert "ema.pt is not in the Hub cache" in cli("weights", code=LOOK, HF_HUB_OFFLINE="1").stderr
+
+
+def test_a_file_of_the_hub_that_cannot_be_told_cheaply_travels(hub: HubServer, cli: Cli, one_shard: Path) -> None:
+    """An ONNX file that would take a request for each of thousands of tensors is not read through."""
+    graph = (b"*\x05B\x03a.b" + b"\x12\x80\x80\x40" + bytes(1 << 20)) * 80
+    size = len(graph)
+    head = b"\x08\x08\x3a" + bytes([size & 127 | 128, size >> 7 & 127 | 128, size >> 14 & 127 | 128, size >> 21])
+    (one_shard / "other.onnx").write_bytes(head + graph)
+    hub.add_repo("user/repo", one_shard)
+    result = cli("plan", code=LOOK)
+    assert (result.stderr, json.loads(result.stdout)[0]) == ("", ["other.onnx"])
+    assert sum(request.host == "cdn" for request in hub.log) < 80

@@ -263,6 +263,10 @@ def remote(code: str = "", **auto_map: str) -> Callable[[], None]:
 
 FOLD = "fold model out"
 TRUST = FOLD + " --trust-remote-code"
+FOREIGN = (
+    "model: is folded already, by another tool (config.json has {}); fold its source instead, or check this one and "
+    "give it a record: flashnorm verify model --source <its source> --adopt"
+)
 ALREADY = "is folded already ({} says so); folding twice would do nothing good. Fold its source instead"
 
 BAD: dict[str, tuple[Callable[[], object], str, int, str]] = {
@@ -350,10 +354,11 @@ BAD: dict[str, tuple[Callable[[], object], str, int, str]] = {
         "config.json names no architecture, and its model_type has no language model",
     ),
     "unknown architecture": (
-        config(architectures=["LamaForCausalLM"]),
+        config(architectures=["LamaForMaskedLM"]),
         FOLD,
         1,
-        "transformers ... has no model class LamaForCausalLM; a newer one may",
+        "transformers ... has no model class LamaForMaskedLM, and its auto classes nothing of that kind for model_type "
+        "llama; a newer one may",
     ),
     "not a model": (
         config(architectures=["LlamaConfig"]),
@@ -392,7 +397,7 @@ BAD: dict[str, tuple[Callable[[], object], str, int, str]] = {
         FOLD,
         1,
         'model: holds no safetensors, only .bin weights; convert it first: python -c "from transformers import '
-        "AutoModelForCausalLM as M; M.from_pretrained('model', dtype='auto').save_pretrained('model-safetensors')\"",
+        "LlamaForCausalLM as M; M.from_pretrained('model', dtype='auto').save_pretrained('model-safetensors')\"",
     ),
     "no weights": (
         remove(FIRST, SECOND, LAST, "model.safetensors.index.json"),
@@ -600,7 +605,25 @@ BAD: dict[str, tuple[Callable[[], object], str, int, str]] = {
         1,
         "model: " + ALREADY.format("flashnorm.json"),
     ),
-    "folded, by its flag": (config(flashnorm_folded=True), FOLD, 1, "model: " + ALREADY.format("config.json")),
+    "folded, by the flag of runtimes": (
+        config(flashnorm_folded=True),
+        FOLD,
+        1,
+        FOREIGN.format("flashnorm_folded true"),
+    ),
+    "folded by nano-vllm": (config(flash_norm=True), FOLD, 1, FOREIGN.format("flash_norm true")),
+    "folded by transformer-tricks": (
+        config(flashnorm=True, flashnorm_mode="compat"),
+        FOLD,
+        1,
+        FOREIGN.format("flashnorm true, flashnorm_mode compat"),
+    ),
+    "folded, by its class": (
+        config(architectures=["LlamaFlashNorm"]),
+        FOLD,
+        1,
+        FOREIGN.format("architectures LlamaFlashNorm"),
+    ),
     "folded, by its object": (config(flashnorm={"format": 1}), FOLD, 1, "model: " + ALREADY.format("config.json")),
     "folded, by both": (
         both(config(flashnorm_folded=True), write("model/flashnorm.json", "{}")),

@@ -312,7 +312,8 @@ def test_record(made: dict[str, Path], folds: dict[tuple[str, str], Path], famil
     assert {norm for reader in record["readers"] for norm, *_ in reader["runs"]} == names
     assert record["source"] == str(source)
     assert (record["commit"], record["verify"], record["flushed_to_zero"]) == (None, None, {})
-    assert record["left_out"] == list(LEFT_OUT)
+    assert [each["name"] for each in record["left_out"]] == list(LEFT_OUT)
+    assert all(each["reason"] and each["bytes"] == len(b"weights") for each in record["left_out"])
     for name, facts in record["source_files"].items():
         raw = (source / name).read_bytes()
         assert (facts["size"], facts["sha256"]) == (len(raw), hashlib.sha256(raw).hexdigest())
@@ -343,16 +344,25 @@ def test_other_files(made: dict[str, Path], folds: dict[tuple[str, str], Path], 
     assert {*KEPT_AS_THEY_ARE, "generation_config.json"} <= same
 
 
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
-def test_modes_follow_the_umask(made: dict[str, Path], tmp_path: Path, umask: int, mode: int) -> None:
+@pytest.mark.parametrize(("umask", "of_shards"), [(0o022, 0o600), (0o022, 0o664), (0o077, 0o644)])
+def test_modes_are_the_source_s_less_the_umask(
+    made: dict[str, Path], tmp_path: Path, umask: int, of_shards: int
+) -> None:
+    """As cp gives them: what only its owner may read does not become everybody's."""
+    source = shutil.copytree(made["llama"], tmp_path / "model")
+    modes = {path.name: of_shards for path in source.glob("model*.safetensors")}
+    modes |= {"tokenizer.json": 0o600, "LICENSE": 0o644, "chat_template.jinja": 0o755}
+    for name, mode in modes.items():
+        (source / name).chmod(mode)
     old = os.umask(umask)
     try:
-        folded = fold(made["llama"], tmp_path / "out").output
+        folded = fold(source, tmp_path / "out").output
     finally:
         os.umask(old)
-    for path in [folded, *folded.rglob("*")]:
-        expected = 0o777 & ~umask if path.is_dir() else mode
-        assert stat.S_IMODE(path.stat().st_mode) == expected, path
+    for name, mode in {**modes, "config.json": 0o666, "flashnorm.json": 0o666}.items():
+        assert stat.S_IMODE((folded / name).stat().st_mode) == mode & ~umask, name
+    for path in [folded, *(p for p in folded.rglob("*") if p.is_dir())]:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o777 & ~umask, path
 
 
 def test_a_shard_behind_a_link_is_read_and_not_written(made: dict[str, Path], tmp_path: Path) -> None:
@@ -474,7 +484,7 @@ def test_json(made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixtu
     embedding = all_tensors(made["smollm3"])["model.embed_tokens.weight"]
     assert value["bytes_added"] == len(embedding.data)
     assert value["bytes_written"] == sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))
-    assert value["left_out"] == list(LEFT_OUT)
+    assert value["left_out"] == json.loads((tmp_path / "out" / "flashnorm.json").read_text())["left_out"]
     assert value["resumed_shards"] == []
 
 

@@ -457,9 +457,11 @@ def test_target_is_never_replaced_or_followed(tmp_path: Path):
     assert job.source.read_bytes() == before
 
 
-def test_source_may_be_a_symlink_and_the_target_is_a_plain_file(tmp_path: Path):
+@pytest.mark.parametrize(("before", "after"), [(0o600, 0o600), (0o644, 0o640), (0o666, 0o640), (0o4755, 0o750)])
+def test_source_may_be_a_symlink_and_the_target_is_a_plain_file(tmp_path: Path, before: int, after: int):
+    """With the source's permissions, less the umask, as cp gives them."""
     job = write_file(tmp_path / "blob", {"w": ("F32", (64,), random_bytes("F32", (64,)))})
-    job.source.chmod(0o600)
+    job.source.chmod(before)
     link = tmp_path / "link"
     link.symlink_to(job.source)
     umask = os.umask(0o027)
@@ -469,7 +471,7 @@ def test_source_may_be_a_symlink_and_the_target_is_a_plain_file(tmp_path: Path):
         os.umask(umask)
     status = job.target.lstat()
     assert stat.S_ISREG(status.st_mode)
-    assert stat.S_IMODE(status.st_mode) == 0o640
+    assert stat.S_IMODE(status.st_mode) == after
     assert job.target.read_bytes() == job.source.read_bytes()
 
 

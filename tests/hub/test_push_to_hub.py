@@ -18,6 +18,7 @@ import pytest
 from hub_server import Fault, HubServer
 
 import flashnorm_cli
+from flashnorm_cli.checkpoint.output import work_folder
 from flashnorm_cli.errors import FlashNormError
 from flashnorm_cli.hub.card import REPORT
 from flashnorm_cli.hub.progress import watched
@@ -478,10 +479,12 @@ def test_no_folder_to_publish(folded: Path, tmp_path: Path) -> None:
     refused(Path(TARGET), "is a folder; the folder comes first", repo=str(out))
     refused(out, "--create-pr and --revision exclude each other", create_pr=True, revision="x")
     refused(out, "workers has to be at least 1", workers=0)
-    (tmp_path / ".out.partial").mkdir()
-    refused(out, r"out: its fold is not finished; run the same `flashnorm fold` again, .* \(or remove .out.partial")
     refused(tmp_path / ".out.partial" / "checkpoint", "out: its fold is not finished; run the same")
-    (tmp_path / ".out.partial").rmdir()
+    with work_folder(tmp_path / "gone", "0", ()) as work:  # a fold that has begun
+        refused(
+            tmp_path / "gone", r"gone: its fold is not finished: .*/.gone.partial \([\d,]+ bytes\) is the work folder"
+        )
+        assert work.path.exists()
     refused(MODEL, "has no flashnorm.json: it is no fold of flashnorm. Fold the model first: flashnorm fold")
     (out / SHARDS[0]).unlink()
     refused(out, "names model-00001-of-00002.safetensors, which is not there")

@@ -47,7 +47,7 @@ def test_within_twice_the_noise() -> None:
     assert figures["logprob_difference"] == pytest.approx(0.019)
     assert figures["tolerance"] == pytest.approx(0.0201)
     figures, (finding,) = runtimes.judge(REFERENCE, noisy, tops([-0.12, -0.22], [-0.32, -0.48]), TOKENS)
-    assert "most of all at token 2 after prompt 2: 8.00e-02" in finding.message
+    assert "most of all at token 2 of prompt 2: 8.00e-02" in finding.message
 
 
 def test_float32_has_a_tolerance_of_its_own() -> None:
@@ -68,7 +68,7 @@ def test_a_token_that_is_gone_is_an_error(broken: dict[int, float]) -> None:
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
 def test_without_vllm(folded: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("verify", folded, "--level", "weights", "--runtime", "vllm", "--json") == 0
+    assert run("verify", folded, "--level", "weights", "--runtime", "vllm", "--json") == 4
     level = json.loads(capsys.readouterr().out)["levels"]["runtime:vllm"]
     assert (level["status"], level["reason"]) == ("skipped", "vLLM is not installed: pip install vllm")
 
@@ -77,7 +77,7 @@ def test_llama_cpp_says_what_it_needs(
     folded: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(runtimes.LLAMA_CPP, raising=False)
-    assert run("verify", folded, "--runtime", "gguf", "--json") == 3  # nothing ran: nothing is proved
+    assert run("verify", folded, "--level", "weights", "--runtime", "gguf", "--json") == 4  # nothing ran
     level = json.loads(capsys.readouterr().out)["levels"]["runtime:gguf"]
     assert level["status"] == "skipped"
     assert runtimes.LLAMA_CPP in level["reason"]
@@ -110,7 +110,7 @@ def test_eval_is_judged_by_standard_errors() -> None:
 
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-evaluation-harness is installed")
 def test_without_lm_eval(folded: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("verify", folded, "--level", "weights", "--eval", "arc_easy", "--json") == 0
+    assert run("verify", folded, "--level", "weights", "--eval", "arc_easy", "--json") == 4
     level = json.loads(capsys.readouterr().out)["levels"]["eval"]
     assert (level["status"], "pip install" in level["reason"]) == ("skipped", True)
 
@@ -129,7 +129,7 @@ def test_lm_eval_on_a_task_of_our_own(folded: Path, tmp_path: Path, capsys: pyte
         "doc_to_choice: choices\ntarget_delimiter: ''\nmetric_list:\n  - metric: acc\n    aggregation: mean\n"
         "    higher_is_better: true\nmetadata:\n  version: 1.0\n"
     )
-    assert run("verify", folded, "--level", "weights", "--eval", tmp_path / "cloze.yaml", "--json") == 0
+    assert run("verify", folded, "--level", "weights", "--eval", tmp_path / "cloze.yaml", "--json") == 4
     (row,) = json.loads(capsys.readouterr().out)["levels"]["eval"]["figures"]["tasks"]
     assert row["source"] > 0.9  # trained text against letters
     assert abs(row["delta"]) <= 0.1

@@ -12,6 +12,7 @@ and forks for each run.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ from pathlib import Path
 
 IMPORTS = """
 import torch, transformers, huggingface_hub, huggingface_hub.hf_api
-import flashnorm_cli.cli, flashnorm_cli.folding.fold, flashnorm_cli.hub.fold_to_hub
+import flashnorm_cli.cli, flashnorm_cli.folding.fold, flashnorm_cli.hub.fold_to_hub, flashnorm_cli.proof.verify
 import transformers.models.llama.modeling_llama, transformers.loss.loss_utils
 """
 
@@ -106,6 +107,9 @@ def child(arguments: list[str], cwd: str, env: dict[str, str], log: str) -> int:
         for fd, suffix in ((1, ".out"), (2, ".err")):
             os.dup2(os.open(log + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
         sys.stdout, sys.stderr = (os.fdopen(fd, "w") for fd in (1, 2))
+        if "FAULTS" in env:  # tests/support/faults.c is preloaded
+            roots, at, action, error, path = json.loads(env["FAULTS"])
+            ctypes.CDLL(None).faults_arm(roots.encode(), ctypes.c_long(at), action, error, path.encode())
         try:
             main(arguments)
         except SystemExit as exit:

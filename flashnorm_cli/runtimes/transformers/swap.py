@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flashnorm_cli.norms.detect import PlainNorm, copy_with, plain_norms
 from flashnorm_cli.norms.ops import rms_norm
+from flashnorm_cli.runtimes.transformers.products import Group
 
 # (dtype of the input, dtype of the weight) -> (dtype that is normed in, dtype of the result)
 _Ways = dict[tuple[torch.dtype, torch.dtype], tuple[torch.dtype, torch.dtype]]
@@ -34,12 +35,17 @@ class _Weightless(nn.Module):
     _plain_norm: PlainNorm
     _ways: _Ways
     _wanted_grad: bool  # whether the weight is to be trained once it is in use again
+    _deferred: Group | None = None  # the product of its readers, which it hands on in the place of its own output
+    _readers: int = 0
     kernel_layer_name = _Absent()
 
     def forward(self, *arguments: Any, **more: Any) -> Any:
         norm = self._plain_norm
         if len(arguments) == 1 and not more:
             x: Tensor = arguments[0]
+            group = self._deferred
+            if group is not None and not self._forward_hooks and (product := group.emit(x, self._readers)) is not None:
+                return product
             weight: Any = self._parameters[norm.weight]
             way = self._ways.get((x.dtype, weight.dtype))
             if way is not None:
@@ -132,6 +138,7 @@ def make_weighted(module: nn.Module) -> None:
     if mine._wanted_grad:
         mine._plain_norm.parameter(module).requires_grad_(True)
     del mine._plain_norm, mine._ways, mine._wanted_grad
+    vars(module).pop("_deferred", None)
     _become(module, type(module).__mro__[2])
 
 

@@ -21,6 +21,7 @@ from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
 from flashnorm_cli.modeling import build, disk_names
 from flashnorm_cli.norms.detect import PlainNorm, norm_reader, own_forward
 from flashnorm_cli.record.read import identities, record_of
+from flashnorm_cli.runtimes.transformers.deferred import defer, states_of, undefer
 from flashnorm_cli.runtimes.transformers.swap import is_weightless, make_weighted, make_weightless, weightless_ways
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 HUB_ARGUMENTS = "cache_dir force_download proxies token revision local_files_only subfolder code_revision".split()
 
 
-def weightless(model: AnyModel) -> AnyModel:
+def weightless(model: AnyModel, deferred: bool = False) -> AnyModel:
     """Let the folded norms of a model run without their weights, in place.
 
     The norms are those that the record in `model.config` names (docs/checkpoint.md), found by their names on disk. Each
@@ -51,6 +52,13 @@ def weightless(model: AnyModel) -> AnyModel:
     Args:
         model: a transformers model that was loaded from a folded checkpoint, or folded by `fold_model_`; it may be
             quantized, spread over devices (`device_map`), or the base of a PEFT model, which may be passed itself.
+        deferred: run the linears behind each weightless norm together with it, as `flashnorm_cli.norms.norm_linear`:
+            q, k and v as one product, gate and up as one with their activation, residual adds in the product before.
+            Their weights become views of one matrix; names, `state_dict` and bytes in memory stay what they were. One
+            forward over three tokens shows what fits; the rest keeps the plain path, and `deferred_modules(model)`
+            says why. For inference: where a weight wants a gradient, and in train mode, the plain path runs. On a GPU
+            the first call measures which kernels to use (up to a minute; kept on disk). Results differ from the plain
+            path by rounding.
     Returns:
         The model.
     Raises:
@@ -70,11 +78,25 @@ def weightless(model: AnyModel) -> AnyModel:
     states = weightless_norms(base).values()
     left = sum(why is not None for why in states)
     logger.info("%d norms of %s run without weights, %d keep them", len(states) - left, type(base).__name__, left)
+    if deferred:
+        defer(base)
     return model
+
+
+def deferred_modules(model: nn.Module) -> dict[str, str | None]:
+    """What `weightless(model, deferred=True)` found: each folded norm, gated MLP and decoder layer by module name.
+
+    Returns:
+        None for modules that run merged, or why they keep the plain path; empty before that call. A norm runs with its
+        readers, an MLP with gate and up as one, a layer with its residual adds in its products.
+    """
+    return states_of(_base(model))
 
 
 def weighted(model: AnyModel) -> AnyModel:
     """Undo `weightless`: every norm is of its own class again, and reads its weight, which is trained if it was."""
+    undefer(model)
+    undefer(getattr(model, "_orig_mod", model))
     for module in list(model.modules()):
         if is_weightless(module):
             make_weighted(module)
@@ -129,7 +151,7 @@ class _Recorded(NamedTuple):
 
 
 def _recorded(model: PreTrainedModel) -> Iterator[_Recorded]:
-    named = disk_names.parameters_named(model, record_of(model.config)["folded"])
+    named = disk_names.parameters_named(model, sorted(record_of(model.config).folded))
     if not named:
         raise FlashNormError(
             f"{type(model).__name__} has none of the norms that its record names; was it loaded as another class?"
@@ -169,7 +191,7 @@ def _check_identity(recorded: _Recorded) -> None:
 # ---- both steps ------------------------------------------------------------------------------------------------------
 
 
-def from_pretrained(name: str | Path, **arguments: Any) -> Any:
+def from_pretrained(name: str | Path, *, deferred: bool = False, **arguments: Any) -> Any:
     """Load a folded checkpoint and make it weightless.
 
     The class is the one that config.json names, as `AutoModelForCausalLM` and its kin would choose. Both layouts load
@@ -179,6 +201,7 @@ def from_pretrained(name: str | Path, **arguments: Any) -> Any:
         name: a local folder or a Hub id.
         arguments: those of transformers' `from_pretrained`: dtype, device_map, revision, attn_implementation, ...
             `use_kernels` takes effect last, on the layers that are left.
+        deferred: as for `weightless`.
     Returns:
         The model in eval mode, or (model, loading info) with `output_loading_info=True`.
     Raises:
@@ -191,24 +214,24 @@ def from_pretrained(name: str | Path, **arguments: Any) -> Any:
     hub = {key: arguments[key] for key in HUB_ARGUMENTS if key in arguments}
     config = build.load_config(where, trust, **hub)
     try:
-        said = record_of(config)
+        record = record_of(config)
     except FlashNormError as error:
         raise type(error)(f"{name}: {error}") from error
     cls = build.model_class(config, where, trust, **hub)
     filled: dict[str, float] = {}
-    if said.get("layout") == "dropped":
-        cls = _filling(cls, said["folded"], identities(where, hub), filled)
+    if record.layout == "dropped":
+        cls = _filling(cls, sorted(record.folded), identities(where, hub), filled)
     late = {} if "kernel_config" in arguments else {k: arguments.pop(k) for k in ("use_kernels",) if k in arguments}
     loaded = cls.from_pretrained(where, **arguments)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
-    if said.get("layout") == "dropped":
+    if record.layout == "dropped":
         model.__class__ = cls.__mro__[1]
         for key, value in filled.items():
             _offload(model, key, value)
         for each in (model.config, model.config.get_text_config(decoder=True)):
             if hasattr(each, "flashnorm"):  # in memory they are all there, and save_pretrained will write them
                 each.flashnorm = {**each.flashnorm, "layout": "identity"}
-    weightless(model)
+    weightless(model, deferred)
     if late:
         model.set_use_kernels(**late)
     return loaded

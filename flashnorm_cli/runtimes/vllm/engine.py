@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flashnorm_cli.runtimes.process import NEW_TOKENS, TOP, Tops
+from flashnorm_cli.runtimes.process import TOP, Tops
 
 
-def run_vllm(job: dict[str, Any]) -> Callable[[list[list[int]]], Tops]:
+def run_vllm(job: dict[str, Any]) -> Callable[[list[list[int]]], list[Tops]]:
+    """Per prompt and prefix of it, the most likely next tokens."""
     # Settings that its CPU build needs on small machines; others ignore them.
     for name, value in {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}.items():
         os.environ.setdefault(name, value)
@@ -19,7 +20,7 @@ def run_vllm(job: dict[str, Any]) -> Callable[[list[list[int]]], Tops]:
 
     from flashnorm_cli.runtimes.vllm.norms import norm_states
 
-    longest = max(map(len, job["prompts"])) + NEW_TOKENS + 1
+    longest = max(map(len, job["prompts"])) + 2
     engine = LLM(
         model=job["model"],
         dtype=job["dtype"],
@@ -34,9 +35,12 @@ def run_vllm(job: dict[str, Any]) -> Callable[[list[list[int]]], Tops]:
     job["facts"] = {"norms": len(states), "norms_without_weight": sum(states.values())}
     settings = SamplingParams(temperature=0.0, max_tokens=1, logprobs=TOP, detokenize=False)
 
-    def top(prefixes: list[list[int]]) -> Tops:
-        asked = [{"prompt_token_ids": prefix} for prefix in prefixes]
-        outputs = engine.generate(asked, settings, use_tqdm=False)
-        return [{token: found.logprob for token, found in out.outputs[0].logprobs[0].items()} for out in outputs]
+    def tops(prompts: list[list[int]]) -> list[Tops]:
+        asked = [{"prompt_token_ids": p[: t + 1]} for p in prompts for t in range(len(p))]
+        outputs = iter(engine.generate(asked, settings, use_tqdm=False))
+        return [
+            [{token: found.logprob for token, found in next(outputs).outputs[0].logprobs[0].items()} for _ in prompt]
+            for prompt in prompts
+        ]
 
-    return top
+    return tops

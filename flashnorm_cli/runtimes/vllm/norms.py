@@ -6,9 +6,10 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+if TYPE_CHECKING:  # vLLM imports its plugins before it has chosen how to import torch
+    from torch import Tensor, nn
 
 KERNEL = "flashnorm"  # what vLLM's --ir-op-priority knows this project's kernels by
 
