@@ -223,7 +223,8 @@ def _no_answer(error: Exception, unreachable: str, later: str) -> str | None:
         why = first_line(str(chain[-1]).strip().splitlines()[:1]) or type(chain[-1]).__name__
         return f"{unreachable}: {why}" + (f"; {later}" if later == AGAIN else "")
     if _in_huggingface_hub(error):
-        return f"the Hub answered with something that cannot be read ({type(error).__name__}: {first_line(error)}); {later}"
+        what = f"{type(error).__name__}: {first_line(error)}"
+        return f"the Hub answered with something that cannot be read ({what}); {later}"
     return None
 
 
