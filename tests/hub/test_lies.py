@@ -389,7 +389,7 @@ NO_JSON = {
 
 @pytest.mark.parametrize("lie", NO_JSON)
 def test_no_json(hub: HubServer, run: Callable, expected: dict[str, bytes], tmp_path: Path, lie: str) -> None:
-    """One line, whatever a page, a proxy or half an answer stands in the way of; or what is not needed is not missed."""
+    """One line, whatever a page, a proxy or half an answer stands for; what is not needed is not missed."""
     asked = API if lie in ("page", "an object") else dict([*API.items()][:: 2 if lie == "cut" else 4])
     for what, pattern in asked.items():
         hub.faults.clear()
