@@ -81,6 +81,45 @@ def hub_reader(
     return read
 
 
+def _check_range(answer: Any, name: str, start: int, end: int, size: int, commit: str) -> None:
+    """Raise BadAnswer unless the head of an answer says that its body is the range that was asked for."""
+    for step in (*answer.history, answer):
+        if step.headers.get("X-Repo-Commit", commit) != commit:
+            raise BadAnswer(f"answered with {name} of another commit, {step.headers['X-Repo-Commit']}")
+        if step.headers.get("X-Linked-Size", str(size)) != str(size):
+            raise BadAnswer(f"says that {name} has {step.headers['X-Linked-Size']} bytes, and its listing {size}")
+    if answer.headers.get("Content-Encoding", "identity") != "identity":
+        raise BadAnswer(
+            f"answered with {name} compressed ({answer.headers['Content-Encoding']}), where bytes were asked"
+        )
+    whole = start == 0 and end == size
+    if answer.status_code == 200 and whole:
+        found: tuple[int, int, int] | None = (0, size, size)
+    elif answer.status_code == 206:
+        match = RANGE.fullmatch(answer.headers.get("Content-Range", "").strip())
+        found = (int(match[1]), int(match[2]) + 1, size if match[3] == "*" else int(match[3])) if match else None
+    else:
+        raise BadAnswer(
+            f"answered {answer.status_code} to a request for a part of {name}: it, or a proxy on the way, sends whole "
+            "files only"
+        )
+    if found != (start, end, size):
+        told = answer.headers.get("Content-Range") or "nothing"
+        raise BadAnswer(f"answered with another part of {name}: {told} instead of bytes {start}-{end - 1}/{size}")
+
+
+def _body(answer: Any, name: str, length: int) -> bytes:
+    """Exactly `length` bytes; of a longer answer, no more than it takes to see that it is one."""
+    data = bytearray()
+    for part in answer.iter_raw():
+        data += part
+        if len(data) > length:
+            raise BadAnswer(f"sent more than the {length} bytes of {name} that were asked for")
+    if len(data) < length:
+        raise BadAnswer(f"sent {len(data)} of the {length} bytes of {name} that were asked for")
+    return bytes(data)
+
+
 class RemoteFile(io.RawIOBase):
     """A file on the Hub for a parser that reads its beginning or its end: in blocks, and a few at most."""
 
@@ -121,45 +160,6 @@ class RemoteFile(io.RawIOBase):
             data += piece
             self._position += len(piece)
         return data
-
-
-def _check_range(answer: Any, name: str, start: int, end: int, size: int, commit: str) -> None:
-    """Raise BadAnswer unless the head of an answer says that its body is the range that was asked for."""
-    for step in (*answer.history, answer):
-        if step.headers.get("X-Repo-Commit", commit) != commit:
-            raise BadAnswer(f"answered with {name} of another commit, {step.headers['X-Repo-Commit']}")
-        if step.headers.get("X-Linked-Size", str(size)) != str(size):
-            raise BadAnswer(f"says that {name} has {step.headers['X-Linked-Size']} bytes, and its listing {size}")
-    if answer.headers.get("Content-Encoding", "identity") != "identity":
-        raise BadAnswer(
-            f"answered with {name} compressed ({answer.headers['Content-Encoding']}), where bytes were asked"
-        )
-    whole = start == 0 and end == size
-    if answer.status_code == 200 and whole:
-        found: tuple[int, int, int] | None = (0, size, size)
-    elif answer.status_code == 206:
-        match = RANGE.fullmatch(answer.headers.get("Content-Range", "").strip())
-        found = (int(match[1]), int(match[2]) + 1, size if match[3] == "*" else int(match[3])) if match else None
-    else:
-        raise BadAnswer(
-            f"answered {answer.status_code} to a request for a part of {name}: it, or a proxy on the way, sends whole "
-            "files only"
-        )
-    if found != (start, end, size):
-        told = answer.headers.get("Content-Range") or "nothing"
-        raise BadAnswer(f"answered with another part of {name}: {told} instead of bytes {start}-{end - 1}/{size}")
-
-
-def _body(answer: Any, name: str, length: int) -> bytes:
-    """Exactly `length` bytes; of a longer answer, no more than it takes to see that it is one."""
-    data = bytearray()
-    for part in answer.iter_raw():
-        data += part
-        if len(data) > length:
-            raise BadAnswer(f"sent more than the {length} bytes of {name} that were asked for")
-    if len(data) < length:
-        raise BadAnswer(f"sent {len(data)} of the {length} bytes of {name} that were asked for")
-    return bytes(data)
 
 
 def hub_headers(source: Source, commit: str, sizes: dict[str, int]) -> dict[str, Header]:

@@ -133,7 +133,7 @@ def hub_errors(name: str, writing: bool = False, disk: bool = True) -> Iterator[
         raise
     except errors.HFValidationError as error:
         no_name = "the Hub does not take this name" if writing else "no folder here, and not a Hub id"
-        raise UsageError(f"{name}: {no_name}: {one_line(error)}") from None
+        raise UsageError(f"{name}: {no_name}: {first_line(error)}") from None
     except Exception as error:  # whose they are is asked one by one; those of nobody here go on as they are
         why = (_why_not_written if writing else _why_not_read)(error) if disk or not is_disk_error(error) else None
         if why is None:
@@ -161,14 +161,14 @@ def _why_not_read(error: Exception) -> str | None:
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "is not in the Hub cache as a whole, and the network is off"
     if isinstance(error, errors.RemoteEntryNotFoundError):
-        return one_line(str(error).splitlines()[-1:])
+        return first_line(str(error).splitlines()[-1:])
     status = status_of(error)
     if status == 401:
         return "the Hub does not accept the token"
     if status is not None:
         words = _said(error) or getattr(getattr(error, "response", None), "reason_phrase", "")
         later = "; try again later" if status == 429 or status >= 500 else ""
-        return f"the Hub answered {status}{': ' if words else ''}{one_line(words)}{later}"
+        return f"the Hub answered {status}{': ' if words else ''}{first_line(words)}{later}"
     if isinstance(error, OSError) and error.filename:
         return f"the Hub cache: {error.strerror}: {error.filename}"
     return _no_answer(error, "no such folder here, and the Hub could not be reached", "try again later")
@@ -181,7 +181,7 @@ def _why_not_written(error: Exception) -> str | None:
         return NETWORK_OFF
     status = status_of(error)
     if status is not None:
-        return _refusal(status, one_line(_said(error)).rstrip("."))
+        return _refusal(status, first_line(_said(error)).rstrip("."))
     for link in _chain(error):
         if isinstance(link, OSError) and link.filename:
             return f"{link.strerror}: {link.filename}"
@@ -212,20 +212,19 @@ def _no_answer(error: Exception, unreachable: str, later: str) -> str | None:
     """Words for trouble without a status; None where the error is not one of the Hub's, the network's or the disk's."""
     chain = list(_chain(error))
     if bad := next((link for link in chain if isinstance(link, BadAnswer)), None):
-        return f"the Hub {one_line(bad)}; {later}"
+        return f"the Hub {first_line(bad)}; {later}"
     if is_bad_answer(error):
-        return f"the Hub sent another number of bytes than it lists: {one_line(error)}; {later}"
+        return f"the Hub sent another number of bytes than it lists: {first_line(error)}; {later}"
     if slow := next((link for link in chain if "Timeout" in type(link).__name__), None):
         return (
             f"the Hub did not answer in time ({type(slow).__name__}; HF_HUB_DOWNLOAD_TIMEOUT sets the seconds); {later}"
         )
     if isinstance(error, (OSError, RuntimeError)) or any(map(_of_a_library, chain)):
-        why = one_line(str(chain[-1]).strip().splitlines()[:1]) or type(chain[-1]).__name__
+        why = first_line(str(chain[-1]).strip().splitlines()[:1]) or type(chain[-1]).__name__
         return f"{unreachable}: {why}" + (f"; {later}" if later == AGAIN else "")
     if _in_huggingface_hub(error):
-        return (
-            f"the Hub answered with something that cannot be read ({type(error).__name__}: {one_line(error)}); {later}"
-        )
+        what = f"{type(error).__name__}: {first_line(error)}"
+        return f"the Hub answered with something that cannot be read ({what}); {later}"
     return None
 
 
@@ -246,7 +245,7 @@ def _said(error: BaseException) -> str:
     return next((str(words) for link in _chain(error) if (words := getattr(link, "server_message", None))), "")
 
 
-def one_line(text: object) -> str:
+def first_line(text: object) -> str:
     """The first line of what somebody else has written, as far as it can be printed, and not too long."""
     if isinstance(text, list):
         text = "".join(text)

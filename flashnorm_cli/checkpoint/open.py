@@ -231,8 +231,8 @@ def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Ch
         sizes, listed = cached_listing(source, folder)
     if CONFIG not in sizes:
         raise CheckpointError(f"{source.name}: there is no {CONFIG}: is this a transformers checkpoint?")
-    here = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    checked_files(source, folder, [n for n in here if not n.endswith(tuple(OTHER_WEIGHTS))], listed)
+    here = [name for name in find_files(folder).files if not name.endswith(tuple(OTHER_WEIGHTS))]
+    checked_files(source, folder, here, listed)
     config = _read_config(folder)
     index_name, index, names = _weights(config, folder, source.name, sizes)
     offline = source.local_files_only or constants.HF_HUB_OFFLINE
@@ -268,9 +268,17 @@ def _open_hub(source: Source, weights: bool, on_progress: Progress | None) -> Ch
     if absent and offline:
         raise FlashNormError(f"{source.name}: {shown(absent[0])} is not in the Hub cache, and the network is off")
     found = Checkpoint(
-        source, folder, commit, config, shards, index, tuple(others), tuple(left_out), index_name or INDEX
+        source,
+        folder,
+        commit,
+        config,
+        shards,
+        index,
+        tuple(others),
+        tuple(left_out),
+        index_name or INDEX,
+        sha256=sha256,
     )
-    found = replace(found, sha256=sha256)
     return fetch_others(found, on_progress) if weights else _with_seen(found)
 
 
@@ -285,6 +293,7 @@ def fetch_others(checkpoint: Checkpoint, on_progress: Progress | None = None) ->
         bar = progress_bar(f"Downloading {source.name}", on_progress)
         with hub_errors(source.name):
             _download(source, checkpoint.commit, allow_patterns=[glob.escape(name) for name in absent], tqdm_class=bar)
+        checked_files(source, checkpoint.folder, absent, cached_listing(source, checkpoint.folder)[1])
     return _with_seen(checkpoint)
 
 

@@ -216,7 +216,7 @@ def _shard_facts(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 def read_gains(checkpoint: Checkpoint, plan: Plan, raw: Mapping[str, bytearray] | None = None) -> dict[str, np.ndarray]:
     """Gains of the folded norms, by tensor: float32 of shape (elements,), float64 where the norm is stored so.
 
-    `raw` are their bytes, if they are here.
+    `raw` are the bytes of the norms' tensors, if they have been read.
     """
     gains = {}
     raw = raw if raw is not None else read_tensors(checkpoint, [norm.tensor for norm in plan.folded])

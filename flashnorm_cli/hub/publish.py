@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flashnorm_cli.checkpoint.hub_errors import RETRY_STATUS, WAITS, one_line, status_of, wait_after, with_retry
+from flashnorm_cli.checkpoint.hub_errors import RETRY_STATUS, WAITS, first_line, status_of, wait_after, with_retry
 from flashnorm_cli.checkpoint.model import LeftOut, Progress
 from flashnorm_cli.errors import FlashNormError
 from flashnorm_cli.hub.card import REPORT
@@ -229,7 +229,7 @@ def check_card(repository: Repository, card: str, folder: str) -> None:
         errors = said.get("errors") if isinstance(said, dict) else None
         words = [str(e.get("message")) for e in errors if isinstance(e, dict)] if isinstance(errors, list) else []
         raise FlashNormError(
-            f"the Hub does not take the card's metadata: {one_line('; '.join(words) or answer.text)}; mend them in "
+            f"the Hub does not take the card's metadata: {first_line('; '.join(words) or answer.text)}; mend them in "
             f"{folder}/{README}"
         )
 

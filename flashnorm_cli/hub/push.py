@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashnorm_cli.checkpoint.hub_errors import hub_errors, one_line, with_retry
+from flashnorm_cli.checkpoint.hub_errors import first_line, hub_errors, with_retry
 from flashnorm_cli.checkpoint.leftover import refuse_unfinished
 from flashnorm_cli.checkpoint.model import RECORD, Checkpoint, Progress, Source
 from flashnorm_cli.checkpoint.open import open_checkpoint
@@ -72,9 +72,9 @@ def push_to_hub(
     check_call(folded, repo_id, revision, create_pr, workers)
     report(0, 0, "Reading headers")
     checkpoint = _open_folded(Path(str(folded)).expanduser(), str(folded))
-    known = FoldRecord.read(checkpoint.folder / RECORD)
-    known.plan, known.source_sizes  # noqa: B018  (both raise here, before the long work)
-    record = known.content
+    written = FoldRecord.read(checkpoint.folder / RECORD)
+    written.plan, written.source_sizes  # noqa: B018  (both raise here, before the long work)
+    record = written.content
     hashes = file_hashes(checkpoint, workers or 4, report)
     standing = standing_of(record, hashes)
     if not standing.verified and not unverified:
@@ -150,7 +150,7 @@ def check_call(folded: str | Path, repo_id: str, revision: str | None, create_pr
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        why = one_line(" ".join(str(error).split()).split(". Use `repo_type`")[0])
+        why = first_line(" ".join(str(error).split()).split(". Use `repo_type`")[0])
         raise UsageError(f"{repo_id}: the Hub does not take this name; it looks like user/name ({why})") from None
     if create_pr and revision not in (None, "main"):
         raise UsageError("--create-pr and --revision exclude each other: a pull request is made against main")

@@ -103,7 +103,7 @@ class Repository:
             return None
         try:
             return parse_json(self.read(name, state.head))
-        except (ValueError, RecursionError):
+        except ValueError:
             return {}
 
 

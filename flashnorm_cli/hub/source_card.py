@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import TYPE_CHECKING, Any
 
-from flashnorm_cli.checkpoint.hub_errors import one_line
+from flashnorm_cli.checkpoint.hub_errors import first_line
 from flashnorm_cli.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def read_card(text: str) -> ModelCard:
     except CheckpointError:
         raise
     except Exception as error:  # whatever the YAML parser raises
-        why = one_line(" ".join(str(error).split()) or type(error).__name__)
+        why = first_line(" ".join(str(error).split()) or type(error).__name__)
         raise CheckpointError(
             f"README.md: its metadata cannot be read ({why}); correct the block between the ---"
         ) from error
@@ -64,7 +64,7 @@ def check_metadata(data: dict[Any, Any], where: str = "README.md") -> dict[str, 
     _check_size(data, where)
     for key in data:
         if not isinstance(key, str):
-            raise CheckpointError(f"{where}: its metadata have the key {one_line(repr(key))}, which is not a word")
+            raise CheckpointError(f"{where}: its metadata have the key {first_line(repr(key))}, which is not a word")
     for key in WORDS:
         if data.get(key) is not None and not isinstance(data[key], str):
             raise CheckpointError(f"{where}: `{key}` in its metadata is not a text; correct the block between the ---")

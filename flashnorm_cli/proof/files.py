@@ -38,7 +38,9 @@ HASH_UP_TO = 64 << 20
 
 
 def file_facts(path: Path, header: bytes | None = None, sha256: str | None = None) -> dict[str, Any]:
-    """What a record says of a file, found out afresh: size, sha256 where it is cheap or known, a shard's header's."""
+    """What a record says of a file, found out afresh: size, the sha256 of a shard's header, and that of the whole file
+    where it is cheap, or where `sha256` was computed over its bytes already.
+    """
     facts: dict[str, Any] = {"size": path.stat().st_size}
     if sha256 is not None:
         facts["sha256"] = sha256

@@ -95,4 +95,4 @@ def _pair(wanted: ShardPlan, source: Path, folded: Path, origins: Collection[Pat
     root = Path(source.absolute().anchor)
     theirs = Checkpoint(Source(str(source)), root, None, {}, shards, None)
     mine = Checkpoint(Source(str(folded)), root, None, {}, {_name(folded): read_header(folded)}, None)
-    return Pair(theirs, mine, wanted.plan, states, FoldRecord(folded.name, {}), gains, ())
+    return Pair(theirs, mine, wanted.plan, states, FoldRecord("a fold of this run", {}), gains, ())
