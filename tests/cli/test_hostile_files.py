@@ -212,7 +212,7 @@ def test_a_shard_that_was_replaced_is_not_read_on(tmp_path: Path, monkeypatch: p
         one.read(0, 4)
 
 
-# ---- records, adapters, cards ------------------------------------------------------------------------------------------------
+# ---- records, adapters, cards ----------------------------------------------------------------------------------------
 
 
 RECORDS: list[tuple[tuple[Any, ...], Any, str]] = [
