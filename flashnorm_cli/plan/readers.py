@@ -51,10 +51,15 @@ def _generation_code(cls: type) -> Iterator[User]:
 
 def _second_decoders(model: PreTrainedModel, trace: Trace) -> Iterator[User]:
     """Parts that no text forward entered, and that take hidden states as an input of theirs."""
+    import torch
+
     entered = {name[:n] for name in trace.reached for n, character in enumerate(name) if character == "."}
     for path, module in model.named_modules():
         above = path.rpartition(".")[0]
         if not path or path in entered or (above and above not in entered):  # a part of a part is named with it
+            continue
+        if isinstance(module, (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential)):
+            entered.add(path)  # its members are parts by themselves
             continue
         takes = [
             name

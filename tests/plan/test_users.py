@@ -316,7 +316,7 @@ class Speaker(nn.Module):
 class SpeakingLlama(transformers.LlamaForCausalLM):
     def __init__(self, config: transformers.LlamaConfig) -> None:
         super().__init__(config)
-        self.speaker = Speaker(config.hidden_size)
+        self.speakers = nn.ModuleList([Speaker(config.hidden_size)])
         self.post_init()
 
 
@@ -325,7 +325,7 @@ class ListeningLlama(SpeakingLlama):
 
     def __init__(self, config: transformers.LlamaConfig) -> None:
         super().__init__(config)
-        del self.speaker
+        del self.speakers
         self.projector = nn.Linear(config.hidden_size, config.hidden_size)
 
     def get_image_features(self, pixels: Tensor) -> Tensor:
@@ -335,14 +335,14 @@ class ListeningLlama(SpeakingLlama):
 class PooledLlama(SpeakingLlama):
     def __init__(self, config: transformers.LlamaConfig) -> None:
         super().__init__(config)
-        del self.speaker
+        del self.speakers
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
 
 
 @pytest.mark.parametrize(
     ("cls", "why"),
     [
-        (SpeakingLlama, "`speaker` was not reached by a text forward, and takes `context_hidden`"),
+        (SpeakingLlama, "`speakers.0` was not reached by a text forward, and takes `context_hidden`"),
         (PooledLlama, "`pooler.weight` was not reached by a text forward and may read it"),
         (ListeningLlama, None),
     ],
