@@ -75,13 +75,13 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, sync: bool = True) -> None:
     """Write a small file so that it is there as a whole or not at all; see `write_bytes`."""
-    write_bytes(path, text.encode("utf-8", "surrogateescape"))
+    write_bytes(path, text.encode("utf-8", "surrogateescape"), sync=sync)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a small file so that it is there as a whole or not at all, also after a power loss.
+def write_bytes(path: Path, data: bytes, *, sync: bool = True) -> None:
+    """Write a small file so that it is there as a whole or not at all; with `sync` also after a power loss.
 
     It is made under a name that nobody can guess, where nothing is, and then gets its own: what had that before is
     replaced, a link itself and not what it leads to. The mode is that of the file that it replaces, else what the umask
@@ -97,7 +97,8 @@ def write_bytes(path: Path, data: bytes) -> None:
                 if mode is not None:
                     os.fchmod(fd, mode)
                 write_all(fd, data)
-                os.fsync(fd)
+                if sync:
+                    os.fsync(fd)
             finally:
                 os.close(fd)
             os.rename(name, path.name, src_dir_fd=folder, dst_dir_fd=folder)
@@ -105,7 +106,8 @@ def write_bytes(path: Path, data: bytes) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(name, dir_fd=folder)
             raise
-        sync_folder(folder)
+        if sync:
+            sync_folder(folder)
     finally:
         os.close(folder)
 

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -93,6 +94,9 @@ def _check_names(output: Path, target: Path, sources: Collection[Path]) -> None:
         raise UsageError(f"{output}: exists and is not a folder")
     if target.is_dir() and os.path.ismount(target):
         raise UsageError(f"{output}: is where a file system is mounted, and keeps its name; name a folder inside it")
+    for part in target.parents:
+        if re.fullmatch(r"\..+\.partial", part.name):
+            raise UsageError(f"{output}: lies in {part.name}, the work folder of another output")
     partial = partial_folder(target)
     for source in sources:
         for path, name in ((target, output), (partial, partial)):

@@ -280,6 +280,7 @@ def test_source_against_every_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert check_output(Path("a/../out2/"), False, source) == tmp_path / "out2"
     assert check_output(Path("way/out2"), False, source).resolve() == tmp_path / "out2"
     refused("cannot be an output folder|mounted", Path("/"), tmp_path / "none" / "x")
+    refused("work folder of another output", Path(".out.partial/x"), source)
     refused("File name too long", Path("x" * 250), source)
     refused(".", Path("~no-such-user-here/out"), source)
 

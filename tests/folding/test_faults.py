@@ -39,7 +39,7 @@ pytestmark = [
 ]
 
 SHIM = Path(__file__).parents[1] / "support" / "faults.c"
-SAMPLE = os.environ.get("FLASHNORM_FAULTS", "5")  # runs per command
+SAMPLE = os.environ.get("FLASHNORM_FAULTS", "4")  # runs per command
 SEED = os.environ.get("FLASHNORM_FAULTS_SEED")
 TOKEN = "hf_writer"
 AS_PLANNED = 4  # level weights alone has run no model
