@@ -99,7 +99,7 @@ def _root(
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line. Exit codes: 0 done, 1 error, 2 wrong usage, 3 not equivalent, 4 not run, 130 interrupted."""
+    """Run the command line. Exit codes: 0 done, 1 error, 2 usage, 3 not equivalent, 4 not run, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     # Retries of huggingface_hub are none of the user's business until they have failed.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
