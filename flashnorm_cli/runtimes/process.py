@@ -6,7 +6,7 @@ import subprocess
 
 from flashnorm_cli.errors import FlashNormError
 
-POSITIONS, PROMPT_TOKENS, TOP = 512, 64, 20  # that are compared; of one prompt; most likely tokens at each
+POSITIONS, PROMPT_TOKENS, TOP = 256, 32, 20  # that are compared; of one prompt; most likely tokens at each
 
 
 SECONDS = 3600.0  # for one model

@@ -263,7 +263,7 @@ MUTATIONS = (
     Mutation("one merged expert forgotten", "mixtral", forget("model.layers.1.block_sparse_moe.experts.3.w3.weight"), (W, LAYERS), "model.layers.1.block_sparse_moe.experts.3.w3.weight", "was not folded into it"),
     Mutation("shared expert's gate forgotten", "qwen2_moe", forget("model.layers.1.mlp.shared_expert_gate.weight"), ALL, "model.layers.1.mlp.shared_expert_gate.weight", "was not folded into it"),
     Mutation("latent norm's reader forgotten (MLA)", "deepseek_v3", forget("model.layers.1.self_attn.kv_b_proj.weight"), ALL, "model.layers.1.self_attn.kv_b_proj.weight", "kv_a_layernorm.weight was not folded"),
-    Mutation("output head forgotten", "deepseek_v3", forget(HEAD), ALL, HEAD, "was not folded into it"),
+    Mutation("output head forgotten", "qwen2_moe", forget(HEAD), ALL, HEAD, "was not folded into it"),
     Mutation("untied head not scaled", "smollm3", lambda p: p.put(HEAD, p.before(EMBEDDING)), ALL, HEAD, "was not folded into it"),
     Mutation("gain applied twice", "smollm3", reader(V, ATTENTION_NORM, lambda g: g * g), ALL, V, "was applied twice"),
     Mutation("divided by the gain", "smollm3", reader(V, ATTENTION_NORM, lambda g: 1 / g), ALL, V, "was divided by the gain"),
