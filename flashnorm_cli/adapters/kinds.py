@@ -83,7 +83,7 @@ def check_adapter_config(config: dict[str, Any], where: str) -> None:
 
     fields = Fields(config, where, "it was edited or damaged: save the adapter again")
     optional: dict[str, tuple[Callable[[Any], bool], str]] = {
-        **dict.fromkeys(("task_type", "base_model_name_or_path", "revision"), (is_text, "a text or null")),
+        **dict.fromkeys(("peft_type", "task_type", "base_model_name_or_path", "revision"), (is_text, "a text or null")),
         **dict.fromkeys(("use_rslora", "ensure_weight_tying"), (lambda v: isinstance(v, bool), "true or false")),
         **dict.fromkeys(("target_parameters", "modules_to_save"), (are_texts, "a list of names or null")),
         "target_modules": (lambda v: is_text(v) or are_texts(v), "a pattern or a list of names"),
@@ -98,7 +98,6 @@ def check_adapter_config(config: dict[str, Any], where: str) -> None:
             "a list of token ids, or an object of such lists",
         ),
     }
-    fields.text("peft_type")
     for key, (check, wanted) in optional.items():
         if config.get(key) is not None:
             fields.get(key, check, wanted)
