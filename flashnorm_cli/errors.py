@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import reprlib
 import unicodedata
+from pathlib import PurePath
 
 EXIT_OK = 0
 EXIT_ERROR = 1
@@ -53,7 +54,9 @@ def one_line(text: str, most: int = MOST_OF_A_LINE) -> str:
 
 
 def shown(value: object) -> str:
-    """A value of a file, short and safe, for a message: names as they are, everything else as Python writes it."""
+    """A value of a file, short and safe, for a message: names and paths as they are, all else as Python writes it."""
+    if isinstance(value, PurePath):
+        return escaped(cut(str(value), MOST_OF_A_WORD))
     if isinstance(value, str):
         return escaped(cut(value, MOST_OF_A_NAME))
     return cut(_values.repr(value), MOST_OF_A_NAME)

@@ -67,6 +67,7 @@ def open_adapter(source: Source) -> Adapter:
         inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
         hint = f"; it holds adapters in {', '.join(inner)}: name one of them" if inner else ": is this a PEFT adapter?"
         raise CheckpointError(f"{source.name}: there is no {CONFIG}{hint}")
+    found = find_files(folder, source.follow_links)
     config = read_json(folder / CONFIG)
     check_adapter_config(config, str(folder / CONFIG))
     if not (folder / WEIGHTS).is_file():
@@ -79,7 +80,6 @@ def open_adapter(source: Source) -> Adapter:
                 "{'format': 'pt'})\""
             )
         raise CheckpointError(f"{source.name}: there is no {WEIGHTS}")
-    found = find_files(folder, source.follow_links)
     inside: dict[str, int] = {}  # adapters in subfolders, of steps of the training, say: their folders and bytes
     folders = {name.removesuffix(f"/{CONFIG}") for name in found.files if name.endswith(f"/{CONFIG}")}
     others, left_out = [], []

@@ -167,7 +167,9 @@ def _output_folder(
     for folder in (base.folder, Path(str(source)).expanduser() if source else base.folder):
         if folder.is_dir() and target.resolve() == folder.resolve():
             raise UsageError(f"{wanted}: is the base or its source; choose another output folder")
-        if folder.is_dir():
+        # Beside the folded weights that it is made for, in a folder of its own, an adapter is in nobody's way.
+        beside = folder is base.folder and target.resolve().is_relative_to(folder.resolve())
+        if folder.is_dir() and not beside:
             check_output(wanted, overwrite, folder, config=CONFIG, what="an adapter")
     return target
 
