@@ -26,9 +26,8 @@ def test_there_are_variants_that_fit(arch):
                     outputs = 1000
                     per_block = each.groups * each.lines or each.tiles * 16
                     assert each.blocks(outputs, activation) * per_block >= outputs * (2 if activation else 1)
-                    turns = (
-                        -(-k // (256 * each.parts)) if rows == 1 else -(-(-(-k // 32)) // (each.parts * each.chunks))
-                    )  # noqa: B002
+                    of_a_turn = each.parts * (256 if rows == 1 else 32 * each.chunks)
+                    turns = (k + of_a_turn - 1) // of_a_turn
                     assert 1 <= each.depth <= turns
 
 
