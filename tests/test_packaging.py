@@ -17,6 +17,7 @@ def test_every_package_is_listed(setuptools):
     folders = {p.parent.relative_to(ROOT) for p in (ROOT / "flashnorm_cli").rglob("__init__.py")}
     assert set(setuptools["packages"]) == {".".join(f.parts) for f in folders} | {
         "flashnorm_cli.kernels",
+        "flashnorm_cli.kernels.norm_linear",
         "flashnorm_cli.demo_model",
     }
 
@@ -28,7 +29,7 @@ def test_every_data_file_is_listed(setuptools):
         listed |= {p for pattern in patterns for p in (ROOT / folder).glob(pattern)}
     data = {
         p
-        for top in ("flashnorm_cli", "kernels/norms")
+        for top in ("flashnorm_cli", "kernels/norms", "kernels/norm_linear")
         for p in (ROOT / top).rglob("*")
         if p.is_file() and p.suffix not in (".py", ".pyc")
     }

@@ -150,6 +150,6 @@ def _one_row(k: int, paired: bool) -> Iterator[Variant]:
 
 def _few_rows(k: int, rows8: int) -> Iterator[Variant]:
     for parts, depth, tiles, chunks in _FEW_ROWS:
-        blocks = -(-k // 32)
-        turns = -(-blocks // (parts * chunks))
+        stretches = (k + 31) // 32
+        turns = -(-stretches // (parts * chunks))
         yield Variant("few_rows", parts, min(depth, turns), tiles=tiles, rows8=rows8, chunks=chunks)

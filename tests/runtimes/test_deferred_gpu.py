@@ -131,8 +131,10 @@ def decoded(model, tokens, compiled=False):
     return replay
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["graph", "compiled"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+# Not Gemma 3 compiled: its sliding cache counts in Python, so that stock and deferred alike compile each step anew.
+@pytest.mark.parametrize(
+    ("family", "compiled"), [("llama", False), ("gemma3", False), ("llama", True), ("qwen2", True)], ids=str
+)
 def test_decoding_in_a_graph(family, compiled):
     model, tokens = folded(family), ids(2, 12)
     wide = copy.deepcopy(model).float()
