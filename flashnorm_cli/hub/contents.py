@@ -73,6 +73,8 @@ def make_contents(fold: Fold, repo_id: str, base: Base | None, info: ModelInfo |
     folder = fold.checkpoint.folder
     cleaned, notes = _cleaned(fold.checkpoint, hashes)
     clean = {name: hashlib.sha256(data).hexdigest() for name, data in cleaned.items()}
+    if fold.standing.has_proof:
+        Verification.from_record(fold.record, repo_id)  # raises for one that nobody can read
     record = published_record(fold.record, repo_id, base, fold.standing.has_proof, clean)
     result = Verification.from_record(record, repo_id) if fold.standing.has_proof else None
     readme = folder / README

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashnorm_cli.checkpoint.places import LOCAL_PATH, last_part
+from flashnorm_cli.report.formats import dicts_in
 
 # Options of `verify` that are a part of what was checked; all others are about the machine or the output.
 KEPT_OPTIONS = (
@@ -58,8 +59,8 @@ def published_record(
         logits = levels.get("logits", {}).get("figures", {})
         if logits.get("text", BUILT_IN_TEXT) != BUILT_IN_TEXT:  # a text of the user's may be a private one
             logits["text"] = last_part(str(logits["text"]))
-            for row in logits.get("greedy", ()):
-                row.update(dict.fromkeys(("prompt", "source", "folded"), ""))
+            hidden = dict.fromkeys(("prompt", "source", "folded"), "")
+            logits["greedy"] = [row | hidden for row in dicts_in(logits.get("greedy"))]
     new["verify"] = entry
     return {key: without_paths(value, typed) for key, value in new.items()}
 

@@ -115,6 +115,9 @@ class Verification:
                 plain["findings"] = tuple(Finding(**finding) for finding in entry.get("findings", ()))
                 plain["notes"] = tuple(entry.get("notes", ()))
                 levels.append(LevelResult(**{**plain, "level": name}))
+            objects = [*(level.figures for level in levels), said["thresholds"], said["environment"]]
+            if not all(isinstance(value, Mapping) for value in objects):
+                raise TypeError("figures, thresholds and environment have to be objects")
             return cls(
                 folded=folded,
                 source=said["source"]["name"],

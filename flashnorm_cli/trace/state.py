@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,12 +85,15 @@ class State:
     @contextmanager
     def watching_modules(self) -> Iterator[None]:
         """Know the module that is running, for the words of a reason."""
+        thread = threading.get_ident()  # the hooks see the modules of every thread, and others may trace, too
 
         def enter(module: torch.nn.Module, _args: Any) -> None:
-            self._modules.append(self._names.get(id(module), type(module).__name__))
+            if threading.get_ident() == thread:
+                self._modules.append(self._names.get(id(module), type(module).__name__))
 
         def leave(_module: torch.nn.Module, _args: Any, _out: Any) -> None:
-            self._modules.pop()
+            if threading.get_ident() == thread:
+                self._modules.pop()
 
         before = torch.nn.modules.module.register_module_forward_pre_hook(enter)
         after = torch.nn.modules.module.register_module_forward_hook(leave)
