@@ -71,7 +71,8 @@ def check_metadata(data: dict[Any, Any], where: str = "README.md") -> dict[str, 
     for key in LISTS:
         value = data.get(key)
         several = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(item, SCALARS) for item in several) or (key == "tags" and isinstance(value, SCALARS)):
+        kinds = str if key == "base_model" else SCALARS  # the Hub is asked for it by that name
+        if not all(isinstance(item, kinds) for item in several) or (key == "tags" and isinstance(value, SCALARS)):
             what = "a list of words" if key == "tags" else "a word or a list of words"
             raise CheckpointError(f"{where}: `{key}` in its metadata is not {what}; correct the block between the ---")
     return data

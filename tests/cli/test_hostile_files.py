@@ -107,11 +107,14 @@ def test_names_from_files_on_stdout_and_stderr(
     assert run("plan", model, "--json") == 0
     assert ESCAPES in json.loads(capsys.readouterr().out)["unread"]
     config = json.loads((model / "config.json").read_text())
-    for key, value in (("model_type", ESCAPES), ("architectures", [ESCAPES])):
-        (model / "config.json").write_text(json.dumps({**config, key: value}))
-        assert run("plan", model) == 1
-        err = capsys.readouterr().err
-        assert "\\x1b" in err and len(err.splitlines()) == 1 and err[:-1].isprintable()
+    (model / "config.json").write_text(json.dumps({**config, "model_type": ESCAPES}))
+    assert run("plan", model) == 1
+    err = capsys.readouterr().err
+    assert "\\x1b" in err and len(err.splitlines()) == 1 and err[:-1].isprintable()
+    (model / "config.json").write_text(json.dumps({**config, "architectures": [ESCAPES]}))
+    assert run("plan", model) == 0  # as the auto classes take it, with a note
+    out = capsys.readouterr().out
+    assert "transformers does not know \\x1b" in out and all(line.isprintable() for line in out.splitlines())
 
 
 def test_the_plugin_s_warnings_are_short_and_safe() -> None:
@@ -159,7 +162,7 @@ def test_a_config_that_could_never_be(
     source: Path, tmp_path: Path, change: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for path in (source / "source").iterdir():
-        (tmp_path / path.name).symlink_to(path)
+        (tmp_path / path.name).write_bytes(path.read_bytes())
     config = json.loads((source / "source" / "config.json").read_text())
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
@@ -292,12 +295,12 @@ def test_an_adapter_config_of_the_wrong_type(change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "matter",
-    ["tags: text", "license: {a: 1}", "base_model: 3", "a: " + "[" * 5000, "tags:\n" + "- tag\n" * 100_000,
+    ["tags: text", "license: {a: 1}", "base_model: 3", "a: " + "[" * 5000, "tags:\n" + "- tag\n" * 200_000,
     ],
 )  # fmt: skip
 def test_a_card_of_the_wrong_type(matter: str) -> None:
     begun = time.process_time()
-    with pytest.raises(CheckpointError, match=r"^README\.md: .*; mend the block between the ---"):
+    with pytest.raises(CheckpointError, match=r"^README\.md: .*(correct|shorten) the block between the ---"):
         read_card(f"---\n{matter}\n---\n# A model\n")
     assert time.process_time() - begun < 2
 
@@ -336,7 +339,8 @@ def test_a_folder_that_goes_away_does_not_take_the_result(
         arguments = ("--level", "weights", "--no-record", "--report", folder / "r.html", *extra)
         assert run("verify", source / "folded", *arguments) == 1
         shown = capsys.readouterr()
-        assert json.loads(shown.out)["equivalent"] if extra else shown.out.startswith("Equivalent")
+        verdict = json.loads(shown.out)["verdict"] if extra else shown.out
+        assert verdict.lower().startswith("as planned, not run")
         assert "r.html" in shown.err and "bug" not in shown.err and len(shown.err.splitlines()) == 1
 
 
