@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashnorm_cli.checkpoint.files import Seen, kind_of, open_file
+from flashnorm_cli.checkpoint.disk import kind_of
+from flashnorm_cli.checkpoint.files import Seen, open_file
 from flashnorm_cli.checkpoint.model import Checkpoint
 from flashnorm_cli.errors import FlashNormError, FolderError, UsageError, shown
 
@@ -89,7 +90,7 @@ def find_files(folder: Path, follow_links: bool = False) -> Found:
             if stat.S_ISREG(status.st_mode):
                 files[relative] = Seen.of(status)
             elif not stat.S_ISDIR(status.st_mode):
-                raise FolderError(f"{shown(path)}: is {kind_of(status.st_mode)}, which cannot be carried over")
+                raise FolderError(f"{shown(path)}: is {kind_of(status)}, which cannot be carried over")
             else:
                 real = os.path.realpath(path) if is_link else f"{real_here}/{name}"
                 if real in above:

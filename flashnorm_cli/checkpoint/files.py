@@ -7,15 +7,8 @@ import stat
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from flashnorm_cli.checkpoint.disk import kind_of
 from flashnorm_cli.errors import FolderError, shown
-
-_KINDS = {
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFDIR: "a folder",
-}
 
 
 class Seen(NamedTuple):
@@ -31,21 +24,16 @@ class Seen(NamedTuple):
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def kind_of(mode: int) -> str | None:
-    """What a thing of this `st_mode` is where it is no plain file: "a named pipe", "a folder"; None for a file."""
-    return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no plain file")
-
-
 def open_file(path: Path | str) -> BinaryIO:
     """Open a plain file for reading; a link is followed.
 
     Raises FolderError for pipes, sockets and devices, without opening them: a pipe would wait, a device may act on it.
     OSError as from open, also for a folder.
     """
-    _refuse_special(path, Path(path).stat().st_mode)
+    _refuse_special(path, Path(path).stat())
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     try:
-        _refuse_special(path, os.fstat(fd).st_mode)  # it may have become another one in between
+        _refuse_special(path, os.fstat(fd))  # it may have become another one in between
         return os.fdopen(fd, "rb")
     except BaseException:
         os.close(fd)
@@ -58,6 +46,6 @@ def read_text(path: Path | str) -> str:
         return file.read().decode("utf-8")
 
 
-def _refuse_special(path: Path | str, mode: int) -> None:
-    if not stat.S_ISDIR(mode) and (kind := kind_of(mode)):
-        raise FolderError(f"{shown(path)}: is {kind}, not a file")
+def _refuse_special(path: Path | str, status: os.stat_result) -> None:
+    if not stat.S_ISDIR(status.st_mode) and not stat.S_ISREG(status.st_mode):
+        raise FolderError(f"{shown(path)}: is {kind_of(status)}, not a file")

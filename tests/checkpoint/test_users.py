@@ -134,6 +134,10 @@ ANNOUNCED = {
     "a shard by itself": (tensors("mtp.safetensors", eh_proj__weight=torch.zeros(WIDTH, 2 * WIDTH)), HEAD, "eh_proj"),
     "medusa": (torch_file("medusa_lm_head.pt", MEDUSA), HEAD, "medusa_lm_head.pt"),
     "an old pickle": (torch_file("value_head.bin", OrderedDict(VALUE_HEAD), zipped=False), HEAD, "value_head.bin"),
+    "a head within a state": (torch_file("last.ckpt", {"state_dict": TENSORS | V_HEAD}), HEAD, "v_head.weight"),
+    "a draft head's layer 0": (
+        tensors("draft.safetensors", layers__0__mlp__down_proj__weight=torch.zeros(WIDTH, 16)), HEAD, "down_proj"
+    ),
     "a head among a copy": (torch_file("pytorch_model.bin", TENSORS | V_HEAD), HEAD, "v_head.weight"),
     "a vector": (tensors("reward.safetensors", direction=torch.zeros(WIDTH)), HEAD, "direction"),
     "nextn": (settings(num_nextn_predict_layers=1), DRAFT, "num_nextn_predict_layers"),
@@ -179,6 +183,12 @@ QUIET = {
     "a copy": torch_file("pytorch_model.bin", TENSORS),
     "a copy of a trainer": torch_file("checkpoint-5/model.pt", TENSORS),
     "a copy under other names": torch_file("original/a.00.pth", dict(zip("abcdef", TENSORS.values(), strict=True))),
+    "a copy of the authors": torch_file(
+        "original/consolidated.00.pth",
+        dict(zip(("tok_embeddings.weight", "layers.0.a.weight", "layers.0.attention.wq.weight",
+                  "layers.0.feed_forward.w2.weight", "norm.weight", "output.weight"), TENSORS.values(), strict=True)),
+    ),
+    "a copy within a state": torch_file("last.ckpt", {"epoch": 1, "state_dict": TENSORS}),
     "a copy that wraps": torch_file("pytorch_model.bin", {f"module.{k}": v for k, v in TENSORS.items()}),
     "optimizer": torch_file("optimizer.pt", {"state": {0: {"exp_avg": torch.zeros(20, WIDTH)}}}),
     "arguments": torch_file("training_args.bin", {"lr": 1.0}),

@@ -308,3 +308,15 @@ def test_a_long_card() -> None:
     started = time.monotonic()
     build_card(facts(None, source_card="\n" * 3_000_000 + "---\nlicense: mit\n---\n" + " \n---" * 500_000))
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("level", ["weights", "logits"])
+@pytest.mark.parametrize("value", [None, [], "much"])
+def test_a_verification_without_figures_is_none(level: str, value: Any) -> None:
+    record = load("llama")
+    record["verify"]["levels"][level]["figures"] = value
+    with pytest.raises(CheckpointError, match="holds no verification"):
+        Verification.from_record(record, "me/out")
+    record["verify"]["levels"][level]["figures"] = {"greedy": value, "text": "mail.txt"}
+    new = published_record(record, "me/out", None, verified=True)
+    assert "much" not in json.dumps(new["verify"]["levels"]["logits"])
