@@ -196,7 +196,7 @@ def bench(
     tokens: int = 256,
     batch: int = 1,
     modes: tuple[str, ...] = MODES,
-    ways: tuple[str, ...] = WAYS,
+    ways: tuple[str, ...] = (*WAYS, TUNED_INDUCTOR),
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Time the model in every mode and way. Ways take turns; gains are medians over pairs of one turn.

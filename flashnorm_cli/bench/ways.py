@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 TUNED_INDUCTOR = "stock, coordinate descent"  # stock; under torch.compile, with Inductor's own search
 WAYS = (
     "stock",
-    TUNED_INDUCTOR,
     "notebook swap",
     "F.rms_norm",
     "flashnorm",
