@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,7 +56,9 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises CheckpointError, with the path, if it cannot be read or is something else."""
     try:
         with open_file(path) as file:
-            value = parse_json(file.read(MAX_BYTES + 1))
+            # What is asked for is allocated first: not half a gigabyte for every config.
+            size = os.fstat(file.fileno()).st_size
+            value = parse_json(file.read(min(size, MAX_BYTES) + 1))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(f"{path}: cannot be read as JSON: {reason}") from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -823,7 +824,11 @@ def own_code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Remote code is copied to the user's cache otherwise."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        for name in [n for n in sys.modules if n.partition(".")[0] == "transformers_modules"]:
+            patch.delitem(sys.modules, name)  # of another test's cache
         yield
+        for name in [n for n in sys.modules if n.partition(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize(
