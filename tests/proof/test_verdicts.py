@@ -262,7 +262,7 @@ def test_a_model_larger_than_the_memory_is_run_from_disk(tmp_path: Path, folded_
     families.save(model, tmp_path / "source", dtype=torch.bfloat16)
     weights = sum(p.numel() for p in model.parameters()) * 4
     fold(tmp_path / "source", tmp_path / "folded")
-    room = weights * 3 // 4
+    room = weights * 15 // 16
     command = [sys.executable, "-c", LIMITED, tmp_path / "folded", tmp_path / "source", folded_once, MODEL, room]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
