@@ -11,6 +11,7 @@ import torch
 from flashnorm_cli.checkpoint.header import Header, TensorEntry
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
 from flashnorm_cli.errors import PlanError
+from flashnorm_cli.folding.rotation import Rotation
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,23 @@ class Fill:
     value: float
 
 
-Edit = Scale | Fill
+@dataclass(frozen=True)
+class Rotate:
+    """Multiply a tensor by the gain of `scale`, if there is one, and then every vector along each of `dims` by Q.
+
+    Both in float32 (float64 where gain or tensor are), rounded once to the tensor's dtype: BF16, F16, F32 or F64.
+    """
+
+    rotation: Rotation
+    dims: tuple[int, ...]
+    scale: Scale | None = None
+
+    @property
+    def origin(self) -> tuple[Path, Header, str] | None:
+        return self.scale.origin if self.scale else None
+
+
+Edit = Scale | Fill | Rotate
 
 
 class _Scaling:
@@ -44,6 +61,8 @@ class _Scaling:
     A tensor of shape (outer..., channels, inner...) is flattened to (outer * channels * inner,); element i
     takes gain[i // inner % channels].
     """
+
+    changed = "times their gain"
 
     def __init__(self, entry: TensorEntry, scale: Scale) -> None:
         self.name = entry.name
