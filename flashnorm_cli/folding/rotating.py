@@ -41,9 +41,7 @@ class Rotating:
         if self.scale and gain is not None:
             fits = 0 <= self.scale.dim < number and gain.shape == (entry.shape[self.scale.dim],)
             if not fits or not gain.isfinite().all():
-                raise PlanError(
-                    f"tensor {entry.name!r}: a gain of shape {list(gain.shape)} does not fit, or is not finite"
-                )
+                raise PlanError(f"tensor {entry.name!r}: its gain does not fit, or is not finite")
         self.dtype = TORCH_DTYPE[entry.dtype]
         self.itemsize = self.dtype.itemsize
         double = self.dtype == torch.float64 or (gain is not None and gain.dtype == torch.float64)
@@ -86,7 +84,7 @@ class Panel:
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """Where it lies, from the start of the tensor: (offset, length) in bytes, in order."""
-        outer, channels, inner = self.shape
+        _, channels, inner = self.shape
         whole, itemsize = math.prod(self.rotating.shape[self.dim + 1 :]), self.rotating.itemsize
         if inner == whole:
             yield self.outer[0] * channels * whole * itemsize, self.length
@@ -150,6 +148,6 @@ def _refuse_infinite(panel: Panel, wide: torch.Tensor) -> None:
     values = wide.to(rotating.dtype)
     if not bool(values.isfinite().all()):
         raise GainOverflowError(
-            f"tensor {rotating.name!r}: a value, rotated, of {wide[~values.isfinite()][0].item():g} is beyond the largest"
-            f" {rotating.dtype_name} value, {torch.finfo(rotating.dtype).max:g}"
+            f"tensor {rotating.name!r}: a rotated value of {wide[~values.isfinite()][0].item():g} is beyond the "
+            f"largest {rotating.dtype_name} value, {torch.finfo(rotating.dtype).max:g}"
         )

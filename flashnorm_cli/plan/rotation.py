@@ -7,6 +7,7 @@ followed to the disk, and everything is refused that may touch the stream where 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from flashnorm_cli.trace.companions import profile, varying_dims
 from flashnorm_cli.trace.stream import Stream
 from flashnorm_cli.trace.stream_rules import trace_stream
 
+ROTATED_STATES = "all hidden states come out rotated, too: only the logits are the source's"
 REFUSED = "the residual stream cannot be rotated: "
 
 
@@ -41,9 +43,20 @@ def with_rotation(checkpoint: Checkpoint, traced: TracedPlan, kind: str, seed: i
     changed = {*tensors, *(r.tensor for r in traced.plan.readers), *(n.tensor for n in traced.plan.folded)}
     return dataclasses.replace(
         traced.plan,
+        notes=(*traced.plan.notes, ROTATED_STATES),
         rotation=PlannedRotation(kind, stream.size, seed, tensors),
         bytes_changed=sum(e.nbytes for name, e in checkpoint.tensors.items() if name in changed),
     )
+
+
+def stream_json(checkpoint: Checkpoint, traced: TracedPlan) -> dict[str, Any]:
+    """The residual stream as plain JSON values: what writes it and reads it on disk, or why it cannot be rotated."""
+    try:
+        stream = rotatable(checkpoint, traced)
+        tensors = tensors_of(checkpoint, traced, stream)
+    except PlanError as error:
+        return {"size": None, "tensors": {}, "refused": str(error).removeprefix(REFUSED)}
+    return {"size": stream.size, "tensors": {name: list(dims) for name, dims in tensors.items()}, "refused": None}
 
 
 def rotatable(checkpoint: Checkpoint, traced: TracedPlan) -> Stream:
@@ -57,7 +70,7 @@ def rotatable(checkpoint: Checkpoint, traced: TracedPlan) -> Stream:
     unread = [name for name in plan.unread if not NOT_A_READER.search(name)]
     if unread:
         raise PlanError(
-            f"{REFUSED}`{pattern_of(unread[0])}` is on disk and not read by the model, and who uses it may read the stream"
+            f"{REFUSED}`{pattern_of(unread[0])}` is on disk and not read by the model; its user may read the stream"
         )
     quantized = next((each for each in quantizations(checkpoint) if not each.only_cache()), None)
     if quantized is not None:
