@@ -18,8 +18,8 @@ from flashnorm_cli.errors import PlanError
 from flashnorm_cli.plan.model import PlannedRotation
 
 # What float32 may add to a rotated value, in units of 2^-24 times the root mean square of its vector: four times what
-# was seen over sizes from 2 to 5120, with single channels up to 10,000 times as large as the others (Hadamard: 32; random
-# ones sum over all n channels: 127 for n = 576).
+# was seen over sizes from 2 to 5120, with single channels up to 10,000 times as large as the others (Hadamard: 32;
+# random ones, which sum over all n channels: 127 for n = 576).
 NOISE = {"hadamard": 128.0, "random": 512.0}
 
 
@@ -66,7 +66,8 @@ def _stream(name: str) -> Iterator[int]:
 @lru_cache(2)
 def random_signs(n: int, seed: int) -> torch.Tensor:
     """Bit k of the stream, lowest bit of each byte first: 0 is +1, 1 is -1."""
-    stream, found = _stream(f"flashnorm signs {seed}"), []
+    stream = _stream(f"flashnorm signs {seed}")
+    found: list[float] = []
     while len(found) < n:
         byte = next(stream)
         found += [-1.0 if byte >> bit & 1 else 1.0 for bit in range(8)]
