@@ -122,6 +122,11 @@ def check_weights(pair: Pair, workers: int, report: Progress) -> tuple[LevelResu
             f"{len(rounded)} tensors were rounded in another way than flashnorm rounds, by {units:.1f} units in the "
             "last place at most"
         )
+    if pair.plan.rotation is not None:
+        notes.append(
+            f"the {len(pair.plan.rotation.tensors)} rotated tensors were recomputed in float64, and compared with what their "
+            "dtype makes of that, give or take the noise of float32 sums"
+        )
     if not pair.gains:
         notes.append("no norm is folded: every one keeps the source's weight")
     notes += contract.notes(pair)
