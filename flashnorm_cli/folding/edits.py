@@ -119,3 +119,20 @@ def _without_short_loops(gain: torch.Tensor, inner: int) -> tuple[torch.Tensor, 
     if inner == 1 and 0 < len(gain) < 1024:
         gain = gain.repeat(1024 // len(gain))
     return gain, inner
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def any_zero_or_inf(values: torch.Tensor, order: torch.Tensor | None = None) -> bool:
+    """Whether any element is zero, inf or NaN, in two passes over the bits.
+
+    Twice the bits are a number without its sign bit. Less one, and unsigned, it is largest for zero (all ones), then
+    for NaN, for inf, and then for the finite values. Adding half of the unsigned range instead of subtracting one makes
+    it the same order for signed numbers. `order` is a buffer for that, of integers as wide as the values.
+    """
+    bits = _BITS[values.itemsize]
+    half = torch.iinfo(bits).max
+    order = torch.add(half, values.view(bits), alpha=2, out=order)
+    inf = int(torch.tensor(torch.inf, dtype=values.dtype).view(bits).item())
+    return order.amax().item() >= 2 * inf - half - 2

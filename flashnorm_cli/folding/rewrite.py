@@ -37,14 +37,12 @@ import torch
 from flashnorm_cli.checkpoint.header import Header, build_header
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
 from flashnorm_cli.errors import GainOverflowError, GainUnderflowError, PlanError
-from flashnorm_cli.folding.edits import Edit, Fill, Rotate, Scale, _Scaling
+from flashnorm_cli.folding.edits import _BITS, Edit, Fill, Rotate, Scale, _Scaling, any_zero_or_inf
 from flashnorm_cli.folding.rotating import Panel, Rotating, panels, rotate_panel
 from flashnorm_cli.folding.shard_files import SourceFile, SourceFiles, new_file, read_into, write_at
 
 CHUNK_BYTES = 2**20
 RANGE_BYTES = 8 * CHUNK_BYTES  # what a worker takes from the queue at a time
-
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # The file system, or the pair of them, cannot do it: copy through memory instead.
 _NO_COPY_FILE_RANGE = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
@@ -306,22 +304,9 @@ class _Worker:
             wide.copy_(values)
             scaling.multiply(wide, chunk.first, scaling.gain)
             values.copy_(wide)
-        if scaling.needs_check and self._any_zero_or_inf(values):
+        order = _tensor(self.scratch, _BITS[values.itemsize], values.nbytes)
+        if scaling.needs_check and any_zero_or_inf(values, order):
             self._count(chunk, scaling, values)
-
-    def _any_zero_or_inf(self, product: torch.Tensor) -> bool:
-        """Whether any element is zero, inf or NaN, in two passes over the bits.
-
-        Twice the bits are a number without its sign bit. Less one, and unsigned, it is largest for zero (all
-        ones), then for NaN, for inf, and then for the finite values. Adding half of the unsigned range instead
-        of subtracting one makes it the same order for signed numbers.
-        """
-        bits = _BITS[product.itemsize]
-        half = torch.iinfo(bits).max
-        order = _tensor(self.scratch, bits, product.nbytes)
-        torch.add(half, product.view(bits), alpha=2, out=order)
-        inf = int(torch.tensor(torch.inf, dtype=product.dtype).view(bits).item())
-        return order.amax().item() >= 2 * inf - half - 2
 
     def _count(self, chunk: _Range, scaling: _Scaling, product: torch.Tensor) -> None:
         """Raise at a new inf, and count what was flushed. Only chunks with a zero or inf get here."""

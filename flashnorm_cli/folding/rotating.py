@@ -16,11 +16,11 @@ import torch
 from flashnorm_cli.checkpoint.header import TensorEntry
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
 from flashnorm_cli.errors import CheckpointError, GainOverflowError, PlanError
-from flashnorm_cli.folding.edits import Rotate
+from flashnorm_cli.folding.edits import Rotate, any_zero_or_inf
 from flashnorm_cli.folding.shard_files import SourceFile, read_into, write_at
 
-PANEL_ELEMENTS = 2**20  # in all: about 16 bytes each are in memory, and half of that in the processor's cache
-ROW_BYTES = 4096  # of a panel that is read row by row, at the least
+PANEL_ELEMENTS = 2**20  # that are multiplied at a time: larger matrices fall out of the processor's cache
+ROW_BYTES = 4096  # of a panel that is read row by row, at the least: a call for each row takes as long as 4 kB
 
 
 class Rotating:
@@ -47,8 +47,8 @@ class Rotating:
         double = self.dtype == torch.float64 or (gain is not None and gain.dtype == torch.float64)
         self.wide = torch.float64 if double else torch.float32
 
-    def factor(self, panel: Panel) -> torch.Tensor | None:
-        """The gain of each value of a panel, to be broadcast to its shape (outer, channels, inner)."""
+    def factor(self, panel: Panel, inner: tuple[int, int]) -> torch.Tensor | None:
+        """The gain of each value of a part of a panel, to be broadcast to its shape (outer, channels, inner)."""
         if self.scale is None:
             return None
         at, dim = self.scale.dim, panel.dim
@@ -56,8 +56,8 @@ class Rotating:
         if at == dim:
             return gain[None, :, None]
         if at > dim:
-            inner = torch.arange(panel.inner[0], panel.inner[1])
-            return gain[inner // math.prod(self.shape[at + 1 :]) % len(gain)][None, None, :]
+            columns = torch.arange(inner[0], inner[1])
+            return gain[columns // math.prod(self.shape[at + 1 :]) % len(gain)][None, None, :]
         outer = torch.arange(panel.outer[0], panel.outer[1])
         return gain[outer // math.prod(self.shape[at + 1 : dim]) % len(gain)][:, None, None]
 
@@ -122,17 +122,11 @@ def rotate_panel(panel: Panel, target: int) -> int:
         read_into(panel.source, panel.source_offset + offset, raw[done : done + length])
         done += length
     values = torch.frombuffer(raw, dtype=rotating.dtype).view(panel.shape)
-    wide = values.to(rotating.wide)
-    factor = rotating.factor(panel)
-    wide = rotating.rotation.along(wide if factor is None else wide * factor)
-    for dim in rotating.dims[1:]:
-        between = math.prod(rotating.shape[panel.dim : dim])
-        wide = rotating.rotation.along(wide.reshape(panel.shape[0] * between, rotating.shape[dim], -1))
-    wide = wide.reshape(panel.shape)
-    finite = bool(wide.sum().isfinite()) and bool(values.copy_(wide).sum(dtype=torch.float64).isfinite())
-    if not finite:
-        _refuse_infinite(panel, wide)
-    flushed = int(wide.count_nonzero() - values.count_nonzero())
+    flushed = 0
+    step = max(PANEL_ELEMENTS // (panel.shape[0] * panel.shape[1]), 1) if len(rotating.dims) == 1 else panel.shape[2]
+    for first in range(panel.inner[0], panel.inner[1], step):
+        inner = first, min(first + step, panel.inner[1])
+        flushed += _rotate(panel, values[:, :, inner[0] - panel.inner[0] : inner[1] - panel.inner[0]], inner)
     done = 0
     for offset, length in panel.pieces():
         write_at(target, panel.target_offset + offset, raw[done : done + length])
@@ -140,8 +134,26 @@ def rotate_panel(panel: Panel, target: int) -> int:
     return flushed
 
 
+def _rotate(panel: Panel, values: torch.Tensor, inner: tuple[int, int]) -> int:
+    """Scale, rotate and round a part of a panel in place; returns how many values became zero."""
+    rotating = panel.rotating
+    wide = values.to(rotating.wide, memory_format=torch.contiguous_format)
+    factor = rotating.factor(panel, inner)
+    wide = rotating.rotation.along(wide if factor is None else wide * factor)
+    for dim in rotating.dims[1:]:
+        between = math.prod(rotating.shape[panel.dim : dim])
+        wide = rotating.rotation.along(wide.reshape(panel.shape[0] * between, rotating.shape[dim], -1))
+    wide = wide.reshape(values.shape)
+    rounded = wide.to(rotating.dtype)
+    values.copy_(rounded)
+    if not any_zero_or_inf(rounded):
+        return 0
+    _refuse_infinite(panel, wide)
+    return int(wide.count_nonzero() - rounded.count_nonzero())
+
+
 def _refuse_infinite(panel: Panel, wide: torch.Tensor) -> None:
-    """Raise for what is not finite; a sum of finite values may overflow, too."""
+    """Raise for what is not finite."""
     rotating = panel.rotating
     if not bool(wide.isfinite().all()):
         raise CheckpointError(f"tensor {rotating.name!r}: holds inf or NaN, which a rotation would spread")

@@ -21,8 +21,8 @@ import torch
 from flashnorm_cli.errors import UsageError
 from flashnorm_cli.plan.model import ROTATIONS
 
-# Kronecker factors are multiplied out up to this order: one matrix product beats several passes.
-MAX_BLOCK = 128
+# Kronecker factors are multiplied out up to one of these orders: one matrix product beats several passes over memory.
+BLOCKS = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,26 @@ def _signs(size: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
 @functools.lru_cache(4)
 def _blocks(size: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Hadamard matrices whose Kronecker product has order `size`; small ones multiplied out."""
-    blocks: list[torch.Tensor] = []
-    for order in orders(size) or ():
-        matrix = hadamard(order)
-        if blocks and blocks[-1].shape[0] * order <= MAX_BLOCK:
-            blocks[-1] = torch.kron(blocks[-1], matrix)
+    blocks = []
+    for together in min((_grouped(orders(size) or (), most) for most in BLOCKS), key=_cost):
+        blocks.append(functools.reduce(torch.kron, map(hadamard, together)).to(dtype))
+    return tuple(blocks)
+
+
+def _grouped(found: tuple[int, ...], most: int) -> list[list[int]]:
+    """Orders in their order, in groups whose product is at most `most`."""
+    groups: list[list[int]] = []
+    for order in found:
+        if groups and math.prod(groups[-1]) * order <= most:
+            groups[-1].append(order)
         else:
-            blocks.append(matrix)
-    return tuple(block.to(dtype) for block in blocks)
+            groups.append([order])
+    return groups
+
+
+def _cost(groups: list[list[int]]) -> int:
+    """Roughly, in time: a pass costs as much as 32 products, and a small matrix as one of 32."""
+    return sum(32 + max(math.prod(group), 32) for group in groups)
 
 
 @functools.cache

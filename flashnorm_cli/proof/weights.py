@@ -124,8 +124,8 @@ def check_weights(pair: Pair, workers: int, report: Progress) -> tuple[LevelResu
         )
     if pair.plan.rotation is not None:
         notes.append(
-            f"the {len(pair.plan.rotation.tensors)} rotated tensors were recomputed in float64, and compared with what their "
-            "dtype makes of that, give or take the noise of float32 sums"
+            f"the {len(pair.plan.rotation.tensors)} rotated tensors were recomputed in float64, and compared with what "
+            "their dtype makes of that, give or take the noise of float32 sums"
         )
     if not pair.gains:
         notes.append("no norm is folded: every one keeps the source's weight")
