@@ -114,6 +114,11 @@ def fold_adapter(
         Source(str(base), base_revision, token, where, local_files_only, follow_links), weights=False
     )
     base_record = record_of_base(folded)
+    if "rotation" in base_record.content:
+        raise UsageError(
+            f"{folded.source.name}: its residual stream is rotated, and an adapter's is not; merge the adapter into "
+            "the source, and fold and rotate that"
+        )
     refuse_folded_adapter(opened, folded)
     refuse_unfoldable(opened.config)
     target = _output_folder(opened, folded, output, source, overwrite)

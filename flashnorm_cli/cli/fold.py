@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -39,6 +39,15 @@ def fold(
         ),
     ] = "identity",
     final_norm: options.FinalNormOpt = "auto",
+    rotate: Annotated[
+        Literal["hadamard", "random"] | None,
+        typer.Option(
+            help="Then rotate the residual stream by an orthogonal matrix, which makes activations easier to quantize "
+            "to integers: the same model in real arithmetic. Refused where it would not be exact.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="With --rotate: of the matrix.", show_default="0")] = None,
     revision: options.RevisionOpt = None,
     token: options.TokenOpt = None,
     cache_dir: options.CacheDirOpt = None,
@@ -87,7 +96,11 @@ def fold(
     out = Output(json, quiet)
     if push_to is None and (private is not None or commit_message is not None or create_pr):
         raise UsageError("--private, --commit-message and --create-pr need --push-to")
+    if seed is not None and rotate is None:
+        raise UsageError("--seed needs --rotate")
     if push_to is not None:
+        if rotate is not None:
+            raise UsageError("--push-to does not rotate: fold with --rotate into a folder, then flashnorm push-to-hub")
         if output is not None or local_files_only:
             raise UsageError("--push-to excludes an output folder and --local-files-only")
         with out.progress() as report:
@@ -128,6 +141,8 @@ def fold(
             trust_remote_code=trust_remote_code,
             final_norm=final_norm,
             layout=layout,
+            rotate=rotate,
+            seed=seed or 0,
             workers=workers,
             overwrite=overwrite,
             follow_links=follow_links,
@@ -204,6 +219,7 @@ def _facts(result: FoldResult | StreamResult) -> dict[str, Any]:
         "kept": len(plan.kept),
         "readers": len(plan.readers),
         "lm_head": plan.lm_head,
+        **({"rotation": {**plan.rotation.to_json(), "tensors": len(plan.rotation.tensors)}} if plan.rotation else {}),
         "bytes_added": plan.bytes_added,
         "flushed_to_zero": result.flushed,
         "resumed_shards": list(result.resumed),

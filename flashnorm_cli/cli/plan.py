@@ -40,15 +40,20 @@ def plan(
         from flashnorm_cli.checkpoint.leftover import leftovers, refuse_unfinished
         from flashnorm_cli.checkpoint.model import Source, refuse_adapter
         from flashnorm_cli.checkpoint.open import open_checkpoint
-        from flashnorm_cli.plan.planner import make_plan
+        from flashnorm_cli.plan.planner import plan_checkpoint
 
         source = Source(model, revision, token, cache_dir, local_files_only, follow_links)
         refuse_unfinished(Path(model))
         checkpoint = open_checkpoint(source, weights=False)
         refuse_adapter(checkpoint)
         report(0, 0, "Tracing the model")
-        result = make_plan(checkpoint, final_norm, trust_remote_code)
-    output.data({**result.to_json(), "left_out": [asdict(each) for each in checkpoint.left_out]})
+        traced = plan_checkpoint(checkpoint, final_norm, trust_remote_code)
+        result, stream = traced.plan, {}
+        if json:
+            from flashnorm_cli.plan.rotation import stream_json
+
+            stream = {"stream": stream_json(checkpoint, traced)}
+    output.data({**result.to_json(), **stream, "left_out": [asdict(each) for each in checkpoint.left_out]})
     output.text(f"{result.architecture} ({model}), {size(result.bytes_total)}", "")
     output.text(*plan_lines(result), "", *plan_summary(result), *left_out_lines(checkpoint.left_out))
     output.remark(*leftovers(None, model))
@@ -88,6 +93,11 @@ def plan_summary(plan: Plan) -> list[str]:
         f"{size(plan.bytes_changed)} change, {size(plan.bytes_added)} are added; "
         f"flashnorm_folded: {str(plan.folded_flag).lower()}.",
     ]
+    if plan.rotation:
+        lines.append(
+            f"The residual stream ({plan.rotation.size} channels) is rotated in {len(plan.rotation.tensors)} tensors: "
+            f"{plan.rotation.kind}, seed {plan.rotation.seed}."
+        )
     if plan.not_traced:
         names = ", ".join(p for p, _ in grouped(plan.not_traced))
         lines.append(f"Not reached by a text forward, left alone: {names}")

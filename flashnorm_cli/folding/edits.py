@@ -11,6 +11,7 @@ import torch
 from flashnorm_cli.checkpoint.header import Header, TensorEntry
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
 from flashnorm_cli.errors import PlanError
+from flashnorm_cli.folding.rotation import Rotation
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,23 @@ class Fill:
     value: float
 
 
-Edit = Scale | Fill
+@dataclass(frozen=True)
+class Rotate:
+    """Multiply a tensor by the gain of `scale`, if there is one, and then every vector along each of `dims` by Q.
+
+    Both in float32 (float64 where gain or tensor are), rounded once to the tensor's dtype: BF16, F16, F32 or F64.
+    """
+
+    rotation: Rotation
+    dims: tuple[int, ...]
+    scale: Scale | None = None
+
+    @property
+    def origin(self) -> tuple[Path, Header, str] | None:
+        return self.scale.origin if self.scale else None
+
+
+Edit = Scale | Fill | Rotate
 
 
 class _Scaling:
@@ -44,6 +61,8 @@ class _Scaling:
     A tensor of shape (outer..., channels, inner...) is flattened to (outer * channels * inner,); element i
     takes gain[i // inner % channels].
     """
+
+    changed = "times their gain"
 
     def __init__(self, entry: TensorEntry, scale: Scale) -> None:
         self.name = entry.name
@@ -100,3 +119,20 @@ def _without_short_loops(gain: torch.Tensor, inner: int) -> tuple[torch.Tensor, 
     if inner == 1 and 0 < len(gain) < 1024:
         gain = gain.repeat(1024 // len(gain))
     return gain, inner
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def any_zero_or_inf(values: torch.Tensor, order: torch.Tensor | None = None) -> bool:
+    """Whether any element is zero, inf or NaN, in two passes over the bits.
+
+    Twice the bits are a number without its sign bit. Less one, and unsigned, it is largest for zero (all ones), then
+    for NaN, for inf, and then for the finite values. Adding half of the unsigned range instead of subtracting one makes
+    it the same order for signed numbers. `order` is a buffer for that, of integers as wide as the values.
+    """
+    bits = _BITS[values.itemsize]
+    half = torch.iinfo(bits).max
+    order = torch.add(half, values.view(bits), alpha=2, out=order)
+    inf = int(torch.tensor(torch.inf, dtype=values.dtype).view(bits).item())
+    return order.amax().item() >= 2 * inf - half - 2

@@ -28,7 +28,7 @@ from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
 from flashnorm_cli.folding.engine import Engine, any_executor, dask_engine, in_turn, processors
 from flashnorm_cli.folding.jobs import shard_edits
 from flashnorm_cli.folding.writing import Writing
-from flashnorm_cli.plan.model import Plan
+from flashnorm_cli.plan.model import ROTATIONS, Plan
 from flashnorm_cli.plan.planner import FINAL_NORM_CHOICES, make_plan
 from flashnorm_cli.record import write as record
 
@@ -67,6 +67,8 @@ def fold(
     trust_remote_code: bool = False,
     final_norm: str = "auto",
     layout: str = "identity",
+    rotate: str | None = None,
+    seed: int = 0,
     workers: int | None = None,
     overwrite: bool = False,
     follow_links: bool = False,
@@ -87,6 +89,8 @@ def fold(
         trust_remote_code: let the checkpoint's own Python code define the architecture.
         final_norm: "auto", "keep" or "untie"; see `make_plan`.
         layout: "identity" writes folded norms as the identity of their convention, "dropped" leaves them out.
+        rotate: "hadamard" or "random": rotate the residual stream after the fold, by the matrix that this and `seed`
+            stand for; see docs/rotation.md.
         workers: threads per shard; by default the number of processors, 8 at most, and one where several shards are
             folded at a time elsewhere.
         overwrite: replace an output folder that holds a folded checkpoint.
@@ -96,9 +100,10 @@ def fold(
         on_progress: called with (bytes done, bytes in all, what is going on).
     Raises:
         UsageError: the call contradicts itself or the file system.
-        FlashNormError: the checkpoint is broken, folded already, has nothing to fold, or cannot be planned.
+        FlashNormError: the checkpoint is broken, folded already, has nothing to fold, or cannot be planned or rotated.
     """
     check_options(final_norm, layout, workers)
+    check_rotation(rotate, seed)
     if dask is not None and executor is not None:
         raise UsageError("dask and executor exclude each other")
     report = on_progress or (lambda done, total, what: None)
@@ -109,16 +114,26 @@ def fold(
             engine = stack.enter_context(dask_engine(dask, report))
         else:
             engine = any_executor(executor) if executor else in_turn()
-        return _fold(source, output, engine, final_norm, layout, trust_remote_code, workers, overwrite, report)
+        rotation = None if rotate is None else (rotate, seed)
+        planning = _Planning(final_norm, trust_remote_code, rotation)
+        return _fold(source, output, engine, planning, layout, workers, overwrite, report)
+
+
+@dataclass(frozen=True)
+class _Planning:
+    """What the plan depends on besides the checkpoint; `rotation` is kind and seed."""
+
+    final_norm: str
+    trust_remote_code: bool
+    rotation: tuple[str, int] | None
 
 
 def _fold(
     source: Source,
     output: str | Path | None,
     engine: Engine,
-    final_norm: str,
+    planning: _Planning,
     layout: str,
-    trust_remote_code: bool,
     workers: int | None,
     overwrite: bool,
     report: Progress,
@@ -131,7 +146,7 @@ def _fold(
     wanted = Path(output) if output else Path(f"{checkpoint.name}-FlashNorm")
     check_names(wanted, (*checkpoint.shards, *checkpoint.others))
     target = check_output(wanted, overwrite, checkpoint.folder)
-    plan = plan_fold(checkpoint, final_norm, trust_remote_code, report)
+    plan = plan_fold(checkpoint, planning.final_norm, planning.trust_remote_code, report, planning.rotation)
     if checkpoint.commit is not None:
         report(0, 0, f"Downloading {source.name}")
         headers, checkpoint = (
@@ -182,10 +197,35 @@ def check_options(final_norm: str, layout: str, workers: int | None) -> None:
         raise UsageError(f"workers has to be at least 1, not {workers}")
 
 
-def plan_fold(checkpoint: Checkpoint, final_norm: str, trust_remote_code: bool, report: Progress) -> Plan:
-    """The plan. Raises FlashNormError where there is nothing to fold."""
+def check_rotation(rotate: str | None, seed: int) -> None:
+    """Raises UsageError."""
+    if rotate is not None and rotate not in ROTATIONS:
+        raise UsageError(f"rotate is one of {', '.join(ROTATIONS)}, not {rotate!r}")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed is a whole number from 0 on, not {seed}")
+
+
+def plan_fold(
+    checkpoint: Checkpoint,
+    final_norm: str,
+    trust_remote_code: bool,
+    report: Progress,
+    rotate: tuple[str, int] | None = None,
+) -> Plan:
+    """The plan, with a rotation by kind and seed where one is asked for.
+
+    Raises FlashNormError where there is nothing to fold, UsageError where there is no such rotation of this size.
+    """
     report(0, 0, f"Tracing {', '.join(checkpoint.config.get('architectures') or ['the model'])}")
-    plan = make_plan(checkpoint, final_norm, trust_remote_code)
+    if rotate is None:
+        plan = make_plan(checkpoint, final_norm, trust_remote_code)
+    else:
+        from flashnorm_cli.folding.rotation import rotation
+        from flashnorm_cli.plan.rotation import make_rotated_plan
+
+        plan = make_rotated_plan(checkpoint, final_norm, trust_remote_code, *rotate)
+        if plan.rotation is not None:
+            rotation(rotate[0], plan.rotation.size, rotate[1])
     if not plan.folded:
         reasons = "; ".join(dict.fromkeys(n.reason or "" for n in plan.kept)) or "it has no norm with a weight"
         raise FlashNormError(f"{checkpoint.source.name}: there is nothing to fold: {reasons}")

@@ -5,6 +5,7 @@ torch is imported when a job is done, not before: the scheduler of a cluster unp
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import socket
 import uuid
@@ -19,13 +20,13 @@ from flashnorm_cli.checkpoint.header import Header, read_header
 from flashnorm_cli.checkpoint.model import Checkpoint
 from flashnorm_cli.checkpoint.work import JOURNAL
 from flashnorm_cli.errors import CheckpointError, FlashNormError
-from flashnorm_cli.plan.model import Plan, Reader, Run
+from flashnorm_cli.plan.model import Plan, PlannedRotation, Reader, Run
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from flashnorm_cli.folding.edits import Edit, Scale
+    from flashnorm_cli.folding.edits import Edit, Rotate, Scale
 
 
 # The share of a tensor's values that may become zero; docs/reliability.md says why so many.
@@ -54,6 +55,7 @@ class ShardEdits:
         drop: tensors to leave out.
         add: (dtype, shape) of tensors to put at the end.
         origins: where the values of added tensors come from, by their names.
+        rotation: what is rotated in this shard, and in what is added to it.
     """
 
     name: str
@@ -64,6 +66,7 @@ class ShardEdits:
     drop: frozenset[str] = frozenset()
     add: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     origins: Mapping[str, Origin] = field(default_factory=dict)
+    rotation: PlannedRotation | None = field(default=None, repr=False)
 
     def target_header(self, header: Header) -> Header:
         """The header of the folded shard, from that of its source."""
@@ -100,9 +103,17 @@ def shard_edits(checkpoint: Checkpoint, plan: Plan, gains: Mapping[str, np.ndarr
             frozenset(folded[name]) if layout == "dropped" else frozenset(),
             plan.added if name == last else {},
             {r.tensor: origin(r.values_from) for r in readers[name] if r.values_from},
+            _rotation_in(plan, {*header.tensors, *(plan.added if name == last else ())}),
         )
         for name, header in checkpoint.shards.items()
     ]
+
+
+def _rotation_in(plan: Plan, tensors: set[str]) -> PlannedRotation | None:
+    if plan.rotation is None:
+        return None
+    mine = {name: dims for name, dims in plan.rotation.tensors.items() if name in tensors}
+    return dataclasses.replace(plan.rotation, tensors=mine)
 
 
 def fold_shard(
@@ -127,10 +138,10 @@ def fold_shard(
     from flashnorm_cli.folding.rewrite import ShardJob, rewrite_shard
 
     header = _checked_header(source, edits.header_sha256)
-    scales = _scales(edits, origins)
-    changes: dict[str, Edit] = {tensor: scale for tensor, scale in scales.items() if tensor not in edits.add}
+    made = _products(edits, origins)
+    changes: dict[str, Edit] = {tensor: edit for tensor, edit in made.items() if tensor not in edits.add}
     changes.update({tensor: Fill(value) for tensor, value in edits.identities.items()})
-    add = {tensor: (dtype, shape, scales[tensor]) for tensor, (dtype, shape) in edits.add.items()}
+    add = {tensor: (dtype, shape, made[tensor]) for tensor, (dtype, shape) in edits.add.items()}
     job = ShardJob(source, target, header, changes, edits.drop, add, files or {}, FLUSH_LIMIT)
     return rewrite_shard(job, threads, on_bytes, fsync=fsync)
 
@@ -140,6 +151,19 @@ def _checked_header(path: Path, sha256: str | None) -> Header:
     if sha256 is not None and header_sha256(header) != sha256:
         raise CheckpointError(f"{path}: changed since its header was read")
     return header
+
+
+def _products(edits: ShardEdits, origins: Mapping[str, Path]) -> dict[str, Scale | Rotate]:
+    """What is multiplied: by a gain, by a rotation, by both."""
+    from flashnorm_cli.folding.edits import Rotate
+    from flashnorm_cli.folding.rotation import rotation
+
+    scales = _scales(edits, origins)
+    made: dict[str, Scale | Rotate] = dict(scales)
+    if edits.rotation is not None:
+        q = rotation(edits.rotation.kind, edits.rotation.size, edits.rotation.seed)
+        made.update({name: Rotate(q, dims, scales.get(name)) for name, dims in edits.rotation.tensors.items()})
+    return made
 
 
 def _scales(edits: ShardEdits, origins: Mapping[str, Path]) -> dict[str, Scale]:

@@ -37,13 +37,12 @@ import torch
 from flashnorm_cli.checkpoint.header import Header, build_header
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
 from flashnorm_cli.errors import GainOverflowError, GainUnderflowError, PlanError
-from flashnorm_cli.folding.edits import Edit, Fill, Scale, _Scaling
+from flashnorm_cli.folding.edits import _BITS, Edit, Fill, Rotate, Scale, _Scaling, any_zero_or_inf
+from flashnorm_cli.folding.rotating import Panel, Rotating, panels, rotate_panel
 from flashnorm_cli.folding.shard_files import SourceFile, SourceFiles, new_file, read_into, write_at
 
 CHUNK_BYTES = 2**20
 RANGE_BYTES = 8 * CHUNK_BYTES  # what a worker takes from the queue at a time
-
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # The file system, or the pair of them, cannot do it: copy through memory instead.
 _NO_COPY_FILE_RANGE = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
@@ -53,7 +52,7 @@ _NO_COPY_FILE_RANGE = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP
 class ShardJob:
     """What to write: `source` with the tensors in `drop` left out, `edits` made, and `add` put at the end.
 
-    `header` is the source's. An added tensor is (dtype, shape, scale), its scale with an `origin`. `files` are what
+    `header` is the source's. An added tensor is (dtype, shape, edit), its edit with an `origin`. `files` are what
     `checkpoint.disk.facts` said of source files when they were planned with. More than the share `flush_limit` of a
     tensor's values may not become zero.
     """
@@ -63,7 +62,7 @@ class ShardJob:
     header: Header
     edits: Mapping[str, Edit] = field(default_factory=dict)
     drop: frozenset[str] = frozenset()
-    add: Mapping[str, tuple[str, tuple[int, ...], Scale]] = field(default_factory=dict)
+    add: Mapping[str, tuple[str, tuple[int, ...], Scale | Rotate]] = field(default_factory=dict)
     files: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
     flush_limit: float = 1.0
 
@@ -90,8 +89,9 @@ def rewrite_shard(
     `on_bytes` is told how many bytes have been written since it was last called; from any thread, but never
     twice at a time. `fsync` says whether to return only once the data is on the disk.
 
-    Returns how many values of each scaled tensor were flushed: weight and gain are not zero, the product is.
-    Values that are inf or NaN in the source already are carried over. The permissions are the source's, less the umask.
+    Returns how many values of each tensor were flushed: weight and gain are not zero, the product is. Values that are
+    inf or NaN in the source already are carried over where a tensor is scaled, and refused where it is rotated. The
+    permissions are the source's, less the umask.
 
     Raises GainOverflowError if a finite value would become inf, GainUnderflowError if too many would become zero,
     PlanError if the job does not fit the header,
@@ -116,10 +116,10 @@ def rewrite_shard(
     return {scaling.name: scaling.flushed for scaling in scalings}
 
 
-def _refuse_flushed(scaling: _Scaling, limit: float) -> None:
+def _refuse_flushed(scaling: _Scaling | Rotating, limit: float) -> None:
     if scaling.flushed > limit * scaling.elements:
         raise GainUnderflowError(
-            f"tensor {scaling.name!r}: {scaling.flushed:,} of {scaling.elements:,} values times their gain are too "
+            f"tensor {scaling.name!r}: {scaling.flushed:,} of {scaling.elements:,} values, {scaling.changed}, are too "
             f"small for {scaling.dtype_name} and would become zero: that would be another model. Convert it to "
             f"{'float64' if scaling.itemsize > 2 else 'float32'} and fold that"
         )
@@ -130,7 +130,9 @@ def _refuse_flushed(scaling: _Scaling, limit: float) -> None:
 
 @dataclass(frozen=True)
 class _Range:
-    """A stretch of the target, in bytes. `action` is None to copy it, a gain, or the value to fill it with.
+    """A stretch of the target, in bytes.
+
+    `action` is None to copy it, a gain, a rotation, or the value to fill it with.
 
     `first` is the number of its first element within the tensor. What is filled is not read.
     """
@@ -139,18 +141,18 @@ class _Range:
     source_offset: int
     target_offset: int
     length: int
-    action: _Scaling | torch.Tensor | None = None
+    action: _Scaling | Rotating | torch.Tensor | None = None
     first: int = 0
 
 
-def _plan(job: ShardJob, header: Header, files: SourceFiles) -> tuple[list[_Range], list[_Scaling]]:
+def _plan(job: ShardJob, header: Header, files: SourceFiles) -> tuple[list[_Range], list[_Scaling | Rotating]]:
     """Every byte of the target's data section in ranges, in the order of the target."""
     for name in (*job.edits, *job.drop):
         if name not in job.header.tensors:
             raise PlanError(f"{job.source}: there is no tensor {name!r} to change")
     source = files.open(job.source, job.header)
     ranges: list[_Range] = []
-    scalings: list[_Scaling] = []
+    scalings: list[_Scaling | Rotating] = []
     for entry in sorted(header.tensors.values(), key=lambda entry: entry.start):
         edit = job.add[entry.name][2] if entry.name in job.add else job.edits.get(entry.name)
         target_offset = header.data_start + entry.start
@@ -160,13 +162,13 @@ def _plan(job: ShardJob, header: Header, files: SourceFiles) -> tuple[list[_Rang
             value = torch.tensor(edit.value, dtype=TORCH_DTYPE[entry.dtype])
             ranges.append(_Range(source, 0, target_offset, entry.nbytes, value))
             continue
-        if isinstance(edit, Scale):
+        if isinstance(edit, (Scale, Rotate)):
             path, origin_header, name = edit.origin or (job.source, job.header, entry.name)
             origin = origin_header.tensors.get(name)
             if origin is None or (origin.dtype, origin.shape) != (entry.dtype, entry.shape):
-                raise PlanError(f"{path}: there is no {entry.dtype} {list(entry.shape)} {name!r} to scale")
+                raise PlanError(f"{path}: there is no {entry.dtype} {list(entry.shape)} {name!r} to change")
             offset = origin_header.data_start + origin.start
-            scalings.append(_Scaling(entry, edit))
+            scalings.append(_Scaling(entry, edit) if isinstance(edit, Scale) else Rotating(entry, edit))
             file = files.open(path, origin_header)
             ranges.append(_Range(file, offset, target_offset, entry.nbytes, scalings[-1]))
             continue
@@ -177,6 +179,13 @@ def _plan(job: ShardJob, header: Header, files: SourceFiles) -> tuple[list[_Rang
         else:
             ranges.append(_Range(source, source_offset, target_offset, entry.nbytes))
     return ranges, scalings
+
+
+def _parts(whole: _Range) -> Iterator[_Range | Panel]:
+    """What a worker takes from the queue at a time."""
+    if isinstance(whole.action, Rotating):
+        return panels(whole.action, whole.source, whole.source_offset, whole.target_offset)
+    return _split(whole, RANGE_BYTES)
 
 
 def _split(whole: _Range, step: int) -> Iterator[_Range]:
@@ -206,7 +215,7 @@ def _after(whole: _Range, length: int) -> _Range:
 
 def _run(ranges: list[_Range], target: int, workers: int, on_bytes: Callable[[int], None] | None) -> None:
     """Do all ranges in `workers` threads; the first error stops the others and is raised."""
-    queue = (part for whole in ranges for part in _split(whole, RANGE_BYTES))
+    queue = (part for whole in ranges for part in _parts(whole))
     lock = threading.Lock()
     stop = threading.Event()
 
@@ -267,7 +276,12 @@ class _Worker:
         self.scratch = mmap.mmap(-1, 4 * CHUNK_BYTES)  # a bf16 chunk in float32, or in float64
         self.view = memoryview(self.chunk)
 
-    def do(self, part: _Range) -> None:
+    def do(self, part: _Range | Panel) -> None:
+        if isinstance(part, Panel):
+            flushed = rotate_panel(part, self.target)
+            with self.lock:
+                part.rotating.flushed += flushed
+            return
         if part.action is None:
             part = _copy_file_range(part, self.target)
         for chunk in _split(part, CHUNK_BYTES):
@@ -276,7 +290,7 @@ class _Worker:
                 _tensor(self.chunk, chunk.action.dtype, chunk.length).copy_(chunk.action)
             else:
                 read_into(chunk.source, chunk.source_offset, view)
-                if chunk.action is not None:
+                if isinstance(chunk.action, _Scaling):
                     self._scale(chunk, chunk.action)
             write_at(self.target, chunk.target_offset, view)
 
@@ -290,22 +304,9 @@ class _Worker:
             wide.copy_(values)
             scaling.multiply(wide, chunk.first, scaling.gain)
             values.copy_(wide)
-        if scaling.needs_check and self._any_zero_or_inf(values):
+        order = _tensor(self.scratch, _BITS[values.itemsize], values.nbytes)
+        if scaling.needs_check and any_zero_or_inf(values, order):
             self._count(chunk, scaling, values)
-
-    def _any_zero_or_inf(self, product: torch.Tensor) -> bool:
-        """Whether any element is zero, inf or NaN, in two passes over the bits.
-
-        Twice the bits are a number without its sign bit. Less one, and unsigned, it is largest for zero (all
-        ones), then for NaN, for inf, and then for the finite values. Adding half of the unsigned range instead
-        of subtracting one makes it the same order for signed numbers.
-        """
-        bits = _BITS[product.itemsize]
-        half = torch.iinfo(bits).max
-        order = _tensor(self.scratch, bits, product.nbytes)
-        torch.add(half, product.view(bits), alpha=2, out=order)
-        inf = int(torch.tensor(torch.inf, dtype=product.dtype).view(bits).item())
-        return order.amax().item() >= 2 * inf - half - 2
 
     def _count(self, chunk: _Range, scaling: _Scaling, product: torch.Tensor) -> None:
         """Raise at a new inf, and count what was flushed. Only chunks with a zero or inf get here."""

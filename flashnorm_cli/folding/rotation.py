@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 
 from flashnorm_cli.errors import UsageError
+from flashnorm_cli.plan.model import ROTATIONS
 
-KINDS = ("hadamard", "random")
-# Kronecker factors are multiplied out up to this order: one matrix product beats several passes.
-MAX_BLOCK = 128
+# Kronecker factors are multiplied out up to one of these orders: one matrix product beats several passes over memory.
+BLOCKS = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -35,23 +35,33 @@ class Rotation:
 
     def apply(self, rows: torch.Tensor) -> torch.Tensor:
         """`Q x` for each row x. `rows` is float32 or float64 of shape (count, size); so is the result."""
+        return self.along(rows[:, :, None])[:, :, 0]
+
+    def along(self, values: torch.Tensor) -> torch.Tensor:
+        """`Q x` for each vector x along the middle dimension of float32 or float64 `values` (outer, size, inner)."""
+        outer, _, inner = values.shape
         if self.kind == "random":
-            return rows @ _random(self.size, self.seed).T.to(rows.dtype)
-        rotated = rows * signs(self.size, self.seed).to(rows.dtype)
+            return _times(_random(self.size, self.seed, values.dtype), values)
+        rotated = values * _signs(self.size, self.seed, values.dtype)[:, None]
         left = self.size
-        for block in _blocks(self.size):
+        for block in _blocks(self.size, values.dtype):
             left //= block.shape[0]
-            inner = self.size // (left * block.shape[0]) if left else 1
             # (..., block, left): the first factor of the Kronecker product strides over all that follow.
-            shaped = rotated.view(-1, inner, block.shape[0], left)
-            rotated = torch.einsum("ab,ribl->rial", block.to(rows.dtype), shaped).reshape(rows.shape)
-        return rotated / math.sqrt(self.size)
+            rotated = _times(block, rotated.view(-1, block.shape[0], left * inner))
+        return rotated.view(outer, self.size, inner)
+
+
+def _times(matrix: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`matrix` times each vector along the middle dimension."""
+    if values.shape[2] == 1:
+        return (values[:, :, 0] @ matrix.T)[:, :, None]
+    return torch.bmm(matrix.expand(len(values), -1, -1), values)
 
 
 def rotation(kind: str, size: int, seed: int) -> Rotation:
     """Raises UsageError where there is no such matrix."""
-    if kind not in KINDS:
-        raise UsageError(f"a rotation is one of {', '.join(KINDS)}, not {kind!r}")
+    if kind not in ROTATIONS:
+        raise UsageError(f"a rotation is one of {', '.join(ROTATIONS)}, not {kind!r}")
     if kind == "hadamard" and orders(size) is None:
         raise UsageError(f"no Hadamard matrix of order {size} can be built here; use the random rotation")
     return Rotation(kind, size, seed)
@@ -83,29 +93,47 @@ def _bytes(name: str, count: int) -> bytes:
     return b"".join(blocks)[:count]
 
 
-@functools.cache
-def _random(size: int, seed: int) -> torch.Tensor:
-    """An orthogonal matrix, float64: Q of the QR decomposition of a Gaussian matrix, with the signs that R's positive
+@functools.lru_cache(1)
+def _random(size: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    """An orthogonal matrix: Q of the QR decomposition of a Gaussian matrix, with the signs that R's positive
     diagonal gives it (Mezzadri 2007, "How to generate random matrices from the classical compact groups")."""
     raw = torch.frombuffer(bytearray(_bytes(f"flashnorm gauss {seed}", 16 * size * size)), dtype=torch.int64)
     uniform = ((raw >> 11) & (2**53 - 1)).double().add(0.5) / 2**53
     first, second = uniform.view(2, size, size)
     gaussian = torch.sqrt(-2 * torch.log(first)) * torch.cos(2 * math.pi * second)
     q, r = torch.linalg.qr(gaussian)
-    return q * torch.sign(torch.diagonal(r))
+    return (q * torch.sign(torch.diagonal(r))).to(dtype)
 
 
-@functools.cache
-def _blocks(size: int) -> tuple[torch.Tensor, ...]:
-    """Hadamard matrices, float64, whose Kronecker product has order `size`; small ones multiplied out."""
-    blocks: list[torch.Tensor] = []
-    for order in orders(size) or ():
-        matrix = hadamard(order)
-        if blocks and blocks[-1].shape[0] * order <= MAX_BLOCK:
-            blocks[-1] = torch.kron(blocks[-1], matrix)
-        else:
-            blocks.append(matrix)
+@functools.lru_cache(2)
+def _signs(size: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    """The signs over the square root of the size."""
+    return (signs(size, seed).double() / math.sqrt(size)).to(dtype)
+
+
+@functools.lru_cache(4)
+def _blocks(size: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Hadamard matrices whose Kronecker product has order `size`; small ones multiplied out."""
+    blocks = []
+    for together in min((_grouped(orders(size) or (), most) for most in BLOCKS), key=_cost):
+        blocks.append(functools.reduce(torch.kron, map(hadamard, together)).to(dtype))
     return tuple(blocks)
+
+
+def _grouped(found: tuple[int, ...], most: int) -> list[list[int]]:
+    """Orders in their order, in groups whose product is at most `most`."""
+    groups: list[list[int]] = []
+    for order in found:
+        if groups and math.prod(groups[-1]) * order <= most:
+            groups[-1].append(order)
+        else:
+            groups.append([order])
+    return groups
+
+
+def _cost(groups: list[list[int]]) -> int:
+    """Roughly, in time: a pass costs as much as 32 products, and a small matrix as one of 32."""
+    return sum(32 + max(math.prod(group), 32) for group in groups)
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from flashnorm_cli.errors import PlanError
 from flashnorm_cli.modeling.quiet import quiet_transformers
-from flashnorm_cli.trace.companions import small, varying_dims
+from flashnorm_cli.trace.companions import count_nonzero, small, varying_dims
 from flashnorm_cli.trace.result import Trace
 from flashnorm_cli.trace.words import model_words
 
@@ -77,6 +77,33 @@ def ids_on_disk(model: PreTrainedModel, trace: Trace) -> dict[str, torch.Tensor]
             ids = reader.ids.clamp(min=0).view([-1 if d == reader.dim else 1 for d in range(tensor.ndim)])
         state[name] = ids.expand(tensor.shape)
     return _reverted(model, state)
+
+
+def channels_on_disk(model: PreTrainedModel, dims: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """The channels of parameters, counted from 1 along one dimension of each, in the layout of the disk.
+
+    Args:
+        dims: dimension by runtime name (the first one of a shared parameter).
+    Returns:
+        Per canonical disk name an int64 tensor of the disk tensor's shape (expanded, not written out), 0 where
+        something else lies.
+    Raises:
+        PlanError: the conversion fails, or maps two parameters to one tensor.
+    """
+    first_names = {id(p): name for name, p in model.named_parameters()}
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first = first_names.get(id(tensor), name)
+        ids = torch.zeros((), dtype=torch.int64)
+        if first in dims:
+            dim = dims[first]
+            ids = torch.arange(1, tensor.shape[dim] + 1).view([-1 if d == dim else 1 for d in range(tensor.ndim)])
+        state[name] = ids.expand(tensor.shape)
+    expected = sum(map(count_nonzero, state.values()))
+    found = _reverted(model, state)
+    if sum(map(count_nonzero, found.values())) != expected:
+        raise PlanError(f"transformers maps two parameters of {type(model).__name__} to the same tensor on disk")
+    return {name: ids for name, ids in found.items() if count_nonzero(ids)}
 
 
 def saved_names(model: PreTrainedModel, parameters: list[str]) -> dict[str, str]:

@@ -15,6 +15,9 @@ from flashnorm_cli.errors import CheckpointError, quoted
 FORMAT = 1
 LM_HEADS = ("folded", "untied", "kept", "none")
 MOST_OF_A_NORM = 1 << 26  # elements of a norm's weight, many times more than any model has
+ROTATIONS = ("hadamard", "random")
+MOST_CHANNELS = 1 << 20  # of a residual stream, many times more than any model has
+MOST_DIMS = 16
 REMEDY = "it was edited or damaged: fetch it again, or fold the source again"
 
 
@@ -64,13 +67,30 @@ class Reader:
 
 
 @dataclass(frozen=True)
+class PlannedRotation:
+    """An orthogonal matrix Q of order `size`, by its kind and seed, and the tensors on disk that it is applied to.
+
+    `tensors` maps each one to its dimensions that hold the channels of the residual stream: every vector along such a
+    dimension becomes Q times it, after the gains. docs/rotation.md defines Q.
+    """
+
+    kind: str
+    size: int
+    seed: int
+    tensors: dict[str, tuple[int, ...]]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that `fold` does to a checkpoint.
 
     `added` maps tensors that the source does not have to (dtype, shape). `lm_head` is "folded", "untied", "kept" or
     "none"; `untie` says that `tie_word_embeddings` becomes false. `text_config` are the keys that lead to the text
     model's nested config. `not_traced` are norms that the forward did not reach, `unread` tensors on disk that the
-    model does not read.
+    model does not read. `rotation` is what is done to the residual stream, None for nothing.
     """
 
     source: str
@@ -91,6 +111,7 @@ class Plan:
     bytes_total: int
     bytes_changed: int
     bytes_added: int
+    rotation: PlannedRotation | None = None
 
     @property
     def folded(self) -> tuple[Norm, ...]:
@@ -107,6 +128,8 @@ class Plan:
             reader["runs"] = [list(run.values()) for run in reader["runs"]]
         for norm, mine in zip(plain["norms"], self.norms, strict=True):
             norm["folded"] = mine.folded
+        if self.rotation is None:  # a plain fold's record says nothing of rotations
+            del plain["rotation"]
         return {"format": FORMAT, "tool": f"flashnorm-cli {__version__}", **plain}
 
     @classmethod
@@ -141,6 +164,7 @@ class Plan:
             bytes_total=fields.count("bytes_total"),
             bytes_changed=fields.count("bytes_changed"),
             bytes_added=fields.count("bytes_added"),
+            rotation=rotation_from_json(content, where),
         )
 
 
@@ -169,6 +193,24 @@ def norm_from_json(fields: Fields) -> Norm:
     readers = fields.texts("readers") if "readers" in fields.value else ()
     reason = fields.get("reason", lambda v: v is None or is_text(v), "a text or null", None)
     return Norm(tensor, shape, scale, offset, readers, None if folded else reason or "no reason was recorded")
+
+
+def rotation_from_json(content: Any, where: str = RECORD) -> PlannedRotation | None:
+    """The rotation that a record tells of, None where it tells of none. Raises CheckpointError."""
+    if "rotation" not in content:
+        return None
+    fields = Fields(content["rotation"], where, REMEDY, "rotation.")
+
+    def is_dims(value: Any) -> bool:
+        return isinstance(value, list) and bool(value) and len(value) < MOST_DIMS and all(map(is_count, value))
+
+    tensors = fields.get(
+        "tensors", lambda v: isinstance(v, dict) and all(map(is_dims, v.values())), "an object of lists of dimensions"
+    )
+    size = fields.get("size", lambda v: is_count(v) and 0 < v <= MOST_CHANNELS, "the width of a residual stream")
+    kind = fields.get("kind", lambda v: v in ROTATIONS, f"one of {', '.join(ROTATIONS)}")
+    seed = fields.get("seed", lambda v: is_count(v) and v < 2**63, "a whole number from 0 on")
+    return PlannedRotation(kind, size, seed, {name: tuple(dims) for name, dims in tensors.items()})
 
 
 def _reader(fields: Fields, sizes: dict[str, int]) -> Reader:

@@ -50,7 +50,9 @@ class TracedPlan:
     """A plan, and what it says about the model's own parameters, by runtime names.
 
     `kept` are the gains that stay, `untied` the head that gets a tensor of its own and the embedding whose values it
-    starts from (twice the same name where the head has its tensor already). `model` is on the meta device.
+    starts from (twice the same name where the head has its tensor already). `model` is on the meta device. `on_disk`
+    says which tensor on disk holds what `save_pretrained` would write under a name, None where another name of a shared
+    parameter does. `users` read more of the model than its logits.
     """
 
     plan: Plan
@@ -58,6 +60,8 @@ class TracedPlan:
     trace: Trace
     kept: dict[str, str]
     untied: tuple[str, str] | None
+    on_disk: dict[str, str | None]
+    users: tuple[User, ...]
 
 
 def make_plan(checkpoint: Checkpoint, final_norm: str = "auto", trust_remote_code: bool = False) -> Plan:
@@ -74,13 +78,18 @@ def make_plan(checkpoint: Checkpoint, final_norm: str = "auto", trust_remote_cod
         FlashNormError: the checkpoint is folded already.
         PlanError: the architecture cannot be built, traced, or matched with the tensors on disk.
     """
+    return plan_checkpoint(checkpoint, final_norm, trust_remote_code).plan
+
+
+def plan_checkpoint(checkpoint: Checkpoint, final_norm: str = "auto", trust_remote_code: bool = False) -> TracedPlan:
+    """As `make_plan`, with what was traced."""
     from flashnorm_cli.modeling import build
 
     refuse_folded(checkpoint)
     config = build.load_config(checkpoint.folder, trust_remote_code)
     cls = build.model_class(config, checkpoint.folder, trust_remote_code)
     users = announced_users(checkpoint, own_code=cls.__module__.startswith("transformers_modules"))
-    return trace_plan(checkpoint, config, cls, final_norm, users).plan
+    return trace_plan(checkpoint, config, cls, final_norm, users)
 
 
 def trace_plan(
@@ -137,6 +146,7 @@ class _Planner:
         self.on_disk: dict[str, torch.Tensor] = {}
         self.lost: dict[str, torch.Tensor] = {}
         self.unread: list[str] = []
+        self.places: dict[str, str | None] = {}  # canonical name -> tensor on disk, None for a shared one's other name
         self.untied: tuple[str, str] | None = None  # runtime names of the head and of the embedding
         self.strange_class: str | None = None  # named by the config, and not known: what it reads is not known either
 
@@ -179,7 +189,8 @@ class _Planner:
             self.notes.append(HIDDEN_STATES)
         folded = (name for name, _, ids in found if any(g not in self.kept for g in self.trace.gains_of(ids)))
         self.notes += load_time.grid_notes(self.checkpoint, folded)
-        return TracedPlan(self._assemble(found, lm_head), self.model, self.trace, self.kept, self.untied)
+        plan = self._assemble(found, lm_head)
+        return TracedPlan(plan, self.model, self.trace, self.kept, self.untied, self.places, tuple(users))
 
     def _assumed_class(self) -> None:
         """Say so where the class is what the auto classes take, and not what config.json names."""
@@ -311,6 +322,7 @@ class _Planner:
         tensors = self.checkpoint.tensors
         self.on_disk = {name: ids for name, ids in canonical.items() if name in tensors}
         self.lost = {name: ids for name, ids in canonical.items() if name not in tensors}
+        self.places = {name: name for name in self.on_disk}
         left = [name for name in tensors if name not in self.on_disk]
         loads = disk_names.loader_names(self.model, [*self.lost, *left])
         if left:
@@ -322,6 +334,7 @@ class _Planner:
             candidates = by_target.get((loads[name], layer_numbers(name)), [])
             if len(candidates) == 1:
                 self.on_disk[candidates[0]] = self.lost.pop(name)
+                self.places[name] = candidates[0]
         state = self.model.state_dict()
         self.unread = [n for n in left if n not in self.on_disk and loads[n][0] not in state]
 
@@ -333,11 +346,12 @@ class _Planner:
             target = loads[name][0]
             if target in parameters and id(parameters[target]) in holds:
                 del self.lost[name]
+                self.places[name] = None
             elif self.untied and target == self.untied[0]:
                 embedding = holds[id(parameters[self.untied[1]])]
                 entry = tensors[embedding]
                 ids = self.lost.pop(name)
-                name = disk_names.saved_names(self.model, [target]).get(target, name)
+                self.places[name] = name = disk_names.saved_names(self.model, [target]).get(target, name)
                 self.lost[name] = ids
                 self.added[name] = (entry.dtype, entry.shape)
                 self.values_from[name] = embedding

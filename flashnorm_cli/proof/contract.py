@@ -142,6 +142,8 @@ def _record(pair: Pair) -> list[Finding]:
         for tensor in dict.fromkeys([*plan, *mine]):
             if not json_equal(mine.get(tensor), plan.get(tensor)):
                 findings.append(Finding(RECORD, f"{what}: {tensor} is not recorded as the source's forward says it is"))
+    if not json_equal(pair.record.content.get("rotation"), json.loads(json.dumps(wanted.get("rotation")))):
+        findings.append(Finding(RECORD, "rotation is not recorded as the source's forward says it is"))
     layout = pair.record.content.get("layout")
     if layout == "identity":
         left_out = [name for name in pair.gains if pair.states[name] == DROPPED]

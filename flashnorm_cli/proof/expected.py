@@ -20,7 +20,7 @@ from flashnorm_cli.proof.result import Finding
 
 MISSING = object()
 FLAG, NOTE, TIE = "flashnorm_folded", "flashnorm", "tie_word_embeddings"
-# The object `flashnorm`: these keys, no others.
+# The object `flashnorm`: these keys, no others; "rotation" where the residual stream is rotated.
 NOTE_KEYS = {"format", "tool", "layout", "folded", "kept", "lm_head"}
 
 
@@ -101,12 +101,18 @@ def _note_findings(pair: Pair, where: str, note: Any) -> list[Finding]:
         "layout": layout if layout in ("identity", "dropped") else pair.layout,
         "lm_head": pair.plan.lm_head,
     }
+    if (rotation := pair.plan.rotation) is not None:
+        patterns = list(dict.fromkeys(pattern_of(name) for name in rotation.tensors))
+        wanted["rotation"] = {**rotation.to_json(), "tensors": patterns}
     findings = [
         _instead(CONFIG, f"{where}.{key}", note.get(key, MISSING), value)
         for key, value in wanted.items()
         if not json_equal(note.get(key, MISSING), value)
     ]
-    findings += [Finding(CONFIG, f"{where}.{key} is not a key that a fold writes") for key in note.keys() - NOTE_KEYS]
+    findings += [
+        Finding(CONFIG, f"{where}.{key} is not a key that a fold writes")
+        for key in note.keys() - NOTE_KEYS - wanted.keys()
+    ]
     folded = _names(note.get("folded"))
     kept = _names(list(note["kept"]) if isinstance(note.get("kept"), dict) else None)
     if folded is None or kept is None:

@@ -35,6 +35,10 @@ MIN_OUTPUTS, MIN_ACTIVATIONS = 4096, 64
 SECOND_LOOK = 4  # times as many activations, and others, where the first look was over the limit
 OUTLIER_SHARE, OUTLIER_SIZE = 0.01, 50.0
 KINDS = ("random", "outliers")
+ROTATED = (
+    "the residual stream is rotated: a reader by itself computes something else than the source's; level weights "
+    "recomputes each one, level logits runs them"
+)
 
 
 @dataclass
@@ -70,6 +74,8 @@ def check_layers(pair: Pair, max_ratio: float, device: str, report: Progress, se
     Args:
         seed: of the activations of the first look.
     """
+    if pair.plan.rotation is not None:
+        return LevelResult("layers", "skipped", reason=ROTATED)
     findings: list[Finding] = []
     rows: list[NormFigures] = []
     dtypes: Counter[str] = Counter()

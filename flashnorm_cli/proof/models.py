@@ -24,6 +24,7 @@ from flashnorm_cli.modeling import build
 from flashnorm_cli.modeling.quiet import first_line, quiet_transformers
 from flashnorm_cli.proof.pairing import Pair
 from flashnorm_cli.proof.prompts import Prompts
+from flashnorm_cli.proof.rotation import rotated
 
 BATCH_TOKENS = 256  # in one forward
 FROM_DISK_TOKENS = 4096  # the same, where each forward reads the whole model from the disk
@@ -182,6 +183,9 @@ def fold_in_memory(setting: Setting, dtype: torch.dtype) -> Any:
         factor = pair.factor(reader).to(dtype)
         origin = state[reader.values_from or name]
         state[name] = origin * factor.view([-1 if d == reader.dim else 1 for d in range(origin.ndim)])
+    if (rotation := pair.plan.rotation) is not None:
+        for name, dims in rotation.tensors.items():
+            state[name] = rotated(rotation, state[name].double(), dims).to(dtype)
     config = copy.deepcopy(setting.config)
     if pair.plan.untie and pair.expected_added:
         build.set_tie(config, False)

@@ -14,7 +14,7 @@ import torch
 from flashnorm_cli.checkpoint.model import RECORD, Checkpoint
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
 from flashnorm_cli.errors import PlanError
-from flashnorm_cli.plan.model import Norm, Plan, Reader
+from flashnorm_cli.plan.model import Norm, Plan, Reader, rotation_from_json
 from flashnorm_cli.plan.planner import make_plan
 from flashnorm_cli.proof.result import Finding
 from flashnorm_cli.record.read import FoldRecord
@@ -83,13 +83,18 @@ def pair(source: Checkpoint, folded: Checkpoint, trust_remote_code: bool = False
     Raises FlashNormError if the source is folded itself, PlanError if its architecture cannot be planned.
     """
     record = FoldRecord.read(folded.folder / RECORD) if (folded.folder / RECORD).exists() else None
-    plan = make_plan(source, "auto", trust_remote_code)
+    plan, chosen = make_plan(source, "auto", trust_remote_code), "auto"
     states = _states(source, folded, plan)
     # The files decide about the final norm. Keeping and untying were the user's choice, or another tool's.
     if any(states[n.tensor] in (IDENTITY, DROPPED) for n in plan.kept):
-        plan = _better(source, folded, plan, "untie", trust_remote_code)
+        plan, chosen = _better(source, folded, plan, "untie", trust_remote_code)
     elif any(states[n.tensor] == SOURCE for n in plan.folded):
-        plan = _better(source, folded, plan, "keep", trust_remote_code)
+        plan, chosen = _better(source, folded, plan, "keep", trust_remote_code)
+    claimed = rotation_from_json(record.content, record.where) if record else None
+    if claimed is not None:  # kind and seed are a claim to check; what lies in the stream is traced
+        from flashnorm_cli.plan.rotation import make_rotated_plan
+
+        plan = make_rotated_plan(source, chosen, trust_remote_code, claimed.kind, claimed.seed)
     states = _states(source, folded, plan)
     findings = []
     gains = {}
@@ -155,18 +160,20 @@ def _state(source: Checkpoint, folded: Checkpoint, norm: Norm) -> str:
     return IDENTITY if bool((after == norm.identity).all()) else OTHER
 
 
-def _better(source: Checkpoint, folded: Checkpoint, plan: Plan, final_norm: str, trust_remote_code: bool) -> Plan:
-    """The plan with another decision about the final norm, if it explains more norms of the files."""
+def _better(
+    source: Checkpoint, folded: Checkpoint, plan: Plan, final_norm: str, trust_remote_code: bool
+) -> tuple[Plan, str]:
+    """The plan with another decision about the final norm, if it explains more norms of the files; and the decision."""
     try:
         other = make_plan(source, final_norm, trust_remote_code)
     except PlanError:
-        return plan
+        return plan, "auto"
 
     def unexplained(candidate: Plan) -> int:
         states = _states(source, folded, candidate)
         return sum((states[n.tensor] == SOURCE) == n.folded for n in candidate.norms)
 
-    return other if unexplained(other) < unexplained(plan) else plan
+    return (other, final_norm) if unexplained(other) < unexplained(plan) else (plan, "auto")
 
 
 def _wrong_norm(source: Checkpoint, folded: Checkpoint, norm: Norm, state: str) -> Finding:

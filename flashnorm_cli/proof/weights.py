@@ -12,7 +12,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from flashnorm_cli.proof.diagnose import diagnose
 from flashnorm_cli.proof.figures import WeightsFigures
 from flashnorm_cli.proof.pairing import DROPPED, Pair
 from flashnorm_cli.proof.result import Finding, LevelResult
+from flashnorm_cli.proof.rotated import RotatedTensor
 
 # Another tool may round the gain, and then the product: two units in the last place of the coarser dtype. A fold that
 # carries our record has to hold the very bits.
@@ -46,6 +47,7 @@ class Difference:
     squares: float = 0.0
     reference_squares: float = 0.0
     first: tuple[int, float, float] | None = None  # flat index, found, expected
+    words: str = ""  # what has happened, where that is plain
 
     @property
     def error(self) -> float:
@@ -55,13 +57,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class _Expected:
-    """Where a tensor's values come from, and what happens to them: `factor` along `dim`, or `fill` everywhere."""
+    """Where a tensor's values come from, and what happens to them.
+
+    `factor` along `dim`, then a rotation along `rotated`; or `fill` everywhere.
+    """
 
     origin: TensorEntry | None
     origin_shard: str
     dim: int = 0
     factor: torch.Tensor | None = None
     fill: float | None = None
+    rotated: tuple[int, ...] = ()
 
 
 @dataclass
@@ -105,7 +111,9 @@ def check_weights(pair: Pair, workers: int, report: Progress) -> tuple[LevelResu
         if name in said and name in pair.states:
             continue  # a norm that has been described already
         difference = outcome.differences[name]
-        why = diagnose(pair, name, difference.largest) if i < MAX_DIAGNOSED else ""
+        why = difference.words
+        if not expected[name].rotated and i < MAX_DIAGNOSED:
+            why = diagnose(pair, name, difference.largest)
         findings.append(Finding(name, _describe(pair.folded.tensors[name], difference, why), difference.error))
     notes = []
     if rounded:
@@ -114,12 +122,17 @@ def check_weights(pair: Pair, workers: int, report: Progress) -> tuple[LevelResu
             f"{len(rounded)} tensors were rounded in another way than flashnorm rounds, by {units:.1f} units in the "
             "last place at most"
         )
+    if pair.plan.rotation is not None:
+        notes.append(
+            f"the {len(pair.plan.rotation.tensors)} rotated tensors were recomputed in float64, and compared with what "
+            "their dtype makes of that, give or take the noise of float32 sums"
+        )
     if not pair.gains:
         notes.append("no norm is folded: every one keeps the source's weight")
     notes += contract.notes(pair)
     figures = WeightsFigures(
         tensors=len(expected),
-        changed=sum(want.factor is not None or want.fill is not None for want in expected.values()),
+        changed=sum(bool(w.factor is not None or w.fill is not None or w.rotated) for w in expected.values()),
         identical=len(comparable) - len(rounded) - len(wrong),
         rounded_otherwise=len(rounded),
         differing=len(expected) - len(comparable) + len(wrong),
@@ -152,6 +165,9 @@ def _expected(pair: Pair) -> dict[str, _Expected]:
         reader = pair.readers[name]
         origin = reader.values_from or name
         expected[name] = _Expected(source.tensors[origin], source.shard_of[origin], reader.dim, pair.factor(reader))
+    if pair.plan.rotation is not None:
+        turned = pair.plan.rotation.tensors
+        expected.update({n: replace(expected[n], rotated=dims) for n, dims in turned.items() if n in expected})
     return expected
 
 
@@ -278,11 +294,24 @@ class _ShardStream:
         for entry in sorted(header.tensors.values(), key=lambda entry: entry.start):
             difference = Difference()
             want = self.expected.get(entry.name)
+            if want is not None and want.rotated:
+                self._compare_rotated(entry, want, difference)
+                want = None  # what is left to do is to hash it
             for block in _blocks(entry, want):
                 self._compare(entry, want, block, difference)
             if difference.values:
                 differences[entry.name] = difference
         return differences, self.digest.hexdigest()
+
+    def _compare_rotated(self, entry: TensorEntry, want: _Expected, difference: Difference) -> None:
+        rotation = self.pair.plan.rotation
+        if rotation is None or want.origin is None:
+            return
+        folded = entry, self.folded, self.pair.folded.shards[self.shard].data_start
+        base = self.pair.source.shards[want.origin_shard].data_start
+        source = want.origin, self._source(want.origin_shard), base
+        scale = None if want.factor is None else (want.factor, want.dim)
+        self.on_bytes(0, RotatedTensor(folded, source, rotation, want.rotated, scale).compare(difference))
 
     def _source(self, shard: str) -> ShardReader:
         if shard not in self.sources:

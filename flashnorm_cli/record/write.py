@@ -14,7 +14,7 @@ from flashnorm_cli._version import __version__
 from flashnorm_cli.checkpoint.files import read_text
 from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint
 from flashnorm_cli.checkpoint.names import pattern_of
-from flashnorm_cli.plan.model import FORMAT, Plan
+from flashnorm_cli.plan.model import FORMAT, Plan, PlannedRotation
 from flashnorm_cli.record.read import LAYOUTS as LAYOUTS
 
 # Small files are hashed whole. A larger shard's sha256 is written where its bytes were hashed already, as those of the
@@ -39,7 +39,12 @@ def config_record(plan: Plan, layout: str) -> dict[str, Any]:
         "folded": list(folded),
         "kept": kept,
         "lm_head": plan.lm_head,
+        **({"rotation": _rotation(plan.rotation)} if plan.rotation else {}),
     }
+
+
+def _rotation(rotation: PlannedRotation) -> dict[str, Any]:
+    return {**rotation.to_json(), "tensors": list(dict.fromkeys(map(pattern_of, rotation.tensors)))}
 
 
 def folded_config(config: dict[str, Any], plan: Plan, layout: str) -> dict[str, Any]:
