@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -18,6 +19,7 @@ from flashnorm_cli.errors import EXIT_NOT_RUN, EXIT_OK, UsageError
 if TYPE_CHECKING:
     from flashnorm_cli.folding.fold import FoldResult
     from flashnorm_cli.hub.fold_to_hub import StreamResult
+    from flashnorm_cli.proof.result import Verification
 
 DROPPED = (
     "Layout dropped: transformers warns and fills the norms in. Stock vLLM does not load this. llama.cpp's converter "
@@ -98,57 +100,22 @@ def fold(
         raise UsageError("--private, --commit-message and --create-pr need --push-to")
     if seed is not None and rotate is None:
         raise UsageError("--seed needs --rotate")
+    if push_to is not None and rotate is not None:
+        raise UsageError("--push-to does not rotate: fold with --rotate into a folder, then flashnorm push-to-hub")
+    if push_to is not None and (output is not None or local_files_only):
+        raise UsageError("--push-to excludes an output folder and --local-files-only")
+    hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+    how: dict[str, Any] = {"final_norm": final_norm, "layout": layout, "workers": workers, "overwrite": overwrite}
     if push_to is not None:
-        if rotate is not None:
-            raise UsageError("--push-to does not rotate: fold with --rotate into a folder, then flashnorm push-to-hub")
-        if output is not None or local_files_only:
-            raise UsageError("--push-to excludes an output folder and --local-files-only")
-        with out.progress() as report:
-            report(0, 0, "Starting")
-            from flashnorm_cli.hub.fold_to_hub import fold_to_hub
-
-            streamed = fold_to_hub(
-                model,
-                push_to,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                trust_remote_code=trust_remote_code,
-                final_norm=final_norm,
-                layout=layout,
-                workers=workers,
-                overwrite=overwrite,
-                private=private,
-                commit_message=commit_message,
-                create_pr=create_pr,
-                verify=verify,
-                dask=dask,
-                on_progress=report,
-            )
-        show_streamed(out, streamed)
-        raise typer.Exit(EXIT_NOT_RUN if verify and not streamed.pushed.verified else EXIT_OK)
+        commit = {"private": private, "commit_message": commit_message, "create_pr": create_pr}
+        _fold_to_hub(out, model, push_to, verify, revision=revision, dask=dask, **hub, **how, **commit)
+    hub |= {"local_files_only": local_files_only, "follow_links": follow_links}
     with out.progress() as report:
         report(0, 0, "Starting")
         from flashnorm_cli.folding.fold import fold as run
 
-        result = run(
-            model,
-            output,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            trust_remote_code=trust_remote_code,
-            final_norm=final_norm,
-            layout=layout,
-            rotate=rotate,
-            seed=seed or 0,
-            workers=workers,
-            overwrite=overwrite,
-            follow_links=follow_links,
-            dask=dask,
-            on_progress=report,
-        )
+        more: dict[str, Any] = {"rotate": rotate, "seed": seed or 0, "dask": dask, "on_progress": report}
+        result = run(model, output, revision=revision, **hub, **how, **more)
         verification = None
         if verify:
             from flashnorm_cli.proof.verify import verify as check
@@ -157,15 +124,27 @@ def fold(
                 result.output,
                 model,
                 source_revision=result.plan.commit,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                trust_remote_code=trust_remote_code,
                 workers=workers,
-                follow_links=follow_links,
                 command=options.command_line(["verify", str(result.output), "--source", model]),
                 on_progress=report,
+                **hub,
             )
+    _show(out, result, verification)
+    if verification is not None:
+        raise typer.Exit(exit_code(verification))
+
+
+def _fold_to_hub(out: Output, model: str, push_to: str, verify: bool, **more: Any) -> NoReturn:
+    with out.progress() as report:
+        report(0, 0, "Starting")
+        from flashnorm_cli.hub.fold_to_hub import fold_to_hub
+
+        streamed = fold_to_hub(model, push_to, verify=verify, on_progress=report, **more)
+    show_streamed(out, streamed)
+    raise typer.Exit(EXIT_NOT_RUN if verify and not streamed.pushed.verified else EXIT_OK)
+
+
+def _show(out: Output, result: FoldResult, verification: Verification | None) -> None:
     out.data(
         {
             "output": str(result.output),
@@ -182,9 +161,10 @@ def fold(
         f"{flushing:.1f} s more:",
         str(result.output),
     )
-    if verification is not None:
+    if verification is None:
+        out.text(f"Next: flashnorm verify {shlex.quote(str(result.output))}")
+    else:
         out.text("", *summary(verification))
-        raise typer.Exit(exit_code(verification))
 
 
 def show_streamed(out: Output, result: StreamResult) -> None:
