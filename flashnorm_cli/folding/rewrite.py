@@ -166,7 +166,7 @@ def _plan(job: ShardJob, header: Header, files: SourceFiles) -> tuple[list[_Rang
             path, origin_header, name = edit.origin or (job.source, job.header, entry.name)
             origin = origin_header.tensors.get(name)
             if origin is None or (origin.dtype, origin.shape) != (entry.dtype, entry.shape):
-                raise PlanError(f"{path}: there is no {entry.dtype} {list(entry.shape)} {name!r} to change")
+                raise PlanError(f"{path}: there is no {entry.dtype} {list(entry.shape)} {name!r} to scale")
             offset = origin_header.data_start + origin.start
             scalings.append(_Scaling(entry, edit) if isinstance(edit, Scale) else Rotating(entry, edit))
             file = files.open(path, origin_header)

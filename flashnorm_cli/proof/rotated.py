@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,10 +11,8 @@ from flashnorm_cli.checkpoint.header import TensorEntry
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
 from flashnorm_cli.plan.model import PlannedRotation
 from flashnorm_cli.proof.blocks import ShardReader
+from flashnorm_cli.proof.difference import Difference
 from flashnorm_cli.proof.rotation import noise, rotated
-
-if TYPE_CHECKING:
-    from flashnorm_cli.proof.weights import Difference
 
 PANEL_ELEMENTS = 2**20
 

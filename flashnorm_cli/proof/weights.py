@@ -24,6 +24,7 @@ from flashnorm_cli.errors import CheckpointError
 from flashnorm_cli.proof import contract
 from flashnorm_cli.proof.blocks import BLOCK_BYTES, Block, ShardReader, blocks
 from flashnorm_cli.proof.diagnose import diagnose
+from flashnorm_cli.proof.difference import Difference
 from flashnorm_cli.proof.figures import WeightsFigures
 from flashnorm_cli.proof.pairing import DROPPED, Pair
 from flashnorm_cli.proof.result import Finding, LevelResult
@@ -36,23 +37,6 @@ MAX_DIAGNOSED = 40
 
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-
-
-@dataclass
-class Difference:
-    """How a tensor differs from what it must hold, added up over its blocks."""
-
-    values: int = 0  # that differ
-    largest: float = 0.0  # difference, in units in the last place of the coarser dtype
-    squares: float = 0.0
-    reference_squares: float = 0.0
-    first: tuple[int, float, float] | None = None  # flat index, found, expected
-    words: str = ""  # what has happened, where that is plain
-
-    @property
-    def error(self) -> float:
-        """Frobenius norm of the difference, relative to what must be there, over the blocks of 1 MiB that differ."""
-        return math.sqrt(self.squares / self.reference_squares) if self.reference_squares else math.inf
 
 
 @dataclass(frozen=True)

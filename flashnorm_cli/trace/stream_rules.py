@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from flashnorm_cli.errors import PlanError
 from flashnorm_cli.trace import rules
 from flashnorm_cli.trace.forward import run_forwards
 from flashnorm_cli.trace.products import ADDING, PLAIN
@@ -302,11 +303,17 @@ def trace_stream(model: Any, folded: Collection[str]) -> Stream:
     """The residual stream of a model on the meta device, in eval mode, whose gains `folded` are the identity.
 
     Raises:
-        PlanError: the forward cannot run on the meta device.
+        PlanError: the forward cannot run on the meta device, or there is no one input embedding.
     """
     tracer = StreamTracer(model, folded)
     run_forwards(model, tracer)
-    embedding = model.get_input_embeddings().weight
-    name = next(name for name, parameter in model.named_parameters() if parameter is embedding)
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # transformers' own answer for models with several
+        embedding = None
+    weight = getattr(embedding, "weight", None)
+    name = next((name for name, parameter in model.named_parameters() if parameter is weight), None)
+    if name is None:
+        raise PlanError(f"{type(model).__name__} does not say which embedding its residual stream starts from")
     unreached = [n for n, _ in model.named_parameters() if n not in tracer.state.trace.reached]
     return tracer.state.judge(name, unreached)
