@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import peft
 import pytest
 import torch
 import transformers
@@ -245,3 +246,12 @@ def test_wrong_arguments(tmp_path, llama):
         fold(llama, tmp_path / "out", rotate="walsh")
     with pytest.raises(UsageError, match="seed"):
         fold(llama, tmp_path / "out", rotate="random", seed=-1)
+
+
+def test_adapters_do_not_fit_a_rotated_base(tmp_path, llama, capsys):
+    model = families.build("llama", seed=0)
+    adapter = tmp_path / "adapter"
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
+    fold(llama, tmp_path / "out", rotate="hadamard", workers=1)
+    assert run("fold-adapter", str(adapter), str(tmp_path / "folded"), "--base", str(tmp_path / "out")) == 2
+    assert "its residual stream is rotated" in capsys.readouterr().err and not (tmp_path / "folded").exists()
