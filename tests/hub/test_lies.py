@@ -28,6 +28,8 @@ Lie = Callable[[int, Headers, bytes], tuple[int, Headers, bytes]]
 HTML = b"<html><body>Please log in to the <b>network</b></body></html>"
 HEADER, GAIN, SHARD = r"GET /blobs/.* bytes=0-", r"GET /blobs/.* bytes=[1-9]", r"^GET /blobs/.* whole"
 
+SLOW = pytest.mark.slow  # up to minutes of waiting
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -318,7 +320,7 @@ def test_what_is_recorded_was_read(hub: HubServer, run: Callable, tmp_path: Path
 # ---- time ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", ["never", "-1", "nan", "inf", "\u00b2", "1e-3", "date"])
+@pytest.mark.parametrize("value", ["never", "-1", "nan", pytest.param("inf", marks=SLOW), "\u00b2", "1e-3", "date"])
 def test_retry_after(hub: HubServer, run: Callable, value: str) -> None:
     value = formatdate(time.time() - 5, usegmt=True) if value == "date" else value
     again = {"Retry-After": value}
@@ -337,9 +339,10 @@ SILENT = {
     "a shard": SHARD,
     "the commit": "POST .*/commit/",
 }
+SILENT_LONG = ("listing", "a small file", "a shard", "the commit")  # huggingface_hub asks for these again and again
 
 
-@pytest.mark.parametrize("what", SILENT)
+@pytest.mark.parametrize("what", ["whoami", "a range", *(pytest.param(w, marks=SLOW) for w in SILENT_LONG)])
 def test_a_server_that_never_answers(hub: HubServer, zygote: Zygote, tmp_path: Path, what: str) -> None:
     fault = hub.fail(SILENT[what], hold=True)
     started = time.monotonic()
@@ -351,7 +354,7 @@ def test_a_server_that_never_answers(hub: HubServer, zygote: Zygote, tmp_path: P
     assert time.monotonic() - started < 90
 
 
-@pytest.mark.parametrize("what", ["listing", "a range", "a shard"])
+@pytest.mark.parametrize("what", [pytest.param("listing", marks=SLOW), "a range", pytest.param("a shard", marks=SLOW)])
 def test_a_server_that_drips(hub: HubServer, run: Callable, what: str) -> None:
     """Each byte within the time for a read, all of them in hours."""
     hub.fail(SILENT[what], piece=20, delay=0.5)
@@ -387,7 +390,7 @@ NO_JSON = {
 }
 
 
-@pytest.mark.parametrize("lie", NO_JSON)
+@pytest.mark.parametrize("lie", [pytest.param("page", marks=SLOW), *[lie for lie in NO_JSON if lie != "page"]])
 def test_no_json(hub: HubServer, run: Callable, expected: dict[str, bytes], tmp_path: Path, lie: str) -> None:
     """One line, whatever a page, a proxy or half an answer stands for; what is not needed is not missed."""
     asked = API if lie in ("page", "an object") else dict([*API.items()][:: 2 if lie == "cut" else 4])
