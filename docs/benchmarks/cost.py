@@ -2,8 +2,8 @@
 
     python docs/benchmarks/cost.py cost.json
 
-Makes small random checkpoints that have the number of layers, experts and shards of large ones, runs each command as a
-process of its own, and writes its CPU seconds (user and system, of all its threads) and its peak resident memory. The first
+Makes small random checkpoints that have the number of layers, experts and shards of large ones, runs each command as
+a process of its own, and writes its CPU seconds (of all its threads) and its peak resident memory. The first
 row is a model of one layer: what is left of it is start-up, most of it the import of transformers.
 """
 

@@ -231,7 +231,8 @@ def _level_lines(level: LevelResult) -> list[str]:
         return [level.reason]
     figures = level.figures
     if level.level == "weights" and figures:
-        same = "tensors hold the very bits that source and plan ask for"
+        rotated = any("rotated tensors" in note for note in level.notes)  # float32 sums: not the bits of float64
+        same = f"tensors hold {'what' if rotated else 'the very bits that'} source and plan ask for"
         lines = [f"{figures['identical']:,} of {figures['tensors']:,} {same} ({figures['changed']:,} of them changed)"]
         if figures["rounded_otherwise"]:
             lines.append(f"{figures['rounded_otherwise']:,} were rounded in another way, within two units")
