@@ -6,20 +6,17 @@ or check it, without transformers or torch.
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from flashnorm_cli.checkpoint.header import tensor_nbytes
 from flashnorm_cli.checkpoint.model import Checkpoint, refuse_folded
-from flashnorm_cli.checkpoint.names import grouped, layer_numbers, pattern_of
+from flashnorm_cli.checkpoint.names import grouped
 from flashnorm_cli.checkpoint.users import User, announced_users
 from flashnorm_cli.errors import PlanError
-from flashnorm_cli.plan import load_time, readers, unseen
+from flashnorm_cli.plan import disk, load_time, readers, unseen
 from flashnorm_cli.plan.model import Norm, Plan, Reader, Run
 from flashnorm_cli.plan.unseen import norm_modules
 
@@ -29,7 +26,6 @@ if TYPE_CHECKING:
 
     from flashnorm_cli.trace.result import Trace
 
-FOLDABLE_DTYPES = ("BF16", "F16", "F32", "F64")
 FINAL_NORM_CHOICES = ("auto", "keep", "untie")
 # Runtimes that tie head and embedding whatever the files say: llama.cpp drops the separate head of these without a
 # word. A fact about runtimes, not about models: what can be folded is decided by the trace alone.
@@ -140,13 +136,7 @@ class _Planner:
         self.version, self.users = version, users
         self.notes: list[str] = []
         self.kept: dict[str, str] = {}
-        self.added: dict[str, tuple[str, tuple[int, ...]]] = {}
-        self.values_from: dict[str, str] = {}  # added tensor -> the tensor whose values it starts from
         self.norm_tensors: dict[str, str] = {}  # runtime gain -> its tensor on disk
-        self.on_disk: dict[str, torch.Tensor] = {}
-        self.lost: dict[str, torch.Tensor] = {}
-        self.unread: list[str] = []
-        self.places: dict[str, str | None] = {}  # canonical name -> tensor on disk, None for a shared one's other name
         self.untied: tuple[str, str] | None = None  # runtime names of the head and of the embedding
         self.strange_class: str | None = None  # named by the config, and not known: what it reads is not known either
 
@@ -164,15 +154,17 @@ class _Planner:
         self._keep(unseen.kept_for_users(users, self.trace, self._head_gains()), asked=True)
         lm_head = self._final_norm(missing)
         self._keep(unseen.kept_beside_unreached(self.model, self.trace))
-        self._match(disk_names.ids_on_disk(self.model, self.trace))
-        load_time.refuse_rotations(self.checkpoint, self.unread)
-        self._find_norms()
-        self.notes += load_time.notes(self.checkpoint, self.model, missing, self.unread)
-        self._keep(unseen.kept_for_modules(users, self.trace, self.on_disk, self.norm_tensors), asked=True)
+        canonical = disk_names.ids_on_disk(self.model, self.trace)
+        self.disk = disk.match_tensors(self.model, self.trace, self.checkpoint, canonical, self.untied)
+        load_time.refuse_rotations(self.checkpoint, self.disk.unread)
+        self.norm_tensors, reasons = disk.gain_tensors(self.trace, self.disk, self.checkpoint, self.kept)
+        self._keep(reasons)
+        self.notes += load_time.notes(self.checkpoint, self.model, missing, self.disk.unread)
+        self._keep(unseen.kept_for_modules(users, self.trace, self.disk.ids, self.norm_tensors), asked=True)
         within, last = unseen.kept_for_unread(
-            self.unread,
+            self.disk.unread,
             self.checkpoint.tensors,
-            [*self.on_disk, *self.lost],
+            [*self.disk.all_ids],
             self.norm_tensors,
             self._head_gains(),
             self.cls.__name__,
@@ -182,7 +174,10 @@ class _Planner:
             if self.kept.get(gain, "").endswith(unseen.OVERRIDE):
                 del self.kept[gain]
         self._keep(last, asked=True)
-        found = self._find_readers()
+        found, reasons = disk.reader_tensors(
+            self.model, self.trace, self.disk, self.checkpoint, self._head(), self._head_gains(), self.kept
+        )
+        self._keep(reasons)
         if any(g in self.kept for g in self._head_gains()):
             lm_head = "kept"
         if lm_head in ("folded", "untied"):
@@ -190,7 +185,7 @@ class _Planner:
         folded = (name for name, _, ids in found if any(g not in self.kept for g in self.trace.gains_of(ids)))
         self.notes += load_time.grid_notes(self.checkpoint, folded)
         plan = self._assemble(found, lm_head)
-        return TracedPlan(plan, self.model, self.trace, self.kept, self.untied, self.places, tuple(users))
+        return TracedPlan(plan, self.model, self.trace, self.kept, self.untied, self.disk.places, tuple(users))
 
     def _assumed_class(self) -> None:
         """Say so where the class is what the auto classes take, and not what config.json names."""
@@ -297,168 +292,6 @@ class _Planner:
         self.untied = (new.pop(), embedding)
         return None
 
-    # ---- from runtime parameters to tensors on disk -------------------------------------------------------------
-
-    def _match(self, canonical: dict[str, torch.Tensor]) -> None:
-        """Find each canonical name among the tensors on disk, which may have been saved under older names.
-
-        Fills `on_disk` (disk name -> ids) and `lost` (canonical names that are not there).
-        """
-        from flashnorm_cli.modeling import disk_names
-        from flashnorm_cli.trace.companions import count_nonzero
-
-        copies = Counter(id(p) for _, p in self.model.named_parameters(remove_duplicate=False))
-        expected = 0
-        for name, parameter in self.model.named_parameters():
-            if name in self.trace.gains:
-                expected += copies[id(parameter)] * parameter.numel()
-            elif name in self.trace.readers:
-                reader = self.trace.readers[name]
-                rows = parameter.numel() // parameter.shape[reader.dim]
-                expected += copies[id(parameter)] * rows * int((reader.ids > 0).sum())
-        if sum(count_nonzero(ids) for ids in canonical.values()) != expected:
-            raise PlanError(f"transformers maps two parameters of {self.cls.__name__} to the same tensor on disk")
-
-        tensors = self.checkpoint.tensors
-        self.on_disk = {name: ids for name, ids in canonical.items() if name in tensors}
-        self.lost = {name: ids for name, ids in canonical.items() if name not in tensors}
-        self.places = {name: name for name in self.on_disk}
-        left = [name for name in tensors if name not in self.on_disk]
-        loads = disk_names.loader_names(self.model, [*self.lost, *left])
-        if left:
-            self._refuse_doubles(left)
-        by_target: dict[Any, list[str]] = {}
-        for name in left:
-            by_target.setdefault((loads[name], layer_numbers(name)), []).append(name)
-        for name in list(self.lost):
-            candidates = by_target.get((loads[name], layer_numbers(name)), [])
-            if len(candidates) == 1:
-                self.on_disk[candidates[0]] = self.lost.pop(name)
-                self.places[name] = candidates[0]
-        state = self.model.state_dict()
-        self.unread = [n for n in left if n not in self.on_disk and loads[n][0] not in state]
-
-        # A shared parameter needs only one of its names on disk. An untied head has none yet: it is added.
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        there = disk_names.loader_names(self.model, list(self.on_disk)) if self.lost else {}
-        holds = {id(parameters[target]): name for name, (target, _) in there.items() if target in parameters}
-        for name in list(self.lost):
-            target = loads[name][0]
-            if target in parameters and id(parameters[target]) in holds:
-                del self.lost[name]
-                self.places[name] = None
-            elif self.untied and target == self.untied[0]:
-                embedding = holds[id(parameters[self.untied[1]])]
-                entry = tensors[embedding]
-                ids = self.lost.pop(name)
-                self.places[name] = name = disk_names.saved_names(self.model, [target]).get(target, name)
-                self.lost[name] = ids
-                self.added[name] = (entry.dtype, entry.shape)
-                self.values_from[name] = embedding
-
-    def _refuse_doubles(self, left: list[str]) -> None:
-        """Two tensors for one parameter: which one counts, the loader decides by its order, and we must not guess."""
-        from flashnorm_cli.modeling import disk_names
-
-        loads = disk_names.loader_names(self.model, [*self.on_disk, *left])
-        plain = {loads[name][0]: name for name in self.on_disk if loads[name][1] is None}
-        for name in left:
-            target, pattern = loads[name]
-            if pattern is None and plain.get(target, name) != name:
-                raise PlanError(f"{plain[target]} and {name} are both loaded into {target}: remove one of them")
-
-    def _find_norms(self) -> None:
-        """Fill `norm_tensors`: the tensor on disk of each gain, which holds its elements in their order."""
-        import torch
-
-        from flashnorm_cli.trace.companions import count_nonzero, small
-
-        own = {name: small(ids) for name, ids in self.on_disk.items() if count_nonzero(ids) and small(ids).max() < 0}
-        by_first: dict[int, tuple[str, torch.Tensor]] = {}
-        for name, ids in own.items():
-            if by_first.setdefault(-int(ids.max()), (name, ids))[0] != name:
-                twin = by_first[-int(ids.max())][0]
-                parameter = next(g.parameter for g in self.trace.gains.values() if g.first_id == -int(ids.max()))
-                self.kept.setdefault(parameter, f"its weight is on disk twice, as `{twin}` and as `{name}`")
-        for gain in self.trace.gains.values():
-            if gain.first_id not in by_first:
-                if gain.parameter not in self.kept:
-                    raise PlanError(
-                        f"{gain.parameter} is not in the checkpoint; where norms were left out, it was folded already"
-                    )
-                continue
-            name, ids = by_first[gain.first_id]
-            self.norm_tensors[gain.parameter] = name
-            entry = self.checkpoint.tensors[name]
-            identity = (1.0 - gain.offset) / gain.scale
-            in_order = torch.arange(gain.first_id, gain.first_id + gain.size)
-            shape = tuple(self.on_disk[name].shape)
-            if entry.shape != shape:
-                raise PlanError(f"{name} has shape {list(entry.shape)} on disk, but the config asks for {list(shape)}")
-            if beside := load_time.beside_gain(name, self.unread):
-                self.kept.setdefault(gain.parameter, beside)
-            if entry.dtype not in FOLDABLE_DTYPES:
-                self.kept.setdefault(gain.parameter, f"its weight is stored as {entry.dtype}")
-            elif not torch.equal(-ids.flatten(), in_order):
-                self.kept.setdefault(gain.parameter, "its weight lies on disk in another order")
-            elif identity != float(int(identity)) or abs(identity) > 256:
-                self.kept.setdefault(gain.parameter, "no weight makes it exactly one")
-
-    def _find_readers(self) -> list[tuple[str, int, torch.Tensor]]:
-        """Readers as (tensor on disk, dim, ids along dim); the gains of a tensor that cannot take them are kept."""
-        from flashnorm_cli.modeling import disk_names
-        from flashnorm_cli.trace.companions import profile, small, varying_dims
-
-        head = self._head()
-        holders = self.model.named_parameters(remove_duplicate=False) if head else ()
-        heads = {name.rpartition(".")[0] for name, p in holders if p is self.model.get_parameter(head or "")}
-        on_load = load_time.LoadTime(self.checkpoint, self.model, self.unread, [*self.on_disk, *self.lost], heads)
-        loads = disk_names.loader_names(self.model, [*self.on_disk, *self.lost])
-        readers = []
-        gains_of: dict[bytes, list[str]] = {}  # thousands of experts share few patterns
-        for name, ids in [*self.on_disk.items(), *self.lost.items()]:
-            key = small(ids).contiguous().numpy().tobytes()
-            gains = gains_of[key] = gains_of[key] if key in gains_of else self.trace.gains_of(ids)
-            if not gains:
-                continue
-            dims = varying_dims(ids)
-            why = None if name in self.added else self._cannot_take(name, tuple(ids.shape), dims, gains[0])
-            why = why or on_load.changes(name, loads[name][0])
-            if why is None:
-                dim = dims[0] if dims else ids.ndim - 1
-                readers.append((name, dim, profile(ids, dim)))
-            else:
-                for gain in gains:
-                    self.kept.setdefault(gain, f"`{pattern_of(name)}`, which reads it, {why}")
-        return readers
-
-    def _cannot_take(self, name: str, shape: tuple[int, ...], dims: list[int], gain: str) -> str | None:
-        tensors = self.checkpoint.tensors
-        stem = name.removesuffix("weight")
-        if name not in tensors:
-            packed = next((n for n in self.unread if n.startswith((name + "_", stem))), None)
-            if packed is None and gain in self.kept:
-                return "is not in the checkpoint"
-            if packed is None:
-                head = gain in self._head_gains()
-                hint = (
-                    "; --final-norm keep folds the other norms of a model that is used without its head" if head else ""
-                )
-                raise PlanError(f"{name}, which reads {gain}, is not in the checkpoint{hint}")
-            return f"is packed or quantized on disk (`{pattern_of(packed)}`)"
-        entry = tensors[name]
-        scale = next((n for n in self.unread if n.startswith((name + "_", stem))), None)
-        if entry.dtype not in FOLDABLE_DTYPES or scale is not None:
-            beside = f", beside `{pattern_of(scale)}`" if scale else ""
-            return f"is quantized on disk ({entry.dtype}{beside})"
-        if entry.shape != shape:
-            if "quantization_config" in self.checkpoint.config:
-                return f"is packed on disk (shape {list(entry.shape)})"
-            raise PlanError(f"{name} has shape {list(entry.shape)} on disk, but the config asks for {list(shape)}")
-        if len(dims) > 1:
-            return "is joined on disk with weights that read something else"
-        return None
-
     # ---- the result ---------------------------------------------------------------------------------------------
 
     def _assemble(self, found: list[tuple[str, int, torch.Tensor]], lm_head: str) -> Plan:
@@ -474,13 +307,13 @@ class _Planner:
         for name, dim, ids in found:
             key = ids.numpy().tobytes()
             if key not in runs_of:
-                runs_of[key], gains_of[key] = _runs(ids, gains), trace.gains_of(ids)
+                runs_of[key], gains_of[key] = disk.runs_of(ids, gains), trace.gains_of(ids)
             for gain_name in gains_of[key]:
                 read_by.setdefault(gain_name, []).append(name)
             if any(run.norm for run in runs_of[key]):
-                readers.append(Reader(name, dim, runs_of[key], self.values_from.get(name)))
+                readers.append(Reader(name, dim, runs_of[key], self.disk.values_from.get(name)))
         used = {reader.tensor for reader in readers}
-        added = {name: what for name, what in self.added.items() if name in used}
+        added = {name: what for name, what in self.disk.added.items() if name in used}
         norms_found = [
             Norm(
                 self.norm_tensors.get(g.parameter, g.parameter),
@@ -492,7 +325,7 @@ class _Planner:
             )
             for g in trace.gains.values()
         ]
-        norms_found += [Norm(name, shape, 1.0, 0.0, (), why) for name, shape, why in self._other_norms()]
+        norms_found += [Norm(name, shape, 1.0, 0.0, (), why) for name, shape, why in _other_norms(self.model, trace)]
         order = {name: i for i, name in enumerate(checkpoint.tensors)}
         norms_found.sort(key=lambda n: order.get(n.tensor, len(order)))
         fed_and_kept = [g for g in self.kept if g in trace.fed]
@@ -513,59 +346,34 @@ class _Planner:
             untie=lm_head == "untied",
             added=added,
             folded_flag=bool(folded) and not fed_and_kept and not by_name,
-            not_traced=tuple(self._not_traced()),
-            unread=tuple(self.unread),
+            not_traced=_not_traced(self.model, trace, checkpoint),
+            unread=tuple(self.disk.unread),
             notes=tuple(self.notes),
             bytes_total=sum(sizes.values()),
             bytes_changed=sum(sizes[name] for name in changed),
             bytes_added=sum(tensor_nbytes(dtype, shape) or 0 for dtype, shape in added.values()),
         )
 
-    def _other_norms(self) -> list[tuple[str, tuple[int, ...], str]]:
-        """Norm modules that ran, but whose weight the trace did not see scaling a normalised activation."""
-        return [
-            (name, tuple(parameter.shape), "its weight does not act as a gain of a normalised activation")
-            for name, parameter in norm_modules(self.model)
-            if name in self.trace.reached and name not in self.trace.gains
-        ]
 
-    def _not_traced(self) -> list[str]:
-        """Norms that no forward reached, by their names on disk."""
-        from flashnorm_cli.modeling import disk_names
-
-        names = [name for name, _ in norm_modules(self.model) if name not in self.trace.reached]
-        if not names:
-            return []
-        loads = disk_names.loader_names(self.model, list(self.checkpoint.tensors))
-        on_disk = {target: disk for disk, (target, _) in loads.items()}
-        return [on_disk.get(name, name) for name in names]
+def _other_norms(model: PreTrainedModel, trace: Trace) -> list[tuple[str, tuple[int, ...], str]]:
+    """Norm modules that ran, but whose weight the trace did not see scaling a normalised activation."""
+    return [
+        (name, tuple(parameter.shape), "its weight does not act as a gain of a normalised activation")
+        for name, parameter in norm_modules(model)
+        if name in trace.reached and name not in trace.gains
+    ]
 
 
-def _runs(ids: torch.Tensor, gains: list[tuple[int, str | None]]) -> tuple[Run, ...]:
-    """Compress the ids along a dimension: consecutive elements make a run, equal runs that follow a repetition.
+def _not_traced(model: PreTrainedModel, trace: Trace, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Norms that no forward reached, by their names on disk."""
+    from flashnorm_cli.modeling import disk_names
 
-    `gains` are (first id, tensor on disk or None where the gain is kept), by rising id.
-    """
-    import torch
-
-    firsts = torch.tensor([0, *(first for first, _ in gains)])
-    tensors = [None, *(tensor for _, tensor in gains)]
-    which = torch.bucketize(ids.clamp(min=0), firsts, right=True) - 1
-    folded = torch.tensor([tensor is not None for tensor in tensors])[which]
-    element = torch.where(folded, ids - firsts[which], 0)
-    which = torch.where(folded, which, 0)
-    step = torch.where(folded[1:], 1, 0)
-    ends = ((which[1:] != which[:-1]) | (element[1:] - element[:-1] != step)).nonzero().flatten() + 1
-    borders = [0, *ends.tolist(), len(ids)]
-    runs: list[Run] = []
-    for start, end in pairwise(borders):
-        run = Run(tensors[int(which[start])], int(element[start]), end - start)
-        last = runs[-1] if runs else None
-        if last and (last.norm, last.start, last.length) == (run.norm, run.start, run.length):
-            runs[-1] = dataclasses.replace(last, repeat=last.repeat + 1)
-        else:
-            runs.append(run)
-    return tuple(runs)
+    names = [name for name, _ in norm_modules(model) if name not in trace.reached]
+    if not names:
+        return ()
+    loads = disk_names.loader_names(model, list(checkpoint.tensors))
+    on_disk = {target: found for found, (target, _) in loads.items()}
+    return tuple(on_disk.get(name, name) for name in names)
 
 
 def _path_to(config: PretrainedConfig, nested: PretrainedConfig) -> tuple[str, ...] | None:

@@ -16,9 +16,10 @@ from flashnorm_cli.checkpoint.model import Checkpoint
 from flashnorm_cli.checkpoint.names import pattern_of
 from flashnorm_cli.errors import PlanError
 from flashnorm_cli.modeling import disk_names
+from flashnorm_cli.plan.disk import FOLDABLE_DTYPES
 from flashnorm_cli.plan.load_time import NOT_A_READER
 from flashnorm_cli.plan.model import Plan, PlannedRotation
-from flashnorm_cli.plan.planner import FOLDABLE_DTYPES, TracedPlan, plan_checkpoint
+from flashnorm_cli.plan.planner import TracedPlan, plan_checkpoint
 from flashnorm_cli.trace.companions import profile, varying_dims
 from flashnorm_cli.trace.stream import Stream
 from flashnorm_cli.trace.stream_rules import trace_stream
