@@ -90,7 +90,10 @@ class Child:
 
     def wait(self) -> int:
         """Its exit code, or minus the signal that ended it, as in subprocess."""
-        status = os.waitpid(self.pid, 0)[1]
+        status = os.waitpid(self.pid, os.WUNTRACED)[1]
+        while os.WIFSTOPPED(status):  # another thread had counted the same step, and stops it once more
+            os.kill(self.pid, signal.SIGCONT)
+            status = os.waitpid(self.pid, os.WUNTRACED)[1]
         self.running.remove(self.pid)
         return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
