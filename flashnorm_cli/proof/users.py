@@ -32,6 +32,8 @@ from flashnorm_cli.proof.pairing import Pair
 from flashnorm_cli.proof.prompts import PROMPTS, drawn_afresh
 from flashnorm_cli.proof.result import Finding, LevelResult
 
+SHAKEN = 1e-6  # of each weight
+CHAOS = 0.1  # of the tokens: how far two runs of a chaotic generate() may be apart
 ROWS, TOKENS, NEW_TOKENS = 4, 16, 8  # prompts, their length, and how far generate() goes
 MODULES = "modules.json"  # of sentence-transformers
 # Arguments that make second decoders greedy too, where a model's generate() knows them.
@@ -123,8 +125,7 @@ class _Comparison:
 
     def _read(self, seed: int) -> tuple[_Read, _Read]:
         """What source and fold compute in the reference dtype. Raises ModelError."""
-        prompts = drawn_afresh(self.setting.pair.source, 0, seed)
-        tokens = torch.tensor([list(ids[:TOKENS]) for ids in prompts.ids[:ROWS]])
+        tokens = self._tokens(seed)
 
         def read(model: Any) -> _Read:
             with _inputs_of(model, self._modules()) as inputs:
@@ -141,6 +142,20 @@ class _Comparison:
             read(models.load(self.setting, self.setting.pair.source, self.wide)),
             read(models.fold_in_memory(self.setting, self.wide)),
         )
+
+    def _tokens(self, seed: int) -> torch.Tensor:
+        prompts = drawn_afresh(self.setting.pair.source, 0, seed)
+        return torch.tensor([list(ids[:TOKENS]) for ids in prompts.ids[:ROWS]])
+
+    def _generated_when_shaken(self, seed: int) -> torch.Tensor:
+        """What the source generates with each weight off by one millionth. Raises ModelError."""
+        model = models.load(self.setting, self.setting.pair.source, self.wide)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.is_floating_point():
+                    parameter.mul_(1 + SHAKEN * torch.randn_like(parameter))
+        return _generated(self.setting, model, self._tokens(seed))
 
     def _modules(self) -> tuple[str, ...]:
         return tuple(name for user in self.users if user.reads == INPUTS for name in user.modules)
@@ -169,18 +184,29 @@ class _Comparison:
         findings: list[Finding],
         missing: list[str],
     ) -> None:
-        """Greedy output has to be the same; where one token differs, chance is given a second try on other prompts."""
+        """Greedy output has to be the same; where one token differs, chance is given a second try on other prompts.
+
+        Some generate() is chaotic (block diffusion commits many tokens at once, by their order): there the fold may
+        differ as much as the source differs from itself when its weights are off by one millionth.
+        """
         if source.generated is None or folded.generated is None:
             missing.append(f"generate(): did not run: {source.why_not or folded.why_not}")
             return
         share = _same(source.generated, folded.generated)
+        allowed = 1.0
         if share < 1:
-            source, folded = self._read(secrets.randbits(63))
+            seed = secrets.randbits(63)
+            source, folded = self._read(seed)
             if source.generated is not None and folded.generated is not None:
                 share = max(share, _same(source.generated, folded.generated))
+                if share < 1:
+                    allowed = _same(source.generated, self._generated_when_shaken(seed))
         number = 0 if source.generated is None else source.generated.numel()
-        rows.append(UserFigures("generate()", "greedy output in the reference dtype", number, 1 - share))
-        if share < 1:
+        what = "greedy output in the reference dtype"
+        if allowed < 1:
+            what += f" (the source's own changes by {1 - allowed:.1%} when its weights are off by 1e-6)"
+        rows.append(UserFigures("generate()", what, number, 1 - share))
+        if share < 1 and (allowed == 1 or share < allowed - CHAOS):
             message = f"{self.setting.cls.__name__}.generate() gives {1 - share:.1%} other tokens or codes, greedily"
             findings.append(Finding("generate()", message, 1 - share))
 

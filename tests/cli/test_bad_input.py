@@ -271,7 +271,6 @@ ALREADY = "is folded already ({} says so); folding twice would do nothing good. 
 
 BAD: dict[str, tuple[Callable[[], object], str, int, str]] = {
     # the call
-    "no command": (nothing, "", 2, "Missing command. See: flashnorm --help"),
     "unknown command": (nothing, "melt model", 2, "No such command 'melt'. See: flashnorm --help"),
     "misspelt option": (
         nothing,

@@ -100,3 +100,9 @@ def test_plan_for_people_and_for_scripts(capsys: pytest.CaptureFixture[str]) -> 
     assert (q_proj["dim"], q_proj["runs"]) == (1, [["model.layers.0.input_layernorm.weight", 0, 192, 1]])
     assert run("plan", MODEL, "--quiet") == 0
     assert capsys.readouterr().out == ""
+
+
+def test_bare_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 0 and "Commands:" in capsys.readouterr().out

@@ -309,5 +309,5 @@ def test_what_is_left_is_named(
     assert "its fold is not finished" in one_line(capsys)
     # A leftover beside a whole fold does not make that unfinished.
     partial.rename(tmp_path / ".folded.partial")
-    assert run("push-to-hub", folded, "me/x", "--dry-run") == 0
+    assert run("push-to-hub", folded, "me/x", "--dry-run", "--unverified") == 0  # level weights runs nothing
     assert f"note: {tmp_path / '.folded.partial'} (" in one_line(capsys)

@@ -497,7 +497,8 @@ def test_text(made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all(name in out for name in LEFT_OUT)
     assert "Stock vLLM does not load this." in out
     assert "llama.cpp's converter takes it without a word, and then the GGUF does not load." in out
-    assert out.endswith(f" s more:\n{tmp_path / 'out'}\n")
+    where = tmp_path / "out"
+    assert out.endswith(f" s more:\n{where}\nNext: flashnorm verify {where}\n")
 
 
 def test_flushed(tmp_path: Path) -> None:
