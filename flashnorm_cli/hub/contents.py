@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashnorm_cli.checkpoint.hub import content_id
 from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, LeftOut, Progress
 from flashnorm_cli.checkpoint.places import local_paths, without_places
 from flashnorm_cli.hub.card import REPORT, CardFacts, build_card
@@ -123,19 +124,15 @@ def file_hashes(checkpoint: Checkpoint, workers: int, report: Progress) -> dict[
     names = [name for name in names if name != RECORD]
     total, done, lock = sum((checkpoint.folder / name).stat().st_size for name in names), 0, threading.Lock()
 
-    def digest(name: str) -> tuple[str, str]:
+    def on_bytes(count: int) -> None:
         nonlocal done
-        path = checkpoint.folder / name
-        sha256, oid = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-        with path.open("rb", buffering=0) as file:
-            while block := file.read(1 << 20):
-                sha256.update(block)
-                if name not in checkpoint.shards:  # those are LFS files, which are known by their sha256
-                    oid.update(block)
-                with lock:
-                    done += len(block)
-                    report(done, total, "Hashing")
-        return sha256.hexdigest(), oid.hexdigest()
+        with lock:
+            done += count
+            report(done, total, "Hashing")
+
+    def digest(name: str) -> tuple[str, str]:
+        found = content_id(checkpoint.folder / name, on_bytes)
+        return found.sha256, found.oid
 
     with ThreadPoolExecutor(workers) as pool:
         return dict(zip(names, pool.map(digest, names), strict=True))

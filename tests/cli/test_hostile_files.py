@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from small import tiny_llama
 
 from flashnorm_cli.adapters.kinds import check_adapter_config
 from flashnorm_cli.checkpoint.config_values import check_config
@@ -33,16 +32,7 @@ ESCAPES = "\x1b[2J\x1b]0;owned\x07\u202eevil\x9b31m\x00"
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hostile")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=64, tie_word_embeddings=False, max_position_embeddings=64,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            torch.nn.init.uniform_(parameter, 0.4, 1.8)
-    model.save_pretrained(folder / "source", max_shard_size="5KB")  # many shards
+    tiny_llama().save_pretrained(folder / "source", max_shard_size="5KB")  # many shards
     assert run("fold", folder / "source", folder / "folded", "--quiet") == 0
     return folder
 

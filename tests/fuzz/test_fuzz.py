@@ -21,7 +21,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from small import tiny_llama
 
 from flashnorm_cli.cli import main
 from flashnorm_cli.errors import EXIT_NOT_RUN, MOST_OF_A_LINE
@@ -48,15 +48,7 @@ def fuzz(examples: int) -> Callable[[Any], Any]:
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a source, its verified fold, and an adapter of the source."""
     folder = tmp_path_factory.mktemp("fuzz")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=64, tie_word_embeddings=False, max_position_embeddings=64,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            torch.nn.init.uniform_(parameter, 0.4, 1.8)
+    model = tiny_llama()
     model.to(torch.bfloat16).save_pretrained(folder / "source", max_shard_size="6KB")
     assert (folder / "source" / "model.safetensors.index.json").exists()
     (folder / "source" / "README.md").write_text(
