@@ -26,18 +26,37 @@ from flashnorm_cli.trace.state import State, Weight, tensors_in_objects
 
 
 @dataclass(frozen=True)
+class Step:
+    """What happens to the stream: "write" or "read" by dimension `dim` of a parameter, or "norm" by a folded gain."""
+
+    kind: str
+    name: str
+    dim: int
+
+
+@dataclass(frozen=True)
 class Stream:
     """The residual stream of a model.
 
     `members` are the parameters with a dimension of the stream's channels, by runtime name (the first one of a shared
     parameter), with those dimensions; `norms` the folded gains that normalise it. `pinned` is the reason why it cannot
-    be rotated, None if it can.
+    be rotated, None if it can. `steps` are who writes it, who reads it and where it is normalised, each once, in the
+    order of the forward.
     """
 
     size: int
     members: dict[str, tuple[int, ...]]
     norms: tuple[str, ...]
     pinned: str | None
+    steps: tuple[Step, ...] = ()
+
+    def parameters(self, kind: str) -> dict[str, tuple[int, ...]]:
+        """Those that "write" it, or those that "read" it, with their dimensions of its channels."""
+        found: dict[str, tuple[int, ...]] = {}
+        for step in self.steps:
+            if step.kind == kind:
+                found[step.name] = tuple(sorted((*found.get(step.name, ()), step.dim)))
+        return found
 
 
 class StreamState(State):
@@ -47,6 +66,7 @@ class StreamState(State):
         super().__init__(model)
         self.folded = frozenset(folded)
         self.norms: dict[str, int] = {}  # folded gain -> an axis that it normalises
+        self._steps: dict[Step, int] = {}  # with its axis, in the order of the forward
         self._squares: dict[int, torch.Tensor] = {}
         self._axes = [(name, dim) for name, shape in self.shapes.items() for dim in range(len(shape))]
         self._number = {axis: n for n, axis in enumerate(self._axes)}
@@ -99,6 +119,17 @@ class StreamState(State):
             self._parent[axis] = self._parent[self._parent[axis]]
             axis = self._parent[axis]
         return axis
+
+    def note(self, kind: str, ids: torch.Tensor) -> None:
+        """The parameter whose axis this is writes, or reads, an activation."""
+        for axis in self.axes_in(ids):
+            self._steps.setdefault(Step(kind, *self._axes[axis]), axis)
+
+    def normalised(self, gain: str, ids: torch.Tensor) -> None:
+        """A folded gain scales the normalised activation with these ids."""
+        for axis in self.axes_in(ids):
+            self.norms.setdefault(gain, axis)
+        self._steps.setdefault(Step("norm", gain, 0), self.norms[gain])
 
     # ---- what happens to them -----------------------------------------------------------------------------------
 
@@ -160,4 +191,5 @@ class StreamState(State):
         if pinned is None and unreached:
             pinned = f"`{next(iter(unreached))}` was not reached by the forward, and may read or write it"
         norms = tuple(name for name, axis in self.norms.items() if self._root(axis) == root)
-        return Stream(self.shapes[embedding][1], members, norms, pinned)
+        steps = tuple(step for step, axis in self._steps.items() if self._root(axis) == root)
+        return Stream(self.shapes[embedding][1], members, norms, pinned, steps)
