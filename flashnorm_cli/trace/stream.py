@@ -16,7 +16,7 @@ cannot be rotated.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,7 +41,9 @@ class Stream:
     `members` are the parameters with a dimension of the stream's channels, by runtime name (the first one of a shared
     parameter), with those dimensions; `norms` the folded gains that normalise it. `pinned` is the reason why it cannot
     be rotated, None if it can. `steps` are who writes it, who reads it and where it is normalised, each once, in the
-    order of the forward.
+    order of the forward. `carried` says of parameters that sum over output channels of one other parameter, with
+    nothing in between but sums over tokens and factors that its channels share, which one, and which channel of it
+    (from 0) stands at each of theirs: attention's output projection has its heads from the values', some repeated.
     """
 
     size: int
@@ -49,6 +51,7 @@ class Stream:
     norms: tuple[str, ...]
     pinned: str | None
     steps: tuple[Step, ...] = ()
+    carried: dict[str, tuple[str, torch.Tensor]] = field(default_factory=dict)
 
     def parameters(self, kind: str) -> dict[str, tuple[int, ...]]:
         """Those that "write" it, or those that "read" it, with their dimensions of its channels."""
@@ -57,6 +60,9 @@ class Stream:
             if step.kind == kind:
                 found[step.name] = tuple(sorted((*found.get(step.name, ()), step.dim)))
         return found
+
+
+PART = "only a part of its channels is used"
 
 
 class StreamState(State):
@@ -75,6 +81,8 @@ class StreamState(State):
         self._firsts = 1 + torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)[:-1]])
         self._parent = list(range(len(self._axes)))
         self._pinned: dict[int, str] = {}  # in order: the first reason of a class of axes is the one that is given
+        self._reasons: dict[int, set[str]] = {}  # all of them
+        self._sums: dict[tuple[str, str], list[torch.Tensor]] = {}  # reader and the reason it gives, what it sums over
 
     # ---- axes ---------------------------------------------------------------------------------------------------
 
@@ -144,7 +152,7 @@ class StreamState(State):
         d = starts[0]
         rows = small(ids).movedim(d, -1).reshape(-1, ids.shape[d]).unique(dim=0)
         for row in rows[1:]:
-            self.unify(rows[0], row, "only a part of its channels is used")
+            self.unify(rows[0], row, PART)
         return d, rows[0]
 
     def _runs_along(self, ids: torch.Tensor, d: int) -> bool:
@@ -154,10 +162,16 @@ class StreamState(State):
     def pin(self, ids: torch.Tensor, why: str) -> None:
         for axis in self.axes_in(ids):
             self._pinned.setdefault(axis, why)
+            self._reasons.setdefault(axis, set()).add(why)
 
     def escape(self, ids: torch.Tensor, why: str) -> None:
         self.accounted_for = True
         self.pin(ids, f"{why} in `{self.module}`")
+
+    def sums(self, weight: Weight, ids: torch.Tensor, k: int, why: str) -> None:
+        """A parameter sums over dimension `k` of an activation; `why` is the reason of its escape, if it is one."""
+        if varying_dims(ids) == [k]:
+            self._sums.setdefault((weight.name, f"{why} in `{self.module}`"), []).append(profile(ids, k))
 
     def on_output(self, output: Any) -> None:
         for tensor in tensors_in_objects(output):
@@ -192,4 +206,22 @@ class StreamState(State):
             pinned = f"`{next(iter(unreached))}` was not reached by the forward, and may read or write it"
         norms = tuple(name for name, axis in self.norms.items() if self._root(axis) == root)
         steps = tuple(step for step, axis in self._steps.items() if self._root(axis) == root)
-        return Stream(self.shapes[embedding][1], members, norms, pinned, steps)
+        return Stream(self.shapes[embedding][1], members, norms, pinned, steps, self._carried())
+
+    def _carried(self) -> dict[str, tuple[str, torch.Tensor]]:
+        found: dict[str, tuple[str, torch.Tensor]] = {}
+        roots = [self._root(axis) for axis in range(len(self._axes))]
+        for (name, why), sums in self._sums.items():
+            axes = self.axes_in(sums[0])
+            if (
+                len(axes) != 1
+                or any(not torch.equal(sums[0], other) for other in sums)
+                or not bool((sums[0] > 0).all())
+            ):
+                continue
+            source = self._axes[axes[0]][0]
+            one = {self._axes[axis][0] for axis, root in enumerate(roots) if root == roots[axes[0]]}
+            bias = f"{source.rpartition('.')[0]}.bias"
+            if one <= {source, bias, name} and self._reasons.get(axes[0], set()) <= {PART, why}:
+                found[name] = source, sums[0] - self._firsts[axes[0]]
+        return found

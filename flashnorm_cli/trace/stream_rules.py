@@ -209,11 +209,13 @@ def _read(state: StreamState, call: Call, weight: Weight, along: int, ids: torch
         state.other_use(weight, call.name)
     else:
         state.note("read", channels)
+    why = f"`{weight.name}` reads it across its channels and others"
+    if ids is not None:
+        state.sums(weight, ids, k, why)
     found = state.channels(ids) if ids is not None else None
     if found is not None and channels is not None and found[0] == k:
         state.unify(found[1], channels, f"`{weight.name}` reads a part of its channels")
         return
-    why = f"`{weight.name}` reads it across its channels and others"
     if ids is not None:
         state.escape(ids, why)
     if channels is not None:
