@@ -2,9 +2,10 @@
 
     python docs/experiments/plan_as_data.py llm-compressor --json docs/benchmarks/plan_as_data_llm_compressor.json
 
-Each tool wants an environment of its own: `pip install llmcompressor==0.14.0.1` (or auto-round==0.16.1, or amd-quark==0.13
-and transformers), and `pip install --no-deps -e .` of this repository. Models are tiny and random, their gains far from one; nothing is
-downloaded. The error is that of the float32 logits, |after - before| / |before|, over 3 x 11 random tokens.
+Each tool wants an environment of its own: `pip install llmcompressor==0.14.0.1`, or `auto-round==0.16.1`, or
+`amd-quark==0.13 transformers accelerate`; and `pip install --no-deps -e .` of this repository. Models are tiny and
+random, their gains far from one; nothing is downloaded. The error is that of the float32 logits, |after - before| /
+|before|, over 3 x 11 random tokens.
 """
 
 from __future__ import annotations

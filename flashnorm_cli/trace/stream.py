@@ -99,6 +99,11 @@ class StreamState(State):
         first = self._firsts[self._number[weight.name, dims[0]]]
         return profile(weight.coords[dims[0]], along) + first
 
+    def is_all_of(self, weight: Weight) -> bool:
+        """Whether a view of a parameter leaves none of it out."""
+        sizes = zip(weight.coords, self.shapes[weight.name], strict=True)
+        return all(small(c).unique().numel() == size for c, size in sizes)
+
     def unify(self, a: torch.Tensor, b: torch.Tensor, why: str) -> None:
         """Two 1-D ids lie on each other, channel by channel: their axes are one."""
         whole = [self._whole_axis(ids) for ids in (a, b)]

@@ -191,7 +191,9 @@ def _product(state: StreamState, call: Call, left: int = 0, k_of_right: int = -2
         return True
     j = view.ndim - 2 if n == 0 else view.ndim - 1 if k_of_right == -2 else view.ndim - 2
     written = state.axis_of(weight, j)
-    if written is None:
+    if view.shape[j] == 1 and state.is_all_of(weight):
+        pass  # one number per token, and no channel of anything
+    elif written is None:
         state.other_use(weight, call.name)
     else:
         state.note("write", written)
