@@ -57,6 +57,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "granite": {"tie_word_embeddings": False},  # numbers beside the weights
     "smollm3": {"tie_word_embeddings": True},  # a tied head
     "arcee": {},  # two linears in the MLP
+    "apertus": {},  # its own names of norms
     "phi3": {},  # q, k and v in one linear, gate and up in another
     "glm": {},  # gate and up in one
     "seed_oss": {"attention_bias": True, "attention_out_bias": True},  # biases of readers and of writers
