@@ -5,6 +5,7 @@ The tools themselves are run by docs/experiments/plan_as_data.py.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -23,6 +24,7 @@ from flashnorm_cli.cli import main
 from flashnorm_cli.errors import PlanError
 from flashnorm_cli.plan.emit import TOOLS, emit
 from flashnorm_cli.plan.planner import plan_checkpoint
+from flashnorm_cli.plan.rotation import stream_json
 
 EXACT = 1e-5
 
@@ -174,6 +176,7 @@ def apply_auto_round(model: nn.Module, settings: dict[str, Any], offset: float =
             into(linear, q)
         out_of(o, q)
         out_of(down, q)
+        assert qkv[2].bias is None  # which the tool forgets
         out_of(qkv[2], torch.block_diag(*[head] * (qkv[2].out_features // len(head))))
         into(o, torch.block_diag(*[head] * heads))
     for name, module in model.named_modules():  # found by the ends of their names
@@ -185,11 +188,25 @@ def apply_auto_round(model: nn.Module, settings: dict[str, Any], offset: float =
 APPLY = {"llm-compressor": apply_llm_compressor, "quark": apply_quark, "auto-round": apply_auto_round}
 # Biases of readers; a tied head; fused projections; latent attention.
 FAMILIES = ("qwen2", "smollm3", "phi3", "youtu")
-NOT_FOR_AUTO_ROUND = {"phi3": "takes q, k and v", "youtu": "takes q, k and v"}
+DENSE = {
+    "model.embed_tokens.weight 1",
+    "model.layers.N.self_attn.o_proj.weight 0",
+    "model.layers.N.mlp.down_proj.weight 0",
+}
+WRITERS = dict.fromkeys(FAMILIES, DENSE) | {
+    "olmoe": {
+        "model.embed_tokens.weight 1",
+        "model.layers.N.self_attn.o_proj.weight 0",
+        "model.layers.N.mlp.experts.N.down_proj.weight 0",
+    }
+}
+NOT_FOR_AUTO_ROUND = {"qwen2": "and not their bias", "phi3": "takes q, k and v", "youtu": "takes q, k and v"}
 
 
-@pytest.mark.parametrize("tool", TOOLS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "tool"),
+    [*itertools.product(FAMILIES, TOOLS), ("arcee", "auto-round"), ("granite", "auto-round")],
+)
 def test_applied_as_documented(planned, family, tool):
     source = planned(family)
     if tool == "auto-round" and family in NOT_FOR_AUTO_ROUND:
@@ -246,6 +263,42 @@ def test_what_a_tool_cannot_express_is_refused(planned, family, tools, why):
     for tool in tools:
         with pytest.raises(PlanError, match=why):
             emit(tool, source.checkpoint, source.traced)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "smollm3", "phi3", "olmoe"])
+def test_json_says_who_writes_and_who_reads(planned, family):
+    source = planned(family)
+    stream = stream_json(source.checkpoint, source.traced)
+    written, read = stream["writers"], stream["readers"]
+    assert {re.sub(r"\.\d+\.", ".N.", f"{w['tensor']} {w['dim']}") for w in written} == WRITERS[family]
+    layers = source.traced.model.config.num_hidden_layers
+    per_layer = [len([w for w in written if f"layers.{n}." in w["tensor"]]) for n in range(layers)]
+    assert len(written) == 1 + sum(per_layer) and len({*per_layer}) == 1
+    norms = {norm.tensor: norm.readers for norm in source.traced.plan.norms}
+    assert stream["refused"] is None and stream["size"] == families.TEXT_SIZES["hidden_size"]
+    for reader in read:
+        assert reader["dim"] == 1 and reader["tensor"] in norms[reader["norm"]]
+        attention = ".self_attn." in reader["tensor"]
+        assert reader["norm"].endswith(
+            "model.norm.weight"
+            if reader["tensor"] == "lm_head.weight"
+            else ".input_layernorm.weight"
+            if attention
+            else ".post_attention_layernorm.weight"
+        )
+    stream_norms = [n for n in norms if n.endswith(("layernorm.weight", "model.norm.weight"))]
+    assert len(read) == sum(len(norms[name]) for name in stream_norms) and "lm_head.weight" in {
+        r["tensor"] for r in read
+    }
+    lying = {(each["tensor"], each["dim"]) for each in (*written, *read)}
+    assert lying == {(name, dim) for name, dims in stream["tensors"].items() for dim in dims}
+
+
+def test_json_says_why_not(planned):
+    source = planned("gemma")
+    stream = stream_json(source.checkpoint, source.traced)
+    assert "a weight that is kept" in stream.pop("refused")
+    assert stream == {"size": None, "tensors": {}, "writers": [], "readers": []}
 
 
 def run(*arguments: str) -> int:
