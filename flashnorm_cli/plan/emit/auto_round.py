@@ -46,12 +46,13 @@ def settings(modules: Modules) -> dict[str, Any]:
         if issubclass(modules.kind(fusion.norm), nn.LayerNorm):
             raise modules.refusal(f"`{pattern_of(fusion.norm)}` is a LayerNorm, and the tool subtracts means for it")
     prefix = f"{modules.layers}."
-    count = len(modules.model.get_submodule(modules.layers))  # type: ignore[arg-type]
+    count = len([*modules.model.get_submodule(modules.layers).children()])
     top = [fusion for fusion in modules.fusions if not fusion.norm.startswith(prefix)]
     outer = [name for name in modules.writers if not name.startswith(prefix)]
     if len(top) != 1 or len(top[0].linears) != 1 or len(outer) not in (1, 2):
         raise modules.refusal("outside of the layers it is not one norm before one head, and one or two embeddings")
-    embedding = next((n for n, m in modules.model.named_modules() if m is _input_embeddings(modules.model)), "")
+    embeddings = modules.model.get_input_embeddings()
+    embedding = next((name for name, module in modules.model.named_modules() if module is embeddings), "")
     others = [name for name in outer if name != embedding]
     if embedding not in outer or any(not issubclass(modules.kind(n), nn.Embedding) for n in outer):
         raise modules.refusal("something else than embeddings writes into the residual stream before its layers")
@@ -67,7 +68,7 @@ def settings(modules: Modules) -> dict[str, Any]:
     _refuse_ends(modules, layer, prefix, count)
     config = modules.model.config
     head_dim = _head_dim(modules, layer, prefix, count)
-    _refuse_config(modules, config, layer, prefix, count, head_dim)
+    _refuse_config(modules, config, layer, prefix, count)
     return {
         "register_as": config.model_type,
         "RotationMapping": {
@@ -84,10 +85,6 @@ def settings(modules: Modules) -> dict[str, Any]:
             "intermediate_size_attr": "intermediate_size",
         },
     }
-
-
-def _input_embeddings(model: nn.Module) -> Any:
-    return model.get_input_embeddings()  # type: ignore[operator]
 
 
 def _layer(modules: Modules, prefix: str) -> _Layer:
@@ -117,7 +114,8 @@ def _layer(modules: Modules, prefix: str) -> _Layer:
     if not all(name.startswith(prefix) for name in names):
         raise modules.refusal(f"`{pattern_of(first.norm)}` or `{pattern_of(second.norm)}` is read outside of its layer")
     short = [name.removeprefix(prefix) for name in names]
-    return _Layer(*short[:6], tuple(short[6:-1]), short[-1])
+    norm, q, k, v, o, mlp_norm, *wide, down = short
+    return _Layer(norm, q, k, v, o, mlp_norm, tuple(wide), down)
 
 
 def _refuse_readers(modules: Modules, top: Fusion) -> None:
@@ -157,9 +155,9 @@ def _head_dim(modules: Modules, layer: _Layer, prefix: str, count: int) -> int:
     return found.pop()
 
 
-def _refuse_config(modules: Modules, config: Any, layer: _Layer, prefix: str, count: int, head_dim: int) -> None:
+def _refuse_config(modules: Modules, config: Any, layer: _Layer, prefix: str, count: int) -> None:
     """The tool reads sizes of the config where the layers have them, too."""
-    widths: Mapping[str, set[int]] = {
+    widths: Mapping[str, set[Any]] = {
         "hidden_size": {modules.size},
         "intermediate_size": {
             modules.model.get_submodule(f"{prefix}{number}.{layer.mlp_out}").in_features for number in range(count)

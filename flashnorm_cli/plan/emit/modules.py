@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from flashnorm_cli.checkpoint.model import Checkpoint
 from flashnorm_cli.checkpoint.names import pattern_of
@@ -44,7 +45,7 @@ class Modules:
     """
 
     tool: str
-    model: nn.Module
+    model: PreTrainedModel
     stream: Stream
     writers: tuple[str, ...]
     readers: tuple[str, ...]
