@@ -6,10 +6,13 @@ import re
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from flashnorm_cli.cli import options
-from flashnorm_cli.cli.output import Output, size
+from flashnorm_cli.cli.output import Output, check_writable, size, stdout_errors
+from flashnorm_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from flashnorm_cli.checkpoint.model import LeftOut
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 # Of files in one line; --json and the record name all.
 MOST_NAMES = 10
+STDOUT = Path("-")
 
 
 def plan(
@@ -29,12 +33,17 @@ def plan(
     local_files_only: options.LocalFilesOnlyOpt = False,
     trust_remote_code: options.TrustRemoteCodeOpt = False,
     follow_links: options.FollowLinksOpt = False,
+    svg: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw the plan, as plan.svg say; - prints the picture alone."),
+    ] = None,
     json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
     debug: options.DebugOpt = False,
 ) -> None:
     """Show which norms a fold would fold, which it keeps, and why. Reads headers, never weights."""
     output = Output(json, quiet)
+    check_picture(svg, json)
     with output.progress() as report:
         report(0, 0, "Reading headers")
         from flashnorm_cli.checkpoint.leftover import leftovers, refuse_unfinished
@@ -53,10 +62,36 @@ def plan(
             from flashnorm_cli.plan.rotation import stream_json
 
             stream = {"stream": stream_json(checkpoint, traced)}
+    if svg is not None:
+        draw(result, svg)
+    if svg == STDOUT:
+        return
     output.data({**result.to_json(), **stream, "left_out": [asdict(each) for each in checkpoint.left_out]})
     output.text(f"{result.architecture} ({model}), {size(result.bytes_total)}", "")
     output.text(*plan_lines(result), "", *plan_summary(result), *left_out_lines(checkpoint.left_out))
+    if svg is not None:
+        output.text(f"Picture: {svg}")
     output.remark(*leftovers(None, model))
+
+
+def check_picture(svg: Path | None, json: bool) -> None:
+    """Before anything is read: the picture has a place. Raises as `check_writable`."""
+    if svg == STDOUT and json:
+        raise UsageError("--svg - and --json exclude each other: both print to standard output")
+    if svg is not None and svg != STDOUT:
+        check_writable(svg)
+
+
+def draw(plan: Plan, svg: Path) -> None:
+    """Write the picture of a plan; the file is replaced in one step, or left as it was."""
+    from flashnorm_cli.checkpoint.disk import write_text
+    from flashnorm_cli.report.plan_svg import plan_svg
+
+    if svg == STDOUT:
+        with stdout_errors():
+            print(plan_svg(plan), end="", flush=True)
+    else:
+        write_text(svg, plan_svg(plan))
 
 
 def plan_lines(plan: Plan) -> list[str]:
