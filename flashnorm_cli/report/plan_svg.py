@@ -109,7 +109,9 @@ class _Picture:
 
     def header(self) -> None:
         """Which model, and in a line what becomes of its norms."""
-        name = last_part(self.plan.source) if is_local(self.plan.source) or self.plan.commit is None else self.plan.source
+        name = (
+            last_part(self.plan.source) if is_local(self.plan.source) or self.plan.commit is None else self.plan.source
+        )
         self.y += 6
         self.lines([name], "head", self.left + 2, 9.0, 20)
         self.lines([_summary(self.plan)], "soft", self.left + 2, PROSE, LINE)
