@@ -12,6 +12,11 @@ def pattern_of(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)
 
 
+def any_number(text: str) -> str:
+    """Words about a layer, as a norm's reason, without its number."""
+    return re.sub(r"\.\d+\b", ".*", text)
+
+
 def grouped(names: Iterable[str]) -> list[tuple[str, int]]:
     """Patterns of names with how many each stands for, in order of first appearance."""
     return list(Counter(pattern_of(name) for name in names).items())

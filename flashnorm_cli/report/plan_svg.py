@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from flashnorm_cli.checkpoint.names import grouped
-from flashnorm_cli.checkpoint.places import is_local, last_part
+from flashnorm_cli.checkpoint.places import last_part
 from flashnorm_cli.plan.model import Norm, Plan
 from flashnorm_cli.report.formats import count, printable
 from flashnorm_cli.report.strips import Row, Strip, Target, ranges, strips
@@ -85,7 +85,7 @@ class _Box:
 
 
 class _Picture:
-    """A column of strips; `y` is where the next thing is drawn."""
+    """A column of strips, drawn from the top: everything is drawn at `y`, and moves it down."""
 
     def __init__(self, plan: Plan, width: int, margin: int) -> None:
         self.plan, self.strips = plan, strips(plan)
@@ -109,9 +109,8 @@ class _Picture:
 
     def header(self) -> None:
         """Which model, and in a line what becomes of its norms."""
-        name = (
-            last_part(self.plan.source) if is_local(self.plan.source) or self.plan.commit is None else self.plan.source
-        )
+        source = self.plan.source
+        name = source if self.plan.commit is not None else last_part(source)
         self.y += 6
         self.lines([name], "head", self.left + 2, 9.0, 20)
         self.lines([_summary(self.plan)], "soft", self.left + 2, PROSE, LINE)
@@ -165,7 +164,7 @@ class _Picture:
         self.y += 7
         if strip.name or strip.numbers:
             number = f"{len(strip.numbers)} of {len(strip.every)}" if barcode else str(len(strip.every))
-            right = f"{number} layer{'' if len(strip.every) == 1 else 's'}"
+            right = f"{number} layer{'' if number == '1' else 's'}"
             room = int((end - x - len(right) * PROSE - 8) / CODE)
             numbers = ranges(strip.numbers)
             name = _fit(strip.name, max(room - len(numbers) - 1, 8), keep_end=True)
@@ -293,7 +292,7 @@ def _norm_box(row: Row, most: int) -> _Box:
 
 def _norm_hint(row: Row) -> str:
     norm: Norm = row.norms[0]
-    size = " × ".join(map(str, norm.shape))
+    size = " x ".join(map(str, norm.shape))
     lines = [_and_more([each.tensor for each in row.norms]), f"{size} elements, gain {row.gain}"]
     if norm.folded:
         tensors = {reader for each in row.norms for reader in each.readers}

@@ -6,11 +6,11 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from flashnorm_cli.checkpoint.names import layer_of, pattern_of
+from flashnorm_cli.checkpoint.names import any_number, layer_of, pattern_of
 from flashnorm_cli.plan.model import Norm, Plan, Reader
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a name that is nothing but a number
-MOST_RANGES = 3  # of numbers that are written out: 0–2, 4–6, 8–10, …
+MOST_RANGES = 3  # of numbers that are written out: 0-2, 4-6, 8-10, ...
 
 
 @dataclass(frozen=True)
@@ -78,22 +78,17 @@ def strips(plan: Plan) -> list[Strip]:
 
 
 def ranges(numbers: Iterable[int], most: int | None = MOST_RANGES) -> str:
-    """0–2, 4, 7–9; with `most`, an ellipsis for what lies between the first few and the last."""
+    """0-2, 4, 7-9 (with en dashes); with `most`, an ellipsis for what lies between the first few and the last."""
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):
         if runs and number == runs[-1][1] + 1:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    words = [str(first) if first == last else f"{first}–{last}" for first, last in runs]
+    words = [str(first) if first == last else f"{first}\u2013{last}" for first, last in runs]
     if most is not None and len(words) > most + 1:
         words = [*words[:most], "…", words[-1]]
     return ", ".join(words)
-
-
-def any_number(reason: str) -> str:
-    """A reason without the number of its layer."""
-    return re.sub(r"\.\d+\b", ".*", reason)
 
 
 def _equal_layers(
@@ -179,7 +174,7 @@ def _within(layer: str, tensor: str) -> str:
 
 
 def _compact(names: list[str]) -> str:
-    """Names of one pattern as one: experts.0–255.up_proj."""
+    """Names of one pattern as one: experts.0-255.up_proj."""
     columns = zip(*(NUMBER.findall(name) for name in names), strict=True)
     return NUMBER.sub(lambda _: ranges(map(int, next(columns))), names[0])
 
