@@ -89,13 +89,13 @@ class _Picture:
 
     def __init__(self, plan: Plan, width: int, margin: int) -> None:
         self.plan, self.strips = plan, strips(plan)
-        self.left, self.right, self.y = float(margin), float(width - margin), float(margin)
+        self.left, self.right, self.y = float(margin), float(width - margin), float(max(margin, 1))
         self.svg = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "class": "fn", "role": "img"})
         self.svg.set("aria-label", _words(_summary(plan)))
         ET.SubElement(self.svg, "style").text = STYLE
         self.narrow = width < NARROW
         self.inner = self.right - self.left - 2 * PAD
-        beside = [width for strip in self.strips if (width := self.widest(strip)) <= self.inner * BESIDE]
+        beside = [wide for strip in self.strips if (wide := self.widest(strip)) <= self.inner * BESIDE]
         self.column = self.left + PAD + max(beside, default=0.0) + ARROW
 
     def finished(self) -> ET.Element:
