@@ -75,7 +75,7 @@ def write_report(result: Verification, path: Path) -> None:
 
 
 def render(result: Verification, source: str | None = None) -> str:
-    """The page as text; the same result gives the same page. It links to the project: at `source`, or where it lives."""
+    """The page as text, the same for the same result. It links to the project: at `source`, or where it lives."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE.parent),
         autoescape=True,
