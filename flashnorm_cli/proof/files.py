@@ -10,6 +10,7 @@ from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint
 
 # Written for readers and for git, not for the model.
 PAPERS = (".gitattributes", ".gitignore", "LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY")
+CARD = "README.md"
 PAPER_SUFFIXES = (".md", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".svg", ".gif", ".webp")
 # Scores of the source that the Hub shows as the repository's own: whoever publishes a fold leaves them out.
 CLAIMS = ".eval_results/"
