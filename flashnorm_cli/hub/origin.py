@@ -18,7 +18,7 @@ from flashnorm_cli.hub.source_card import read_card
 from flashnorm_cli.record.read import FoldRecord, recorded_source
 
 NOTES = Path(".cache") / "huggingface" / "download"
-OWNER, NAME = r"[A-Za-z0-9][\w.-]*", r"[A-Za-z0-9][\w.-]*[A-Za-z0-9]"
+OWNER, NAME = r"(?<![\w.-])[A-Za-z0-9][\w.-]{0,95}", r"[A-Za-z0-9][\w.-]{0,95}"  # as long as the Hub takes
 REPO_ID = re.compile(f"{OWNER}/{NAME}")
 QUOTED = re.compile(f"[\"'`]({OWNER}/{NAME})[\"'`]")  # as code names the model that it loads
 SHA256, COMMIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
