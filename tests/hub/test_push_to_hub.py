@@ -198,7 +198,7 @@ with torch.inference_mode():
 first, second = re.findall("```python\\n(.*?)```", sys.stdin.read(), re.DOTALL)
 exec(first)
 exec(second)
-exec(first.split("\\n", 3)[3])  # "the rest as above"
+exec(first.split("\\n", 3)[3])  # the rest is as above
 """
 
 
