@@ -11,8 +11,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from flashnorm_cli.checkpoint.header import TensorEntry
 from flashnorm_cli.checkpoint.model import Progress
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE, one_thread_each
