@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ from flashnorm_cli.cli import app
 DOC = Path(__file__).parents[2] / "docs" / "cli.md"
 HEAD = """# Commands
 
-What `flashnorm COMMAND --help` prints, as a page. The exit codes of all commands are [here](../README.md#exit-codes).
+What `flashnorm COMMAND --help` prints, as a page. All commands share their [exit codes](../README.md#exit-codes).
 
 """
 
@@ -50,8 +51,9 @@ def _section(name: str, command, root) -> tuple[str, str, str]:
 def _table(head: str, rows: list[tuple[str, str]], code: bool = True) -> str:
     lines = [f"| {head} | |", "|--|--|"]
     for name, words in rows:
-        name = name.replace("|", "\\|")
-        lines.append(f"| {f'`{name}`' if code else name} | {_plain(' '.join(words.split()))} |")
+        # A bar in a cell is read alike everywhere only as an entity, and that only outside backticks.
+        shown = f"<code>{html.escape(name, quote=False).replace('|', '&#124;')}</code>" if code else name
+        lines.append(f"| {shown} | {_plain(' '.join(words.split()))} |")
     return "\n".join(lines) + "\n"
 
 
