@@ -63,8 +63,8 @@ def verify(
         folded: a local folder or a Hub id.
         source: the checkpoint that it was made from; by default the one that its record names.
         levels: some of "weights", "layers", "logits"; by default all of them.
-        runtimes, tasks, limit, text, token_ids, device, dtype, max_algebra, max_ratio, insist, trust_remote_code,
-            workers: see `VerifyOptions`.
+        runtimes, tasks, limit, text, token_ids: see `VerifyOptions`, as for
+        device, dtype, max_algebra, max_ratio, insist, trust_remote_code, workers: the limits and what it runs on.
         adopt: give a checkpoint that another tool has folded a record and flag, if it passes.
         record: write the result into flashnorm.json.
         revision, source_revision, token, cache_dir, local_files_only: as in huggingface_hub.
