@@ -28,8 +28,8 @@ class AdapterResult:
     """What folding an adapter did.
 
     `changed` counts tensors by what was done: "gain" (the input dimension was scaled), "ratio" (a norm's own copy),
-    "magnitude" (DoRA). `commit` is the source's on the Hub. `added` are new tensors, `flushed` counts products that became zero, by tensor. `check` is what
-    the comparison on random activations found. `notes` are for the user.
+    "magnitude" (DoRA). `added` are new tensors, `flushed` counts products that became zero, by tensor. `commit` is the
+    source's on the Hub. `check` is what the comparison on random activations found. `notes` are for the user.
     """
 
     output: Path

@@ -1,8 +1,8 @@
 """Messages name arguments and calls as Python writes them, in backticks; here they become options and commands.
 
-    exists already; `overwrite=True` replaces it                 exists already; --overwrite replaces it
-    `text` and `token_ids` exclude each other                    --text and --token-ids exclude each other
-    verify it first: `verify("out", source="<its source>")`      verify it first: flashnorm verify out --source <its source>
+    exists already; `overwrite=True` replaces it    ->  exists already; --overwrite replaces it
+    `text` and `token_ids` exclude each other       ->  --text and --token-ids exclude each other
+    run it: `verify("out", source="<its source>")`  ->  run it: flashnorm verify out --source <its source>
 
 So a message is right for those who called a function, and for those who typed a command.
 """

@@ -14,6 +14,7 @@ import families
 import pytest
 import torch
 import transformers
+from documents import document
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -502,9 +503,9 @@ def test_the_folder(base: Callable[..., Path], adapter: Path, capsys: pytest.Cap
     (adapter / "optimizer.pt").write_bytes(b"x")
     shutil.copytree(adapter, adapter / "checkpoint-5")
     assert run("fold-adapter", adapter, out, "--base", folded, "--json") == 0
-    said = json.loads(capsys.readouterr().out)
+    said = document(capsys.readouterr().out)
     assert [each["name"] for each in said["left_out"]] == ["checkpoint-5/", "optimizer.pt"]
-    assert said["changed"] == {"gain": 10, "ratio": 0, "magnitude": 0} and said["check"]["modules"] == 10
+    assert said["counts"] == {"tensors": 28, "gain": 10, "ratio": 0, "magnitude": 0} and said["check"]["modules"] == 10
     assert sorted(path.name for path in out.iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors", "flashnorm.json", "tokenizer",
     ]  # fmt: skip

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from documents import document
 from safetensors.torch import load_file, save_file
 
 from flashnorm_cli.checkpoint.header import read_header
@@ -218,7 +219,7 @@ def test_command_line(tmp_path, llama, capsys):
     assert run("fold", str(llama), str(tmp_path / "out"), "--rotate", "hadamard", "--seed", "3", "--verify") == 0
     assert "hadamard, seed 3" in capsys.readouterr().out
     assert run("plan", str(llama), "--json") == 0
-    stream = json.loads(capsys.readouterr().out)["stream"]
+    stream = document(capsys.readouterr().out)["stream"]
     record = json.loads((tmp_path / "out" / "flashnorm.json").read_text())
     assert stream["tensors"] == record["rotation"]["tensors"] and stream["refused"] is None
     # The same seed gives the same bytes, another one others.

@@ -22,6 +22,7 @@ import families
 import pytest
 import torch
 import transformers
+from documents import document
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -381,7 +382,7 @@ def verified(pair: Pair, *levels: str, more: tuple[str, ...] = ()) -> tuple[int,
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         code = run("verify", pair.folded, "--source", pair.source, "--json", "--no-record", *options, *more)
-    return code, json.loads(out.getvalue())
+    return code, document(out.getvalue())
 
 
 # ---- the tests -------------------------------------------------------------------------------------------------------
