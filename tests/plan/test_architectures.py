@@ -91,7 +91,12 @@ def test_family(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
             error = max(error, distance(families.logits(folded, images), with_images))
         if error < MAX_ERROR:
             break
-        assert attempt == 1, f"relative error {error:.1e}, seed {seed}"
+        # On a few inputs float32 itself is that far from the truth.
+        exact = families.logits(cls.from_pretrained(source, dtype=torch.float64).eval(), inputs)
+        own = distance(expected, exact)
+        if images is None and error < 4 * own < 1e-4:
+            break
+        assert attempt == 1, f"relative error {error:.1e}, the source's own {own:.1e}, seed {seed}"
 
     # The same comparison sees a fold that forgot the readers: norms at the identity, linears untouched.
     tensors = load_file(source / "model.safetensors")
