@@ -107,7 +107,7 @@ def fold_adapter(
     report = on_progress or (lambda done, total, what: None)
     where = Path(cache_dir) if cache_dir else None
     if source is None and source_revision is not None:
-        raise UsageError("--source-revision needs --source")
+        raise UsageError("`source_revision` needs `source`")
     report(0, 0, "Reading headers")
     opened = open_adapter(Source(str(adapter), revision, token, where, local_files_only, follow_links))
     folded = open_checkpoint(

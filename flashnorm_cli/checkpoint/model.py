@@ -118,7 +118,7 @@ def refuse_adapter(checkpoint: Checkpoint) -> None:
         raise FlashNormError(
             f"{checkpoint.source.name}: holds an adapter ({ADAPTER_CONFIG}) beside the model, and transformers applies "
             "it at once; it would not fit the folded weights. Move the adapter's files into a folder of their own, "
-            "fold the model, then: flashnorm fold-adapter <that folder> --base <the folded model>"
+            'fold the model, then: `fold_adapter("<that folder>", base="<the folded model>")`'
         )
 
 
@@ -135,5 +135,5 @@ def refuse_folded(checkpoint: Checkpoint) -> None:
     if flags:
         raise FlashNormError(
             f"{name}: is folded already, by another tool ({CONFIG} has {in_words(flags)}); fold its source instead, or "
-            f"check this one and give it a record: flashnorm verify {name} --source <its source> --adopt"
+            f'check this one and give it a record: `verify({name!r}, source="<its source>", adopt=True)`'
         )

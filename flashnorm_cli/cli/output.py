@@ -44,10 +44,14 @@ class Output:
         self._session.as_json = as_json
         self._err = Console(stderr=True)
 
-    def text(self, *lines: str) -> None:
-        """Print for people, whatever files say fit for a terminal; nothing under --json or --quiet."""
+    def text(self, *lines: str, verbatim: bool = False) -> None:
+        """Print for people, whatever files say fit for a terminal; nothing under --json or --quiet.
+
+        Arguments are named as options, but where a file is shown (`verbatim`).
+        """
         if not self.as_json and not self.quiet:
-            safe = "\n".join(one_line(in_flags(line)) for text in lines for line in text.split("\n"))
+            split = (line for text in lines for line in text.split("\n"))
+            safe = "\n".join(one_line(line if verbatim else in_flags(line)) for line in split)
             stream = self._session.stream
             with stdout_errors():
                 print(printable(safe, stream), file=stream, flush=True)

@@ -79,6 +79,8 @@ def push_to_hub(
         )
     out.data({"folded": str(folded), **result.to_json()})
     out.text(*(_plan_of(result) if result.dry_run else done(result)))
+    if result.dry_run:
+        out.text(result.card.rstrip(), verbatim=True)
     out.remark(*leftovers(folded, str(base_model or folded)))
 
 
@@ -90,7 +92,7 @@ def _plan_of(result: PushResult) -> list[str]:
     if result.unchanged:
         lines.append(f"  {len(result.unchanged)} more files are there already")
     lines += [f"  deleted    {path}" for path in result.deleted]
-    return [*lines, "", *_page(result), "", "The card:", "", result.card.rstrip()]
+    return [*lines, "", *_page(result), "", "The card:", ""]
 
 
 def done(result: PushResult) -> list[str]:

@@ -39,6 +39,8 @@ def in_flags(text: str) -> str:
 
 def _worded(found: re.Match[str]) -> str:
     lead, code = found[1] or "", found[2]
+    if code in COMMANDS:
+        return f"{lead}`flashnorm {COMMANDS[code]}`"
     if code in OPTIONS:
         return lead + _flag(code)
     call = _call(code) or _call(f"argument({code})")

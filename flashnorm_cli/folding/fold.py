@@ -120,7 +120,7 @@ def fold(
     check_options(final_norm, layout, workers)
     check_rotation(rotate, seed)
     if dask is not None and executor is not None:
-        raise UsageError("dask and executor exclude each other")
+        raise UsageError("`dask` and `executor` exclude each other")
     report = on_progress or (lambda done, total, what: None)
     source = Source(str(model), revision, token, Path(cache_dir) if cache_dir else None, local_files_only, follow_links)
 
@@ -205,19 +205,19 @@ def _fold(
 def check_options(final_norm: str, layout: str, workers: int | None) -> None:
     """Raises UsageError."""
     if final_norm not in FINAL_NORM_CHOICES:
-        raise UsageError(f"final_norm is one of {', '.join(FINAL_NORM_CHOICES)}, not {final_norm!r}")
+        raise UsageError(f"`final_norm` is one of {', '.join(FINAL_NORM_CHOICES)}, not {final_norm!r}")
     if layout not in record.LAYOUTS:
-        raise UsageError(f"layout is one of {', '.join(record.LAYOUTS)}, not {layout!r}")
+        raise UsageError(f"`layout` is one of {', '.join(record.LAYOUTS)}, not {layout!r}")
     if workers is not None and workers < 1:
-        raise UsageError(f"workers has to be at least 1, not {workers}")
+        raise UsageError(f"`workers` has to be at least 1, not {workers}")
 
 
 def check_rotation(rotate: str | None, seed: int) -> None:
     """Raises UsageError."""
     if rotate is not None and rotate not in ROTATIONS:
-        raise UsageError(f"rotate is one of {', '.join(ROTATIONS)}, not {rotate!r}")
+        raise UsageError(f"`rotate` is one of {', '.join(ROTATIONS)}, not {rotate!r}")
     if not 0 <= seed < 2**63:
-        raise UsageError(f"seed is a whole number from 0 on, not {seed}")
+        raise UsageError(f"`seed` is a whole number from 0 on, not {seed}")
 
 
 def plan_fold(

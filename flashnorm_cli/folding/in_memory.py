@@ -55,7 +55,7 @@ def fold_model_(model: Model, final_norm: str = "auto") -> Model:
     if not isinstance(model, PreTrainedModel):
         raise UsageError(f"{type(model).__name__} is no transformers model; pass the model inside (a PreTrainedModel)")
     if final_norm not in FINAL_NORM_CHOICES:
-        raise UsageError(f"final_norm is one of {', '.join(FINAL_NORM_CHOICES)}, not {final_norm!r}")
+        raise UsageError(f"`final_norm` is one of {', '.join(FINAL_NORM_CHOICES)}, not {final_norm!r}")
     _refuse(model)
     traced = trace_plan(_as_checkpoint(model), model.config, type(model), final_norm)
     if not traced.plan.folded:
@@ -104,7 +104,7 @@ def _refuse(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise FlashNormError(
-                f"{name} is not in memory (offloaded, or never loaded); fold the checkpoint instead: flashnorm fold"
+                f"{name} is not in memory (offloaded, or never loaded); fold the checkpoint instead: `fold`"
             )
         if type(parameter.data) is not Tensor:
             raise FlashNormError(f"{name} is a {type(parameter.data).__name__}; fold before sharding or quantizing")

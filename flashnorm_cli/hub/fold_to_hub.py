@@ -134,10 +134,10 @@ def fold_to_hub(
     check_options(final_norm, layout, workers)
     check_call(model, repo_id, None, create_pr, workers)
     if dask is not None and executor is not None:
-        raise UsageError("dask and executor exclude each other")
+        raise UsageError("`dask` and `executor` exclude each other")
     if Path(model).expanduser().exists():
         raise UsageError(
-            f"{model}: is no Hub id; a local checkpoint is published in steps: flashnorm fold, verify, push-to-hub"
+            f"{model}: is no Hub id; a local checkpoint is published in steps: `fold`, `verify`, `push_to_hub`"
         )
     report = on_progress or (lambda done, total, what: None)
     with contextlib.ExitStack() as stack:

@@ -152,13 +152,13 @@ def deletions(
         if not overwrite:
             shown = ", ".join(sorted(theirs)[:SHOWN_FILES]) + (", ..." if len(theirs) > SHOWN_FILES else "")
             what = "another fold" if held is not None else "something else"
-            raise FlashNormError(f"{where} holds {what} ({shown}); --overwrite replaces it")
+            raise FlashNormError(f"{where} holds {what} ({shown}); `overwrite=True` replaces it")
         return tuple(sorted(theirs - {upload.path for upload in contents.uploads}))
     deleted: tuple[str, ...] = ()
     if not (contents.standing.has_proof or will_be_proven) and isinstance(held.get("verify"), dict):
         if not overwrite:
             raise FlashNormError(
-                f"{where} holds this fold with its verification; --overwrite replaces it by an unverified one"
+                f"{where} holds this fold with its verification; `overwrite=True` replaces it by an unverified one"
             )
         deleted = tuple(theirs & {REPORT})
     readme = state.files.get(README)
@@ -167,7 +167,8 @@ def deletions(
         now = hashlib.sha256(repository.read(README, state.head)).hexdigest()
         if now != held.get("card_sha256"):
             raise FlashNormError(
-                f"{where}: README.md was edited on the Hub since it was pushed; --overwrite replaces it with a new card"
+                f"{where}: README.md was edited on the Hub since it was pushed; "
+                "`overwrite=True` replaces it with a new card"
             )
     return deleted
 

@@ -33,7 +33,7 @@ HARD_WIRED_TIES = ("gemma", "gemma2", "cohere", "cohere2")
 # What the trace cannot know: who reads the final norm's output without a sign of it in the files.
 HIDDEN_STATES = (
     "logits stay as they are, but last_hidden_state and hidden_states[-1] come out without the final norm's gain; "
-    "where something else reads them (embeddings, probes, a draft model of another repository): --final-norm keep"
+    'where something else reads them (embeddings, probes, a draft model of another repository): `final_norm="keep"`'
 )
 # Readers of `flashnorm_folded` (vLLM #41431, transformers #45742) make these weightless by their names.
 WEIGHTLESS_BY_FLAG = re.compile(
@@ -202,10 +202,10 @@ class _Planner:
             self.strange_class = named[0]
 
     def _keep(self, reasons: Mapping[str, str], asked: bool = False) -> None:
-        """Keep gains, the first reason of each; where `asked`, --final-norm untie folds them and the plan says so."""
+        """Keep gains, the first reason of each; where `asked`, final_norm="untie" folds them and the plan says so."""
         for gain, why in reasons.items():
             if asked and self.final_norm == "untie":
-                note = f"folded as --final-norm untie asks, though {why.removesuffix(f'; {unseen.OVERRIDE}')}"
+                note = f'folded as `final_norm="untie"` asks, though {why.removesuffix(f"; {unseen.OVERRIDE}")}'
                 if gain not in self.kept and note not in self.notes:
                     self.notes.append(note)
             else:
@@ -241,11 +241,11 @@ class _Planner:
         text_type = self.config.get_text_config(decoder=True).model_type
         why = None
         if self.final_norm == "keep":
-            why = "--final-norm keep"
+            why = '`final_norm="keep"`'
         elif self.strange_class and self.final_norm != "untie":
             why = (
                 f"config.json names {self.strange_class}, which transformers does not know and which may read it; "
-                "--final-norm untie folds it all the same"
+                f"{unseen.OVERRIDE}"
             )
         elif (tied or declared) and text_type in HARD_WIRED_TIES:
             why = (

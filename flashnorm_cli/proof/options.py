@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,18 +51,18 @@ class VerifyOptions:
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        for given, known, what in ((self.levels, LEVELS, "level"), (self.runtimes, RUNTIMES, "runtime")):
+        for given, known, what in ((self.levels, LEVELS, "levels"), (self.runtimes, RUNTIMES, "runtimes")):
             for each in given:
                 if each not in known:
-                    raise UsageError(f"{what} is one of {', '.join(known)}, not {each!r}")
+                    raise UsageError(f"`{what}` is one of {', '.join(known)}, not {each!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise UsageError(f"dtype is one of {', '.join(DTYPES)}, not {self.dtype!r}")
+            raise UsageError(f"`dtype` is one of {', '.join(DTYPES)}, not {self.dtype!r}")
         if self.workers is not None and self.workers < 1:
-            raise UsageError(f"workers has to be at least 1, not {self.workers}")
-        if not self.max_algebra > 0 or not self.max_ratio > 0:
-            raise UsageError("max_algebra and max_ratio have to be greater than 0")
+            raise UsageError(f"`workers` has to be at least 1, not {self.workers}")
+        if not 0 < self.max_algebra < math.inf or not 0 < self.max_ratio < math.inf:
+            raise UsageError("`max_algebra` and `max_ratio` have to be greater than 0, and finite")
         if self.text is not None and self.token_ids is not None:
-            raise UsageError("text and token_ids exclude each other")
+            raise UsageError("`text` and `token_ids` exclude each other")
         _check_device(self.device)
 
 

@@ -26,7 +26,7 @@ from flashnorm_cli.proof.result import (
     LevelResult,
     Verification,
 )
-from flashnorm_cli.record.read import FoldRecord, recorded_source
+from flashnorm_cli.record.read import ADD_SOURCE, FoldRecord, recorded_source
 
 
 def verify(
@@ -97,7 +97,7 @@ def verify(
     target = access.source(str(folded), revision)
     origin = None if source is None else access.source(str(source), source_revision)
     if origin is None and source_revision is not None:
-        raise UsageError("--source-revision needs --source")
+        raise UsageError("`source_revision` needs `source`")
     return verify_pair(target, origin, options, access, adopt, record, command, on_progress)
 
 
@@ -166,7 +166,7 @@ def _source_beside(name: str, folder: Path, access: Access) -> Source:
     if not (folder / RECORD).exists():
         if not (folder / CONFIG).exists() and not _was_checkpoint(folder):
             read_json(folder / CONFIG)  # says that this is no checkpoint
-        raise UsageError(f"{name}: has no {RECORD} that names its source; add --source <the model it was made from>")
+        raise UsageError(f"{name}: has no {RECORD} that names its source; {ADD_SOURCE}")
     record = FoldRecord.read(folder / RECORD)
     return recorded_source(record, name, folder, access.token, access.cache_dir, access.local_files_only)
 
@@ -175,7 +175,7 @@ def _recorded_source(checkpoint: Checkpoint, access: Access) -> Source:
     name = checkpoint.source.name
     path = checkpoint.folder / RECORD
     if not path.exists():
-        raise UsageError(f"{name}: has no {RECORD} that names its source; add --source <the model it was made from>")
+        raise UsageError(f"{name}: has no {RECORD} that names its source; {ADD_SOURCE}")
     record = FoldRecord.read(path)
     return recorded_source(record, name, checkpoint.folder, access.token, access.cache_dir, access.local_files_only)
 
