@@ -16,6 +16,7 @@ from flashnorm_cli.checkpoint.carry import check_names
 from flashnorm_cli.checkpoint.model import Checkpoint, LeftOut, Progress, Source
 from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.checkpoint.output import check_output
+from flashnorm_cli.display import Shown
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.record.read import FoldRecord, record_of_base, recorded_source
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from flashnorm_cli.adapters.check import AdapterCheck
 
 
-@dataclass(frozen=True)
-class AdapterResult:
+@dataclass(frozen=True, repr=False)
+class AdapterResult(Shown):
     """What folding an adapter did.
 
     `changed` counts tensors by what was done: "gain" (the input dimension was scaled), "ratio" (a norm's own copy),
@@ -46,6 +47,10 @@ class AdapterResult:
     notes: tuple[str, ...]
     bytes_written: int
     commit: str | None = None
+
+    def _facts(self) -> dict[str, Any]:
+        said = {"output": str(self.output), "base": self.base, "peft_type": self.peft_type, "tensors": self.tensors}
+        return {**said, "changed": sum(self.changed.values()), "bytes_written": self.bytes_written}
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -99,6 +104,8 @@ def fold_adapter(
         overwrite: replace an output folder that holds an adapter.
         follow_links: follow links of local folders also where they lead out of them.
         on_progress: called with (done, all, what is going on).
+    Returns:
+        The folder, what was changed, and what the comparison on random activations found.
     Raises:
         UsageError: the call contradicts itself or the file system.
         AdapterError: the adapter cannot be folded exactly; the message says why and what to do instead.

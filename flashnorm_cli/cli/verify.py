@@ -8,10 +8,11 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from flashnorm_cli.choices import Dtype, Level, Runtime
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output, check_writable, size, written
 from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_NOT_RUN, EXIT_OK, FlashNormError, UsageError
@@ -54,7 +55,7 @@ def verify(
         str | None, typer.Option(help="For layers and logits: cpu, cuda, cuda:1.", show_default="cuda if there is one")
     ] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
+        Dtype | None,
         typer.Option(help="What the models run in.", show_default="the source's own"),
     ] = None,
     max_algebra: Annotated[float, typer.Option(help="Largest relative error of the logits, folded in float32.")] = 1e-5,
@@ -114,8 +115,8 @@ def verify(
         check = partial(
             run,
             source=source,
-            levels=level or (),
-            runtimes=runtime or (),
+            levels=cast("list[Level]", level or []),
+            runtimes=cast("list[Runtime]", runtime or []),
             tasks=[task for task in (eval or "").split(",") if task],
             limit=eval_limit,
             text=text,

@@ -15,6 +15,7 @@ from flashnorm_cli.checkpoint.folded import flags_of
 from flashnorm_cli.checkpoint.header import Header, TensorEntry
 from flashnorm_cli.checkpoint.model import Checkpoint, Source
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
+from flashnorm_cli.choices import FinalNorm
 from flashnorm_cli.errors import FlashNormError, GainOverflowError, GainUnderflowError, UsageError
 from flashnorm_cli.folding.jobs import FLUSH_LIMIT
 from flashnorm_cli.modeling import build, disk_names
@@ -29,7 +30,7 @@ Model = TypeVar("Model", bound="PreTrainedModel")
 CHUNK_ELEMENTS = 1 << 24  # that are widened to float32 at a time
 
 
-def fold_model_(model: Model, final_norm: str = "auto") -> Model:
+def fold_model_(model: Model, final_norm: FinalNorm = "auto") -> Model:
     """Fold the norm gains of a loaded model into the linear layers that read them, in place.
 
     What `fold` does to a checkpoint, for a model that is in memory: the same plan, the same products (float32, rounded

@@ -17,6 +17,7 @@ from typing import Any
 
 from flashnorm_cli.checkpoint.hub_errors import RETRY_STATUS, WAITS, first_line, status_of, wait_after, with_retry
 from flashnorm_cli.checkpoint.model import LeftOut, Progress
+from flashnorm_cli.display import Shown
 from flashnorm_cli.errors import FlashNormError
 from flashnorm_cli.hub.card import REPORT
 from flashnorm_cli.hub.contents import ATTRIBUTES, README, Contents
@@ -55,8 +56,8 @@ class Published:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class PushResult:
+@dataclass(frozen=True, repr=False)
+class PushResult(Shown):
     """What was published, or would be (`dry_run`).
 
     `sent` are the files that the Hub did not have, `unchanged` those that it had, `deleted` those that were removed
@@ -84,6 +85,10 @@ class PushResult:
     left_out: tuple[LeftOut, ...]
     card: str
     notes: tuple[str, ...]
+
+    def _facts(self) -> dict[str, Any]:
+        said = {"repo_id": self.repo_id, "url": self.url, "commit": self.commit, "verdict": self.verdict}
+        return {**said, "sent": len(self.sent), "unchanged": len(self.unchanged), "dry_run": self.dry_run}
 
     def published(self) -> dict[str, Any]:
         """As plain JSON values: the repository, what was committed to it, and what a reader of the page sees."""

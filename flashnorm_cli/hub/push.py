@@ -63,6 +63,8 @@ def push_to_hub(
         dry_run: check everything and make the card, but change nothing on the Hub.
         workers: threads that hash files; by default 4.
         on_progress: called with (bytes done, bytes in all, what is going on).
+    Returns:
+        What the repository holds now, or would (`dry_run`).
     Raises:
         UsageError: the call contradicts itself or the file system.
         FlashNormError: the checkpoint is not fit to be published, or the Hub said no; the message says what to do.

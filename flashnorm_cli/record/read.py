@@ -11,19 +11,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from flashnorm_cli.checkpoint.folded import flags_of, in_words
 from flashnorm_cli.checkpoint.json_files import Fields, is_text, read_object
 from flashnorm_cli.checkpoint.model import RECORD, Checkpoint, Source
 from flashnorm_cli.checkpoint.names import pattern_of
+from flashnorm_cli.choices import Layout
 from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError, one_line, quoted
 from flashnorm_cli.plan.model import LM_HEADS, REMEDY, Norm, Plan, check_format, norm_from_json
 
 if TYPE_CHECKING:  # the plugin of vLLM reads records before anything heavy is imported
     from transformers import PretrainedConfig
 
-LAYOUTS = ("identity", "dropped")
+LAYOUTS = get_args(Layout)
 ADD_SOURCE = 'add `source="<the model it was made from>"`'
 MOST_PATTERNS = 10_000  # of names in config.json: one for each kind of norm, or a name where a kind is mixed
 

@@ -87,10 +87,8 @@ def test_no_message_of_the_library_names_an_option() -> None:
         }
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
-                found = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", node.value)) - allowed
-                wrong += [
-                    f"{name}:{node.lineno}: {each}" for each in found if each in set().union(*options_of().values())
-                ]
+                found = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", node.value)) & options - allowed
+                wrong += [f"{name}:{node.lineno}: {each}" for each in found]
     assert wrong == []
 
 
