@@ -609,7 +609,7 @@ def test_weightless_runs_with_the_folded_adapter_and_warns_of_the_original(
     original = train(folder, lora(modules_to_save=["model.norm"]), tmp_path / "adapter")
     out = fold_adapter(original, folder / "folded", tmp_path / "out").output
     expected = outputs(load(folder / "source"), original)
-    for adapter, words in ((original, "flashnorm fold-adapter <the adapter> --base"), (out, None)):
+    for adapter, words in ((original, '`fold_adapter("<the adapter>", base='), (out, None)):
         model = peft.PeftModel.from_pretrained(load(folder / "folded"), adapter).eval()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

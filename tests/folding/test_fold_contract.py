@@ -400,7 +400,7 @@ def test_keep(made: dict[str, Path], tmp_path: Path, layout: str) -> None:
     config = json.loads((folded / "config.json").read_text())
     assert (config["tie_word_embeddings"], config["flashnorm_folded"]) == (True, False)
     assert config["flashnorm"]["lm_head"] == "kept"
-    assert config["flashnorm"]["kept"]["model.norm.weight"] == "--final-norm keep"
+    assert config["flashnorm"]["kept"]["model.norm.weight"] == '`final_norm="keep"`'
 
 
 def test_untie_is_what_auto_does(made: dict[str, Path], folds: dict[tuple[str, str], Path], tmp_path: Path) -> None:

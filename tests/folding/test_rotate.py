@@ -243,7 +243,7 @@ def test_wrong_usage(llama, capsys, arguments, words):
 
 
 def test_wrong_arguments(tmp_path, llama):
-    with pytest.raises(UsageError, match="rotate is one of"):
+    with pytest.raises(UsageError, match="`rotate` is one of"):
         fold(llama, tmp_path / "out", rotate="walsh")
     with pytest.raises(UsageError, match="seed"):
         fold(llama, tmp_path / "out", rotate="random", seed=-1)

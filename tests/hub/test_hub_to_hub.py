@@ -465,7 +465,8 @@ def test_killed(hub: HubServer, client: Client, expected: dict[str, bytes], chai
 
 
 def test_bad_input(hub: HubServer, client: Client, model: Path) -> None:
-    local = f"{model}: is no Hub id; a local checkpoint is published in steps: flashnorm fold, verify, push-to-hub"
+    local = f"{model}: is no Hub id; a local checkpoint is published in steps: "
+    local += "`flashnorm fold`, `flashnorm verify`, `flashnorm push-to-hub`"
     client.fails(local, source=str(model), code=2)
     code, _, err = client(token="")
     assert (code, "there is no Hub token" in err, err.count("\n")) == (1, True, 1)

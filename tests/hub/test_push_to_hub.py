@@ -439,7 +439,7 @@ def test_unfit(folded: Path, tmp_path: Path, case: str) -> None:
     damage(folder)
     with pytest.raises(FlashNormError, match=words) as error:
         push_to_hub(folder, TARGET)
-    assert f"flashnorm verify {folder} (or publish it with --unverified" in str(error.value)
+    assert f"`verify('{folder}')` (or publish it with `unverified=True`" in str(error.value)
 
 
 def test_unverified_is_said(hub: HubServer, push: Push, folded: Path, tmp_path: Path) -> None:
@@ -478,15 +478,15 @@ def test_no_folder_to_publish(folded: Path, tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "nowhere: no such folder; name one that `flashnorm fold` has written")
     refused(out / "config.json", "is a file; name the folder")
     refused(Path(TARGET), "is a folder; the folder comes first", repo=str(out))
-    refused(out, "--create-pr and --revision exclude each other", create_pr=True, revision="x")
-    refused(out, "workers has to be at least 1", workers=0)
+    refused(out, "`create_pr` and `revision` exclude each other", create_pr=True, revision="x")
+    refused(out, "`workers` has to be at least 1", workers=0)
     refused(tmp_path / ".out.partial" / "checkpoint", "out: its fold is not finished; run the same")
     with work_folder(tmp_path / "gone", "0", ()) as work:  # a fold that has begun
         refused(
             tmp_path / "gone", r"gone: its fold is not finished: .*/.gone.partial \([\d,]+ bytes\) is the work folder"
         )
         assert work.path.exists()
-    refused(MODEL, "has no flashnorm.json: it is no fold of flashnorm. Fold the model first: flashnorm fold")
+    refused(MODEL, "has no flashnorm.json: it is no fold of flashnorm. Fold the model first: `fold('")
     (out / SHARDS[0]).unlink()
     refused(out, "names model-00001-of-00002.safetensors, which is not there")
 
