@@ -13,6 +13,7 @@ def right() -> None:
     assert_type(fold("model", final_norm="keep", layout="dropped", rotate="hadamard"), FoldResult)
     assert_type(make_plan("model", "untie"), Plan)
     found = verify("folded", levels=["weights", "logits"], runtimes=("vllm",), dtype="bfloat16")
+    verify("folded", levels="weights", runtimes=["gguf"], tasks=("arc_easy",))
     assert_type(found.raise_for_failure(), Verification)
     assert_type(found.verdict, Literal["equivalent", "as planned, not run", "not equivalent"])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, cast
@@ -37,9 +37,9 @@ def verify(
     folded: str | Path,
     source: str | Path | None = None,
     *,
-    levels: Collection[Level] = (),
-    runtimes: Collection[Runtime] = (),
-    tasks: Collection[str] = (),
+    levels: Level | Iterable[Level] = (),
+    runtimes: Runtime | Iterable[Runtime] = (),
+    tasks: str | Iterable[str] = (),
     limit: int | None = None,
     text: str | Path | None = None,
     token_ids: str | Path | None = None,
@@ -168,7 +168,7 @@ def verify_pair(
 # ---- before the work -------------------------------------------------------------------------------------------------
 
 
-def _words(words: Collection[Word]) -> tuple[Word, ...]:
+def _words(words: Word | Iterable[Word]) -> tuple[Word, ...]:
     """Several words; one that stands alone is one, not its letters."""
     return cast("tuple[Word, ...]", (words,)) if isinstance(words, str) else tuple(words)
 
