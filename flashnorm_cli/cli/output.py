@@ -147,12 +147,3 @@ def written(path: Path, write: Callable[[], object], problems: list[str]) -> boo
         problems.append(reason if str(path) in reason else f"{path}: cannot be written: {reason}")
         return False
     return True
-
-
-def size(n: float) -> str:
-    """Bytes for people: 1.2 GB, decimal as disks are sold and `ls --si` prints."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000 or unit == "GB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return ""

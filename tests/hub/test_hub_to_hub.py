@@ -36,17 +36,6 @@ from flashnorm_cli.proof.shards import check_shard, shard_plan
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("models") / "model", tie_word_embeddings=False)
-
-
-@pytest.fixture(scope="module")
-def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of a local fold; card and record are made anew for the Hub."""
-    return files_of(fold(model, tmp_path_factory.mktemp("local") / "out").output)
-
-
-@pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     with HubServer(tmp_path_factory.mktemp("server")) as server:
         server.add_user("me", TOKEN)

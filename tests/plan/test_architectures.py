@@ -18,13 +18,13 @@ import families
 import pytest
 import torch
 import transformers
+from command_line import run
 from documents import document
 from safetensors.torch import load_file, save_file
 
 from flashnorm_cli.checkpoint.model import Source
 from flashnorm_cli.checkpoint.names import grouped
 from flashnorm_cli.checkpoint.open import open_checkpoint
-from flashnorm_cli.cli import main
 from flashnorm_cli.errors import PlanError
 from flashnorm_cli.folding.fold import fold
 from flashnorm_cli.plan.model import Plan
@@ -47,12 +47,6 @@ REFUSED = {
 }
 if transformers.__version__ == "5.24.0":  # its own forward stops without an image
     REFUSED["llama4"] = "image_outputs"
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(a) for a in arguments])
-    return stopped.value.code
 
 
 def checkpoint_of(family: str, folder: Path) -> transformers.PreTrainedModel:
