@@ -58,7 +58,9 @@ def plan(
         if emit is None:
             raise UsageError("--output needs --emit")
         check_writable(emit_to)
-    output = Output(json or emit is not None, quiet)
+    output = Output(json, quiet)
+    if emit is not None:
+        output.keep_stdout()
     with output.progress() as report:
         report(0, 0, "Reading headers")
         from flashnorm_cli.checkpoint.leftover import leftovers, refuse_unfinished
@@ -72,19 +74,20 @@ def plan(
         refuse_adapter(checkpoint)
         report(0, 0, "Tracing the model")
         traced = plan_checkpoint(checkpoint, final_norm, trust_remote_code)
-        result, stream = traced.plan, {}
+        result, stream = traced.plan, None
         if json:
             from flashnorm_cli.plan.rotation import stream_json
 
-            stream = {"stream": stream_json(checkpoint, traced)}
+            stream = stream_json(checkpoint, traced)
         if emit is not None:
             from flashnorm_cli.plan.emit import emit as emitted
 
             settings = emitted(emit, checkpoint, traced)
     if emit is not None:
-        output.data(settings) if emit_to is None else _write(settings, emit_to)
+        output.verbatim(dumps(settings, indent=2)) if emit_to is None else _write(settings, emit_to)
         return
-    output.data({**result.to_json(), **stream, "left_out": [asdict(each) for each in checkpoint.left_out]})
+    left_out = [asdict(each) for each in checkpoint.left_out]
+    output.data({**result.summary(), "left_out": left_out, "plan": result.to_json(), "stream": stream})
     output.text(f"{result.architecture} ({model}), {size(result.bytes_total)}", "")
     output.text(*norm_lines(result), "", *wording.sentences(result), *left_out_lines(checkpoint.left_out))
     output.remark(*leftovers(None, model))
