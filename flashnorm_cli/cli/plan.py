@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import asdict
+from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
 
 from flashnorm_cli.cli import options
-from flashnorm_cli.cli.output import Output
+from flashnorm_cli.cli.output import Output, check_writable, written
 from flashnorm_cli.cli.tables import aligned
+from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.plan import wording
 from flashnorm_cli.plan.wording import size
 
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     from flashnorm_cli.plan.model import Plan
 
 
+Tool = Literal["llm-compressor", "auto-round", "quark"]
 # Of files in one line; --json and the record name all.
 MOST_NAMES = 10
 
@@ -31,12 +36,31 @@ def plan(
     local_files_only: options.LocalFilesOnlyOpt = False,
     trust_remote_code: options.TrustRemoteCodeOpt = False,
     follow_links: options.FollowLinksOpt = False,
+    emit: Annotated[
+        Tool | None,
+        typer.Option(
+            help="Write what this tool reads to fuse the norms and rotate the residual stream: JSON, see "
+            "docs/plan_as_data.md."
+        ),
+    ] = None,
+    emit_to: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The file for --emit.", show_default="standard output"),
+    ] = None,
     json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
     debug: options.DebugOpt = False,
 ) -> None:
     """Show which norms a fold would fold, which it keeps, and why. Reads headers, never weights."""
+    if emit is not None and json:
+        raise UsageError("--emit and --json exclude each other")
+    if emit_to is not None:
+        if emit is None:
+            raise UsageError("--output needs --emit")
+        check_writable(emit_to)
     output = Output(json, quiet)
+    if emit is not None:
+        output.keep_stdout()
     with output.progress() as report:
         report(0, 0, "Reading headers")
         from flashnorm_cli.checkpoint.leftover import leftovers, refuse_unfinished
@@ -50,15 +74,31 @@ def plan(
         refuse_adapter(checkpoint)
         report(0, 0, "Tracing the model")
         traced = plan_checkpoint(checkpoint, final_norm, trust_remote_code)
-        result, stream = traced.plan, {}
+        result, stream = traced.plan, None
         if json:
             from flashnorm_cli.plan.rotation import stream_json
 
-            stream = {"stream": stream_json(checkpoint, traced)}
-    output.data({**result.to_json(), **stream, "left_out": [asdict(each) for each in checkpoint.left_out]})
+            stream = stream_json(checkpoint, traced)
+        if emit is not None:
+            from flashnorm_cli.plan.emit import emit as emitted
+
+            settings = emitted(emit, checkpoint, traced)
+    if emit is not None:
+        output.verbatim(dumps(settings, indent=2)) if emit_to is None else _write(settings, emit_to)
+        return
+    left_out = [asdict(each) for each in checkpoint.left_out]
+    output.data({**result.summary(), "left_out": left_out, "plan": result.to_json(), "stream": stream})
     output.text(f"{result.architecture} ({model}), {size(result.bytes_total)}", "")
     output.text(*norm_lines(result), "", *wording.sentences(result), *left_out_lines(checkpoint.left_out))
     output.remark(*leftovers(None, model))
+
+
+def _write(settings: dict[str, Any], path: Path) -> None:
+    from flashnorm_cli.checkpoint.disk import write_text
+
+    problems: list[str] = []
+    if not written(path, lambda: write_text(path, dumps(settings, indent=2) + "\n"), problems):
+        raise FlashNormError(problems[0])
 
 
 def norm_lines(plan: Plan, kept_only: bool = False) -> list[str]:

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from flashnorm_cli.choices import Dtype, Level, Runtime
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output, check_writable, written
 from flashnorm_cli.cli.tables import aligned
@@ -56,7 +57,7 @@ def verify(
         str | None, typer.Option(help="For layers and logits: cpu, cuda, cuda:1.", show_default="cuda if there is one")
     ] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
+        Dtype | None,
         typer.Option(help="What the models run in.", show_default="the source's own"),
     ] = None,
     max_algebra: Annotated[float, typer.Option(help="Largest relative error of the logits, folded in float32.")] = 1e-5,
@@ -116,8 +117,8 @@ def verify(
         check = partial(
             run,
             source=source,
-            levels=level or (),
-            runtimes=runtime or (),
+            levels=cast("list[Level]", level or []),
+            runtimes=cast("list[Runtime]", runtime or []),
             tasks=[task for task in (eval or "").split(",") if task],
             limit=eval_limit,
             text=text,
@@ -149,8 +150,8 @@ def verify(
             result = check(folded, revision=revision)
     problems: list[str] = []
     reported = report is not None and _report(result, report, problems)
-    published = {"published": pushed.url if pushed else None} if publish else {}
-    out.data({**result.to_json(), "report": str(report) if reported else None, **published})
+    published = pushed.published() if pushed else None
+    out.data({**result.to_json(), "report": str(report) if reported else None, "published": published})
     out.text(*summary(result))
     out.remark(*leftovers(Path(folded), result.source or folded))
     if publish:

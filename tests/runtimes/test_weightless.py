@@ -565,7 +565,7 @@ def test_nothing_is_half_folded(change, error, says):
 
 
 def test_refusals_of_the_plan():
-    with pytest.raises(UsageError, match="final_norm is one of"):
+    with pytest.raises(UsageError, match="`final_norm` is one of"):
         fold_model_(model_of("llama"), "twice")
     with pytest.raises(FlashNormError, match="nothing to fold"):
         fold_model_(families.build("nanochat", 0))
