@@ -1,4 +1,4 @@
-"""flashnorm plan."""
+"""`flashnorm plan`: what a fold would do, from the config and the headers alone."""
 
 from __future__ import annotations
 
