@@ -63,7 +63,7 @@ class Output:
     def verbatim(self, text: str) -> None:
         """Print a document for another program, under --quiet too."""
         with stdout_errors():
-            print(text, file=self._session.stream, flush=True)
+            print(text, file=self._session.stream, end="", flush=True)
 
     def remark(self, *lines: str) -> None:
         """Say beside the result, on stderr, what a user should know that is no part of it; nothing under --quiet."""
