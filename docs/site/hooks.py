@@ -36,7 +36,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links of the repository, as links of the site. A page without headings leaves its table the room of the contents."""
+    """Links of the repository as links of the site. Without headings, a page needs no room for its contents."""
     if "\n## " not in markdown:
         page.meta["hide"] = ["toc"]
     here = REPOSITORY_PATH.get(page.file.src_uri, f"docs/{page.file.src_uri}")

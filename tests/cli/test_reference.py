@@ -64,7 +64,9 @@ def _plain(words: str) -> str:
 
 
 def test_the_page_is_what_the_commands_say():
-    assert DOC.read_text() == reference(), f"python {Path(__file__).relative_to(DOC.parents[1])} writes {DOC.name} again"
+    assert DOC.read_text() == reference(), (
+        f"python {Path(__file__).relative_to(DOC.parents[1])} writes {DOC.name} again"
+    )
 
 
 def test_no_terminal_has_a_part_in_it():
