@@ -1,4 +1,4 @@
-"""What is published: each file that the code reads, all that works on it, and an index page whose links lead somewhere."""
+"""What is published: what the code reads, what works on the code, and an index page whose links lead somewhere."""
 
 from __future__ import annotations
 
