@@ -12,6 +12,7 @@ import typer
 from flashnorm_cli.checkpoint.output import write_text
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output, check_writable, written
+from flashnorm_cli.cli.tables import markdown_table, text_table
 from flashnorm_cli.errors import FlashNormError, UsageError
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def bench(
         Path | None, typer.Option(help="Picture of the norms' share of a copy over tokens (.svg, .png or .pdf).")
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
-    save: Annotated[Path | None, typer.Option(help="File to write what --json prints to, as well.")] = None,
+    save: Annotated[Path | None, typer.Option(help="File to write the results to, as JSON.")] = None,
     trust_remote_code: options.TrustRemoteCodeOpt = False,
     json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
@@ -73,19 +74,7 @@ def bench(
     of the same bytes. Without a GPU, the norms that run on a CPU are timed, and the output says so.
     """
     out = Output(json, quiet)
-    for path in (plot, save):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UsageError(f"{path.absolute().parent}: no such folder")
-        if path is not None:
-            check_writable(path)
-    if plot is not None:
-        from flashnorm_cli.bench.report import PICTURES, require_matplotlib
-
-        if plot.suffix.lower() not in PICTURES:
-            raise UsageError(f"--plot {plot}: the name has to end in {', '.join(PICTURES)}")
-        require_matplotlib()
-    if tune and model is None:
-        raise UsageError("--tune measures the products of a model: name one")
+    _check_options(plot, save, tune, model)
     command = options.command_line(["bench", *sys.argv[2:]])
     with out.progress() as report:
         report(0, 0, "Loading torch")
@@ -109,14 +98,7 @@ def bench(
             sizes = list(hidden or models.norm_sizes(loaded))
             if not sizes:
                 raise FlashNormError(f"{model}: has no plain RMSNorm")
-            if tune:
-                from flashnorm_cli.bench.ways import tune_model
-
-                tune_model(loaded, report)
-            modes = [m for m in models.MODES if compiled or m != "decode, compiled"]
-            of_model = models.bench(
-                loaded, trials or 20, new_tokens, batch, tuple(modes), on_progress=lambda what: report(0, 0, what)
-            )
+            of_model = _time_model(loaded, tune, compiled, trials or 20, new_tokens, batch, report)
             del loaded
         rows = list(tokens or (MODEL_TOKENS if model else kernels.TOKENS))
         results = _measure(device, sizes, rows, getattr(torch, dtype), trials or 11, report)
@@ -128,10 +110,39 @@ def bench(
         from flashnorm_cli.bench.report import plot as draw
 
         written(plot, lambda: draw(results, plot), problems)
-    out.data(data)
+    out.data({"model": model, "benchmark": data})
     _show(out, results, of_model, device, markdown)
     if problems:
         raise FlashNormError("; ".join(problems))
+
+
+def _check_options(plot: Path | None, save: Path | None, tune: bool, model: str | None) -> None:
+    for path in (plot, save):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"{path.absolute().parent}: no such folder")
+        if path is not None:
+            check_writable(path)
+    if plot is not None:
+        from flashnorm_cli.bench.report import PICTURES, require_matplotlib
+
+        if plot.suffix.lower() not in PICTURES:
+            raise UsageError(f"--plot {plot}: the name has to end in {', '.join(PICTURES)}")
+        require_matplotlib()
+    if tune and model is None:
+        raise UsageError("--tune measures the products of a model: name one")
+
+
+def _time_model(
+    loaded: Any, tune: bool, compiled: bool, trials: int, new_tokens: int, batch: int, report: Any
+) -> list[dict[str, Any]]:
+    from flashnorm_cli.bench import models
+
+    if tune:
+        from flashnorm_cli.bench.ways import tune_model
+
+        tune_model(loaded, report)
+    modes = tuple(m for m in models.MODES if compiled or m != "decode, compiled")
+    return models.bench(loaded, trials, new_tokens, batch, modes, on_progress=lambda what: report(0, 0, what))
 
 
 def _measure(
@@ -154,7 +165,7 @@ def _measure(
 def _show(out: Output, results: list[Measurement], of_model: list[dict[str, Any]], device: str, markdown: bool) -> None:
     from flashnorm_cli.bench import report
 
-    table = report.markdown_table if markdown else report.text_table
+    table = markdown_table if markdown else text_table
     for operation in dict.fromkeys(r.operation for r in results):
         where = "on the GPU: device time" if device == "cuda" else "on this CPU, where flashnorm's norms are torch's"
         out.text(f"{operation} {where}; the others: how many times as long they take", "")

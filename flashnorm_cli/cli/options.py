@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-FinalNorm = Literal["auto", "keep", "untie"]
-Layout = Literal["identity", "dropped"]
+from flashnorm_cli.choices import FinalNorm
+from flashnorm_cli.choices import Layout as Layout
 
 ModelArg = Annotated[str, typer.Argument(help="A local folder or a Hub id.", show_default=False)]
 RevisionOpt = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]

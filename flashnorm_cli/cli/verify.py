@@ -8,13 +8,16 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from flashnorm_cli.choices import Dtype, Level, Runtime
 from flashnorm_cli.cli import options
-from flashnorm_cli.cli.output import Output, check_writable, size, written
+from flashnorm_cli.cli.output import Output, check_writable, written
+from flashnorm_cli.cli.tables import aligned
 from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_NOT_RUN, EXIT_OK, FlashNormError, UsageError
+from flashnorm_cli.plan.wording import size
 
 if TYPE_CHECKING:
     from flashnorm_cli.hub.publish import PushResult
@@ -54,7 +57,7 @@ def verify(
         str | None, typer.Option(help="For layers and logits: cpu, cuda, cuda:1.", show_default="cuda if there is one")
     ] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
+        Dtype | None,
         typer.Option(help="What the models run in.", show_default="the source's own"),
     ] = None,
     max_algebra: Annotated[float, typer.Option(help="Largest relative error of the logits, folded in float32.")] = 1e-5,
@@ -114,8 +117,8 @@ def verify(
         check = partial(
             run,
             source=source,
-            levels=level or (),
-            runtimes=runtime or (),
+            levels=cast("list[Level]", level or []),
+            runtimes=cast("list[Runtime]", runtime or []),
             tasks=[task for task in (eval or "").split(",") if task],
             limit=eval_limit,
             text=text,
@@ -147,8 +150,8 @@ def verify(
             result = check(folded, revision=revision)
     problems: list[str] = []
     reported = report is not None and _report(result, report, problems)
-    published = {"published": pushed.url if pushed else None} if publish else {}
-    out.data({**result.to_json(), "report": str(report) if reported else None, **published})
+    published = pushed.published() if pushed else None
+    out.data({**result.to_json(), "report": str(report) if reported else None, "published": published})
     out.text(*summary(result))
     out.remark(*leftovers(Path(folded), result.source or folded))
     if publish:
@@ -202,11 +205,12 @@ def _headline(result: Verification) -> list[str]:
 
 def summary(result: Verification) -> list[str]:
     """The verdict, a paragraph per level, and what is wrong."""
-    lines = [*_headline(result), ""]
-    for level in result.levels:
-        for i, line in enumerate(_level_lines(level)):
-            name, status = (level.level, level.status) if i == 0 else ("", "")
-            lines.append(f"{name:14}{status:9}{line}".rstrip())
+    rows = [
+        (*((level.level, level.status) if i == 0 else ("", "")), line)
+        for level in result.levels
+        for i, line in enumerate(_level_lines(level))
+    ]
+    lines = [*_headline(result), "", *aligned(rows, least=[12, 7])]
     findings = [(level.level, finding) for level in result.levels for finding in level.findings]
     if findings:
         lines += ["", "Wrong:"]

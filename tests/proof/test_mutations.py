@@ -22,10 +22,11 @@ import families
 import pytest
 import torch
 import transformers
+from command_line import run
+from documents import document
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from flashnorm_cli.cli import main
 from flashnorm_cli.plan.model import Plan, Reader, Run
 from flashnorm_cli.plan.planner import make_plan
 
@@ -369,19 +370,13 @@ def copy_of(pair: Pair, folder: Path) -> Pair:
     return Pair(folder / "source", folder / "folded")
 
 
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(a) for a in arguments])
-    return stopped.value.code
-
-
 def verified(pair: Pair, *levels: str, more: tuple[str, ...] = ()) -> tuple[int, dict[str, Any]]:
     """Exit code and JSON result."""
     options = [option for level in levels for option in ("--level", level)]
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         code = run("verify", pair.folded, "--source", pair.source, "--json", "--no-record", *options, *more)
-    return code, json.loads(out.getvalue())
+    return code, document(out.getvalue())
 
 
 # ---- the tests -------------------------------------------------------------------------------------------------------
