@@ -15,6 +15,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from flashnorm_cli.report.project import address
+
 ROOT = Path(__file__).parents[2]
 # Of the repository's own files, those that are pages; every other page lies in docs/.
 PAGES = {
@@ -26,6 +28,12 @@ PAGES = {
 REPOSITORY_PATH = {page: path for path, page in PAGES.items()}
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?\)")
 FENCED = re.compile(r"(^(?:```|~~~).*?^(?:```|~~~)\s*$|^(?: {4}|\t).*?$)", re.MULTILINE | re.DOTALL)
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """The repository's address, where the project has one."""
+    config.repo_url = config.repo_url or address()
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
