@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flashnorm_cli.bench.timing import spread
 from flashnorm_cli.bench.ways import COMPILED_WAYS, TUNED_INDUCTOR, WAYS, swapped
+from flashnorm_cli.checkpoint.hub_ids import hub_id
 from flashnorm_cli.errors import FlashNormError
 from flashnorm_cli.modeling.quiet import first_line, quiet_transformers
 from flashnorm_cli.norms.detect import plain_norms
@@ -53,23 +54,25 @@ CLOSE = 0.05  # of the logits' own size: bf16 models differ by their rounding
 def load(name: str, config_only: bool, device: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     """A model to time: a named shape or, with `config_only`, a config with random weights; else a whole checkpoint.
 
+    A Hub id may be its page's address, with a revision.
+
     Raises:
         FlashNormError: transformers cannot read or build it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+    where, revision = hub_id(name)
+    hub: dict[str, Any] = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
     try:
         with quiet_transformers():
             if not config_only and name not in SHAPES:
-                model = AutoModelForCausalLM.from_pretrained(
-                    name, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
-                )
+                model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, device_map=device, **hub)
                 return model.eval()
             config: PretrainedConfig
             if name in SHAPES:
                 config = LlamaConfig(**SHAPES[name], max_position_embeddings=8192, rms_norm_eps=1e-5)
             else:
-                config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+                config = AutoConfig.from_pretrained(where, **hub)
             torch.manual_seed(0)
             with torch.device(device):
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -11,6 +11,7 @@ from typing import Any
 from flashnorm_cli.checkpoint.files import Seen
 from flashnorm_cli.checkpoint.folded import flags_of, in_words, is_ours
 from flashnorm_cli.checkpoint.header import Header, TensorEntry
+from flashnorm_cli.checkpoint.hub_ids import hub_id
 from flashnorm_cli.checkpoint.json_files import read_object
 from flashnorm_cli.errors import CheckpointError, FlashNormError
 
@@ -42,7 +43,7 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a checkpoint comes from, and how to reach it."""
+    """Where a checkpoint comes from, and how to reach it; the address of a page on the Hub becomes its id."""
 
     name: str
     revision: str | None = None
@@ -50,6 +51,11 @@ class Source:
     cache_dir: Path | None = None
     local_files_only: bool = False
     follow_links: bool = False  # also out of the folder
+
+    def __post_init__(self) -> None:
+        name, revision = hub_id(self.name, self.revision)
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "revision", revision)
 
 
 @dataclass(frozen=True)
@@ -97,9 +103,18 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """The last part of the folder's or repository's name."""
-        if self.commit is not None:
-            return self.source.name.rsplit("/", 1)[-1]
-        return Path(self.source.name).expanduser().resolve().name
+        return self.source.name.rsplit("/", 1)[-1] if self.commit is not None else folder_name(self.source.name)
+
+
+def folder_name(path: str | Path) -> str:
+    """What a folder is called: a link by its own name, a snapshot in the Hub's cache by its repository's."""
+    here = Path(path).expanduser()
+    if here.name in ("", ".."):
+        here = here.resolve()
+    repository = here.absolute().parent.parent.name
+    if here.absolute().parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rsplit("--", 1)[-1]
+    return here.name
 
 
 def read_json(path: Path) -> dict[str, Any]:
