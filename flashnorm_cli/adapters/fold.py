@@ -16,6 +16,7 @@ from flashnorm_cli.checkpoint.carry import check_names
 from flashnorm_cli.checkpoint.model import Checkpoint, LeftOut, Progress, Source, folder_name
 from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.checkpoint.output import check_output
+from flashnorm_cli.checkpoint.progress import with_notebook_bar
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.record.read import FoldRecord, record_of_base, recorded_source
 
@@ -65,6 +66,7 @@ class AdapterResult:
         }
 
 
+@with_notebook_bar
 def fold_adapter(
     adapter: str | Path,
     base: str | Path,

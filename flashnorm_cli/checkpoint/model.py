@@ -37,7 +37,7 @@ OTHER_WEIGHTS = (
 ).split()
 
 
-# done bytes, all bytes, what is going on
+# done, all (0 where nothing is counted), what is going on: bytes are counted, or steps where that is a `Steps`
 Progress = Callable[[int, int, str], None]
 
 

@@ -22,6 +22,7 @@ from flashnorm_cli.checkpoint.carry import check_names
 from flashnorm_cli.checkpoint.model import Checkpoint, LeftOut, Progress, Source, refuse_adapter, refuse_folded
 from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.checkpoint.output import check_output, flush, not_an_output, work_folder
+from flashnorm_cli.checkpoint.progress import with_notebook_bar
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE, read_tensors
 from flashnorm_cli.checkpoint.work import source_name
 from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
@@ -56,6 +57,7 @@ class FoldResult:
     notes: tuple[str, ...] = ()
 
 
+@with_notebook_bar
 def fold(
     model: str | Path,
     output: str | Path | None = None,
@@ -97,7 +99,8 @@ def fold(
         follow_links: carry over also what links of the source lead to that lead out of its folder.
         dask: address of a dask scheduler whose workers share source and output folder with this machine.
         executor: any other concurrent.futures executor; its workers share both folders, too.
-        on_progress: called with (bytes done, bytes in all, what is going on).
+        on_progress: called with (done, all, what is going on): bytes, or steps where that is a `Steps`. In a notebook a
+            bar is shown where there is none.
     Raises:
         UsageError: the call contradicts itself or the file system.
         FlashNormError: the checkpoint is broken, folded already, has nothing to fold, or cannot be planned or rotated.

@@ -23,6 +23,7 @@ from flashnorm_cli.checkpoint.hub_errors import hub_errors
 from flashnorm_cli.checkpoint.hub_ids import hub_id, repository_id
 from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, LeftOut, Progress, Source, read_json
 from flashnorm_cli.checkpoint.output import work_folder
+from flashnorm_cli.checkpoint.progress import with_notebook_bar
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.folding.engine import any_executor, dask_engine, overlapping
 from flashnorm_cli.folding.fold import check_options
@@ -74,6 +75,7 @@ class StreamResult:
     notes: tuple[str, ...] = ()
 
 
+@with_notebook_bar
 def fold_to_hub(
     model: str,
     repo_id: str,

@@ -12,6 +12,7 @@ from flashnorm_cli.checkpoint.hub_ids import repository_id
 from flashnorm_cli.checkpoint.leftover import refuse_unfinished
 from flashnorm_cli.checkpoint.model import RECORD, Checkpoint, Progress, Source
 from flashnorm_cli.checkpoint.open import open_checkpoint
+from flashnorm_cli.checkpoint.progress import with_notebook_bar
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.hub.base import base_info, find_base
 from flashnorm_cli.hub.contents import Fold, file_hashes, make_contents
@@ -36,6 +37,7 @@ NO_BASE = (
 NOT_ASKED = "not logged in, so the Hub was not asked: neither the repository nor the source is known"
 
 
+@with_notebook_bar
 def push_to_hub(
     folded: str | Path,
     repo_id: str,
