@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from flashnorm_cli.bench import kernels, report
-from flashnorm_cli.bench.kernels import EPS, Buffers
+from flashnorm_cli.bench.contenders import EPS, Buffers
 from flashnorm_cli.cuda import driver
 
 

@@ -73,19 +73,7 @@ def bench(
     of the same bytes. Without a GPU, the norms that run on a CPU are timed, and the output says so.
     """
     out = Output(json, quiet)
-    for path in (plot, save):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UsageError(f"{path.absolute().parent}: no such folder")
-        if path is not None:
-            check_writable(path)
-    if plot is not None:
-        from flashnorm_cli.bench.report import PICTURES, require_matplotlib
-
-        if plot.suffix.lower() not in PICTURES:
-            raise UsageError(f"--plot {plot}: the name has to end in {', '.join(PICTURES)}")
-        require_matplotlib()
-    if tune and model is None:
-        raise UsageError("--tune measures the products of a model: name one")
+    _check_options(plot, save, tune, model)
     command = options.command_line(["bench", *sys.argv[2:]])
     with out.progress() as report:
         report(0, 0, "Loading torch")
@@ -109,14 +97,7 @@ def bench(
             sizes = list(hidden or models.norm_sizes(loaded))
             if not sizes:
                 raise FlashNormError(f"{model}: has no plain RMSNorm")
-            if tune:
-                from flashnorm_cli.bench.ways import tune_model
-
-                tune_model(loaded, report)
-            modes = [m for m in models.MODES if compiled or m != "decode, compiled"]
-            of_model = models.bench(
-                loaded, trials or 20, new_tokens, batch, tuple(modes), on_progress=lambda what: report(0, 0, what)
-            )
+            of_model = _time_model(loaded, tune, compiled, trials or 20, new_tokens, batch, report)
             del loaded
         rows = list(tokens or (MODEL_TOKENS if model else kernels.TOKENS))
         results = _measure(device, sizes, rows, getattr(torch, dtype), trials or 11, report)
@@ -132,6 +113,35 @@ def bench(
     _show(out, results, of_model, device, markdown)
     if problems:
         raise FlashNormError("; ".join(problems))
+
+
+def _check_options(plot: Path | None, save: Path | None, tune: bool, model: str | None) -> None:
+    for path in (plot, save):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"{path.absolute().parent}: no such folder")
+        if path is not None:
+            check_writable(path)
+    if plot is not None:
+        from flashnorm_cli.bench.report import PICTURES, require_matplotlib
+
+        if plot.suffix.lower() not in PICTURES:
+            raise UsageError(f"--plot {plot}: the name has to end in {', '.join(PICTURES)}")
+        require_matplotlib()
+    if tune and model is None:
+        raise UsageError("--tune measures the products of a model: name one")
+
+
+def _time_model(
+    loaded: Any, tune: bool, compiled: bool, trials: int, new_tokens: int, batch: int, report: Any
+) -> list[dict[str, Any]]:
+    from flashnorm_cli.bench import models
+
+    if tune:
+        from flashnorm_cli.bench.ways import tune_model
+
+        tune_model(loaded, report)
+    modes = tuple(m for m in models.MODES if compiled or m != "decode, compiled")
+    return models.bench(loaded, trials, new_tokens, batch, modes, on_progress=lambda what: report(0, 0, what))
 
 
 def _measure(

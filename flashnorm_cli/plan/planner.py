@@ -238,22 +238,7 @@ class _Planner:
         if not gains:
             return "kept" if self._head_gains() else "none"
         declared = build.tie_declared(self.config)
-        text_type = self.config.get_text_config(decoder=True).model_type
-        why = None
-        if self.final_norm == "keep":
-            why = "--final-norm keep"
-        elif self.strange_class and self.final_norm != "untie":
-            why = (
-                f"config.json names {self.strange_class}, which transformers does not know and which may read it; "
-                "--final-norm untie folds it all the same"
-            )
-        elif (tied or declared) and text_type in HARD_WIRED_TIES:
-            why = (
-                f"the output head is tied to the embedding, and runtimes tie it for {text_type} whatever the files say"
-            )
-            if self.final_norm == "untie":
-                self.notes.append(f"{why}: llama.cpp will drop the separate head and compute wrong logits")
-                why = None
+        why = self._final_norm_stays(tied or declared)
         if why is None and tied:
             why = self._untie(missing)
             if why and self.final_norm == "untie":
@@ -275,6 +260,24 @@ class _Planner:
                 self.kept[gain] = why
             return "kept"
         return "untied" if self.untied else "folded"
+
+    def _final_norm_stays(self, tied: bool) -> str | None:
+        """Why the final norm is kept whether or not its head could be untied; None where that decides."""
+        if self.final_norm == "keep":
+            return "--final-norm keep"
+        if self.strange_class and self.final_norm != "untie":
+            return (
+                f"config.json names {self.strange_class}, which transformers does not know and which may read it; "
+                "--final-norm untie folds it all the same"
+            )
+        text_type = self.config.get_text_config(decoder=True).model_type
+        if not tied or text_type not in HARD_WIRED_TIES:
+            return None
+        why = f"the output head is tied to the embedding, and runtimes tie it for {text_type} whatever the files say"
+        if self.final_norm != "untie":
+            return why
+        self.notes.append(f"{why}: llama.cpp will drop the separate head and compute wrong logits")
+        return None
 
     def _untie(self, missing: set[str]) -> str | None:
         """Go on with the model whose head is separate, or say why not."""
