@@ -29,7 +29,7 @@ class AdapterResult:
     """What folding an adapter did.
 
     `changed` counts tensors by what was done: "gain" (the input dimension was scaled), "ratio" (a norm's own copy),
-    "magnitude" (DoRA). `added` are new tensors, `flushed` counts products that became zero, by tensor. `check` is what
+    "magnitude" (DoRA). `commit` is the source's on the Hub. `added` are new tensors, `flushed` counts products that became zero, by tensor. `check` is what
     the comparison on random activations found. `notes` are for the user.
     """
 
@@ -46,6 +46,7 @@ class AdapterResult:
     check: AdapterCheck
     notes: tuple[str, ...]
     bytes_written: int
+    commit: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -53,11 +54,10 @@ class AdapterResult:
             "output": str(self.output),
             "adapter": self.adapter,
             "base": self.base,
-            "source": self.source,
+            "source": {"name": self.source, "commit": self.commit},
             "peft_type": self.peft_type,
-            "tensors": self.tensors,
-            "changed": self.changed,
-            "added": list(self.added),
+            "counts": {"tensors": self.tensors, **self.changed},
+            "tensors_added": list(self.added),
             "left_out": [asdict(each) for each in self.left_out],
             "flushed_to_zero": self.flushed,
             "check": self.check.to_json(),
@@ -157,6 +157,7 @@ def fold_adapter(
         check=written.check,
         notes=(*_about_names(opened, unfolded, folded), *plan.notes, *written.notes),
         bytes_written=written.bytes,
+        commit=unfolded.commit,
     )
 
 

@@ -61,7 +61,7 @@ def bench(
         Path | None, typer.Option(help="Picture of the norms' share of a copy over tokens (.svg, .png or .pdf).")
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
-    save: Annotated[Path | None, typer.Option(help="File to write what --json prints to, as well.")] = None,
+    save: Annotated[Path | None, typer.Option(help="File to write the results to, as JSON.")] = None,
     trust_remote_code: options.TrustRemoteCodeOpt = False,
     json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
@@ -109,7 +109,7 @@ def bench(
         from flashnorm_cli.bench.report import plot as draw
 
         written(plot, lambda: draw(results, plot), problems)
-    out.data(data)
+    out.data({"model": model, "benchmark": data})
     _show(out, results, of_model, device, markdown)
     if problems:
         raise FlashNormError("; ".join(problems))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashnorm_cli.cli import options
+from flashnorm_cli.cli.fold import fold_json
 from flashnorm_cli.cli.output import Output, size
 from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_OK
 
@@ -34,7 +35,7 @@ def demo(
         result = run_demo(output or Path(scratch) / "demo-FlashNorm")
     out.data(
         {
-            **result.verification.to_json(),
+            **fold_json(result.fold, result.verification),
             "text_source": result.text_source,
             "text_folded": result.text_folded,
             "output": str(output) if output else None,

@@ -15,7 +15,7 @@ def doctor(json: options.JsonOpt = False, debug: options.DebugOpt = False) -> No
     from flashnorm_cli.norms.linear import describe
 
     found = info() | describe()
-    out.data(found)
+    out.data({"runs_on": found})
     names = {
         "path": "Norms run on",
         "reason": "Because",

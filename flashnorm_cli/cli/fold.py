@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -144,16 +143,18 @@ def _fold_to_hub(out: Output, model: str, push_to: str, verify: bool, **more: An
     raise typer.Exit(EXIT_NOT_RUN if verify and not streamed.pushed.verified else EXIT_OK)
 
 
+def fold_json(result: FoldResult | StreamResult, verification: Verification | None) -> dict[str, Any]:
+    """The result of every fold, with the same fields; what does not belong to one is null."""
+    absent = dict.fromkeys(("output", "published", "bytes_written", "bytes_downloaded", "bytes_uploaded"))
+    found = {**absent, "verdict": "not verified", **result.to_json(), "verification": None}
+    if verification is not None:
+        found |= {"verdict": verification.verdict, "verification": verification.to_json()}
+    dropped = [DROPPED] if result.layout == "dropped" else []
+    return {**found, "notes": [*found["notes"], *dropped]}
+
+
 def _show(out: Output, result: FoldResult, verification: Verification | None) -> None:
-    out.data(
-        {
-            "output": str(result.output),
-            **_facts(result),
-            "bytes_written": result.bytes_written,
-            "seconds": dict(zip(("plan", "write", "flush"), (round(s, 3) for s in result.seconds), strict=True)),
-            **({"verification": verification.to_json()} if verification else {}),
-        }
-    )
+    out.data(fold_json(result, verification))
     out.text(*_outcome(result))
     planning, writing, flushing = result.seconds
     out.text(
@@ -162,50 +163,23 @@ def _show(out: Output, result: FoldResult, verification: Verification | None) ->
         str(result.output),
     )
     if verification is None:
-        out.text(f"Next: flashnorm verify {shlex.quote(str(result.output))}")
+        out.next(f"flashnorm verify {shlex.quote(str(result.output))}")
     else:
         out.text("", *summary(verification))
 
 
 def show_streamed(out: Output, result: StreamResult) -> None:
     """What a fold from Hub to Hub did."""
-    pushed, facts = result.pushed.to_json(), _facts(result)
-    out.data(
-        {
-            **{key: value for key, value in pushed.items() if key not in ("card", "sent", "unchanged")},
-            **facts,
-            "notes": [*facts["notes"], *pushed["notes"]],
-            "bytes_downloaded": result.downloaded,
-            "bytes_uploaded": result.uploaded,
-            "seconds": dict(zip(("plan", "shards", "commit"), (round(s, 3) for s in result.seconds), strict=True)),
-        }
-    )
+    out.data(fold_json(result, None))
     planning, moving, committing = result.seconds
     out.text(
         *_outcome(result),
         f"Planned in {planning:.1f} s; {size(result.downloaded)} came in and {size(result.uploaded)} went out in "
         f"{moving:.1f} s; published in {committing:.1f} s:",
         *done(result.pushed),
-        *(() if result.pushed.verified else (f"To verify it: flashnorm verify {result.pushed.repo_id} --publish",)),
     )
-
-
-def _facts(result: FoldResult | StreamResult) -> dict[str, Any]:
-    plan = result.plan
-    return {
-        "layout": result.layout,
-        "flashnorm_folded": plan.folded_flag,
-        "folded": len(plan.folded),
-        "kept": len(plan.kept),
-        "readers": len(plan.readers),
-        "lm_head": plan.lm_head,
-        **({"rotation": {**plan.rotation.to_json(), "tensors": len(plan.rotation.tensors)}} if plan.rotation else {}),
-        "bytes_added": plan.bytes_added,
-        "flushed_to_zero": result.flushed,
-        "resumed_shards": list(result.resumed),
-        "left_out": [asdict(each) for each in result.left_out],
-        "notes": [*plan.notes, *result.notes, *([DROPPED] if result.layout == "dropped" else [])],
-    }
+    if not result.pushed.verified:
+        out.next(f"flashnorm verify {result.pushed.repo_id} --publish")
 
 
 def _outcome(result: FoldResult | StreamResult) -> list[str]:

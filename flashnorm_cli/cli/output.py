@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +10,8 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
+from flashnorm_cli.cli import session
+from flashnorm_cli.cli.wording import in_flags
 from flashnorm_cli.errors import MOST_OF_A_NAME, FlashNormError, UsageError, one_line
 
 
@@ -26,8 +27,9 @@ def stdout_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        with suppress(OSError, ValueError, AttributeError):  # what is left in the buffer would fail again at the exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in (session.current().stream, sys.stdout):  # what is left in a buffer would fail again at the exit
+            with suppress(OSError, ValueError, AttributeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
         raise FlashNormError(f"standard output: {error.strerror or error}") from error
 
 
@@ -38,26 +40,33 @@ class Output:
         from rich.console import Console
 
         self.as_json, self.quiet = as_json, quiet
+        self._session = session.current()
+        self._session.as_json = as_json
         self._err = Console(stderr=True)
 
     def text(self, *lines: str) -> None:
         """Print for people, whatever files say fit for a terminal; nothing under --json or --quiet."""
         if not self.as_json and not self.quiet:
-            safe = "\n".join(one_line(line) for text in lines for line in text.split("\n"))
+            safe = "\n".join(one_line(in_flags(line)) for text in lines for line in text.split("\n"))
+            stream = self._session.stream
             with stdout_errors():
-                print(printable(safe, sys.stdout), flush=True)
+                print(printable(safe, stream), file=stream, flush=True)
 
     def remark(self, *lines: str) -> None:
-        """Print beside the result, on stderr, what a user should know that is no part of it; nothing under --quiet."""
+        """Say beside the result, on stderr, what a user should know that is no part of it; nothing under --quiet."""
+        self._session.notes += lines
         if not self.quiet:
             for line in lines:
-                print(printable(f"flashnorm: note: {one_line(line)}", sys.stderr), file=sys.stderr)
+                print(printable(f"flashnorm: note: {one_line(in_flags(line))}", sys.stderr), file=sys.stderr)
+
+    def next(self, *commands: str) -> None:
+        """Print which commands go on from here, one a line."""
+        self._session.next += commands
+        self.text(*(f"Next: {command}" for command in commands))
 
     def data(self, value: dict[str, Any]) -> None:
-        """Print for scripts, as it is (ASCII, escaped as JSON has it), under --json only."""
-        if self.as_json:
-            with stdout_errors():
-                print(json.dumps(value, indent=2), flush=True)
+        """Keep for scripts: `main` prints it under --json when the command has ended. `notes` in it come first."""
+        self._session.body = value
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[int, int, str], None]]:

@@ -48,12 +48,13 @@ def plan(
         refuse_adapter(checkpoint)
         report(0, 0, "Tracing the model")
         traced = plan_checkpoint(checkpoint, final_norm, trust_remote_code)
-        result, stream = traced.plan, {}
+        result, stream = traced.plan, None
         if json:
             from flashnorm_cli.plan.rotation import stream_json
 
-            stream = {"stream": stream_json(checkpoint, traced)}
-    output.data({**result.to_json(), **stream, "left_out": [asdict(each) for each in checkpoint.left_out]})
+            stream = stream_json(checkpoint, traced)
+    left_out = [asdict(each) for each in checkpoint.left_out]
+    output.data({**result.summary(), "left_out": left_out, "plan": result.to_json(), "stream": stream})
     output.text(f"{result.architecture} ({model}), {size(result.bytes_total)}", "")
     output.text(*plan_lines(result), "", *plan_summary(result), *left_out_lines(checkpoint.left_out))
     output.remark(*leftovers(None, model))

@@ -77,7 +77,7 @@ def push_to_hub(
             dry_run=dry_run,
             on_progress=report,
         )
-    out.data(result.to_json())
+    out.data({"folded": str(folded), **result.to_json()})
     out.text(*(_plan_of(result) if result.dry_run else done(result)))
     out.remark(*leftovers(folded, str(base_model or folded)))
 

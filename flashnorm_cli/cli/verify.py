@@ -147,8 +147,8 @@ def verify(
             result = check(folded, revision=revision)
     problems: list[str] = []
     reported = report is not None and _report(result, report, problems)
-    published = {"published": pushed.url if pushed else None} if publish else {}
-    out.data({**result.to_json(), "report": str(report) if reported else None, **published})
+    published = pushed.published() if pushed else None
+    out.data({**result.to_json(), "report": str(report) if reported else None, "published": published})
     out.text(*summary(result))
     out.remark(*leftovers(Path(folded), result.source or folded))
     if publish:

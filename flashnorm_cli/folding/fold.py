@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -55,6 +55,21 @@ class FoldResult:
     left_out: tuple[LeftOut, ...]
     seconds: tuple[float, float, float]
     notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values, with the plan's summary instead of the plan."""
+        summary = self.plan.summary()
+        return {
+            **summary,
+            "output": str(self.output),
+            "layout": self.layout,
+            "bytes_written": self.bytes_written,
+            "flushed_to_zero": self.flushed,
+            "resumed_shards": list(self.resumed),
+            "left_out": [dataclasses.asdict(each) for each in self.left_out],
+            "phases": dict(zip(("plan", "write", "flush"), (round(s, 3) for s in self.seconds), strict=True)),
+            "notes": [*summary["notes"], *self.notes],
+        }
 
 
 @with_notebook_bar

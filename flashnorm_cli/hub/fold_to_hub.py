@@ -74,6 +74,23 @@ class StreamResult:
     seconds: tuple[float, float, float]
     notes: tuple[str, ...] = ()
 
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values, with the plan's summary instead of the plan."""
+        summary = self.plan.summary()
+        return {
+            **summary,
+            "published": self.pushed.published(),
+            "verdict": self.pushed.verdict,
+            "layout": self.layout,
+            "bytes_downloaded": self.downloaded,
+            "bytes_uploaded": self.uploaded,
+            "flushed_to_zero": self.flushed,
+            "resumed_shards": list(self.resumed),
+            "left_out": [dataclasses.asdict(each) for each in self.left_out],
+            "phases": dict(zip(("plan", "shards", "commit"), (round(s, 3) for s in self.seconds), strict=True)),
+            "notes": [*summary["notes"], *self.notes, *self.pushed.notes],
+        }
+
 
 @with_notebook_bar
 def fold_to_hub(

@@ -86,15 +86,23 @@ class PushResult:
     card: str
     notes: tuple[str, ...]
 
+    def published(self) -> dict[str, Any]:
+        """As plain JSON values: the repository, what was committed to it, and what a reader of the page sees."""
+        names = "repo_id url revision commit pull_request created private gated base_model licence".split()
+        return {**{name: getattr(self, name) for name in names}, "deleted": list(self.deleted)}
+
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        plain = {name: value for name, value in self.__dict__.items() if name not in ("sent", "unchanged")}
-        files = {
-            what: [{"path": upload.path, "size": upload.size, "sha256": upload.sha256} for upload in uploads]
-            for what, uploads in (("sent", self.sent), ("unchanged", self.unchanged))
+        """As plain JSON values: `published`, and every file."""
+        return {
+            "published": self.published(),
+            "dry_run": self.dry_run,
+            "verdict": self.verdict,
+            "sent": [upload.to_json() for upload in self.sent],
+            "unchanged": [upload.to_json() for upload in self.unchanged],
+            "left_out": [asdict(each) for each in self.left_out],
+            "card": self.card,
+            "notes": list(self.notes),
         }
-        left_out = [asdict(each) for each in self.left_out]
-        return {**plain, **files, **{name: list(plain[name]) for name in ("deleted", "notes")}, "left_out": left_out}
 
 
 def push_result(contents: Contents, done: Published, private: bool | None, notes: tuple[str, ...]) -> PushResult:

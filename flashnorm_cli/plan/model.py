@@ -132,6 +132,28 @@ class Plan:
             del plain["rotation"]
         return {"format": FORMAT, "tool": f"flashnorm-cli {__version__}", **plain}
 
+    def summary(self) -> dict[str, Any]:
+        """What the plan comes to, as plain JSON values: counts, bytes, the kept norms and why."""
+        turned = self.rotation
+        return {
+            "source": {"name": self.source, "commit": self.commit},
+            "architecture": self.architecture,
+            "lm_head": self.lm_head,
+            "flashnorm_folded": self.folded_flag,
+            "counts": {
+                "norms_folded": len(self.folded),
+                "norms_kept": len(self.kept),
+                "norms_not_traced": len(self.not_traced),
+                "readers": len(self.readers),
+            },
+            "kept_norms": [{"tensor": norm.tensor, "reason": norm.reason} for norm in self.kept],
+            "rotation": None if turned is None else {"kind": turned.kind, "size": turned.size, "seed": turned.seed},
+            "bytes_total": self.bytes_total,
+            "bytes_changed": self.bytes_changed,
+            "bytes_added": self.bytes_added,
+            "notes": list(self.notes),
+        }
+
     @classmethod
     def from_json(cls, content: Any, where: str = RECORD) -> Plan:
         """The plan that `to_json` wrote, for example from flashnorm.json.

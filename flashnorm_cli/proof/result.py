@@ -135,10 +135,8 @@ class Verification:
         """As plain JSON values, without the plan."""
         return {
             "verdict": self.verdict,
-            "equivalent": self.equivalent,
             "folded": self.folded,
-            "source": self.source,
-            "commit": self.commit,
+            "source": {"name": self.source, "commit": self.commit},
             "foreign": self.foreign,
             "levels": {level.level: level_json(level) for level in self.levels},
             "thresholds": self.thresholds,
