@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import functools
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -19,9 +19,10 @@ from flashnorm_cli.cli.demo import demo
 from flashnorm_cli.cli.doctor import doctor
 from flashnorm_cli.cli.fold import fold
 from flashnorm_cli.cli.fold_adapter import fold_adapter
-from flashnorm_cli.cli.output import printable, stdout_errors
+from flashnorm_cli.cli.output import stdout_errors
 from flashnorm_cli.cli.plan import plan
 from flashnorm_cli.cli.push_to_hub import push_to_hub
+from flashnorm_cli.cli.text import printable
 from flashnorm_cli.cli.verify import verify
 from flashnorm_cli.cli.wording import in_flags
 from flashnorm_cli.errors import EXIT_ERROR, EXIT_USAGE, MOST_OF_A_LINE, FlashNormError, cut, one_line

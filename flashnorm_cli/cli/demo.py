@@ -10,7 +10,8 @@ import typer
 
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.fold import fold_json
-from flashnorm_cli.cli.output import Output, size
+from flashnorm_cli.cli.output import Output
+from flashnorm_cli.cli.text import size
 from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_OK
 
 if TYPE_CHECKING:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from flashnorm_cli.cli import options
-from flashnorm_cli.cli.output import Output, size
+from flashnorm_cli.cli.output import Output
 from flashnorm_cli.cli.plan import left_out_lines, plan_lines, plan_summary
 from flashnorm_cli.cli.push_to_hub import done
+from flashnorm_cli.cli.text import size
 from flashnorm_cli.cli.verify import exit_code, summary
 from flashnorm_cli.errors import EXIT_NOT_RUN, EXIT_OK, UsageError
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashnorm_cli.cli import options
-from flashnorm_cli.cli.output import Output, size
+from flashnorm_cli.cli.output import Output
 from flashnorm_cli.cli.plan import left_out_lines
+from flashnorm_cli.cli.text import size
 
 if TYPE_CHECKING:
     from flashnorm_cli.adapters.fold import AdapterResult

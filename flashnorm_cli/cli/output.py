@@ -5,20 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashnorm_cli.cli import session
+from flashnorm_cli.cli.text import printable
 from flashnorm_cli.cli.wording import in_flags
-from flashnorm_cli.errors import MOST_OF_A_NAME, FlashNormError, UsageError, one_line
+from flashnorm_cli.errors import FlashNormError, UsageError, one_line
 
-
-def printable(text: str, stream: Any) -> str:
-    """Text in what the stream can encode: under LANG=C, everything beyond ASCII is escaped."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+if TYPE_CHECKING:
+    from flashnorm_cli.checkpoint.model import Progress
 
 
 @contextmanager
@@ -37,12 +35,9 @@ class Output:
     """Commands hand over a result twice, as data and as text; the options decide which one is shown."""
 
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
-        from rich.console import Console
-
         self.as_json, self.quiet = as_json, quiet
         self._session = session.current()
         self._session.as_json = as_json
-        self._err = Console(stderr=True)
 
     def text(self, *lines: str) -> None:
         """Print for people, whatever files say fit for a terminal; nothing under --json or --quiet."""
@@ -68,51 +63,11 @@ class Output:
         """Keep for scripts: `main` prints it under --json when the command has ended. `notes` in it come first."""
         self._session.body = value
 
-    @contextmanager
-    def progress(self) -> Iterator[Callable[[int, int, str], None]]:
-        """A bar with bytes and rate while shards are written, a line with a spinner before that.
+    def progress(self) -> AbstractContextManager[Progress]:
+        """Shows on stderr, of what long work says to the function that this gives, what there is room for."""
+        from flashnorm_cli.cli.progress import shown
 
-        Yields a function of (bytes done, bytes in all, what is going on). Shown on a terminal only.
-        """
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            ProgressColumn,
-            SpinnerColumn,
-            Task,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-        from rich.text import Text
-
-        class WhileCounting(ProgressColumn):
-            """Another column, shown only while bytes are counted."""
-
-            def __init__(self, inner: ProgressColumn) -> None:
-                super().__init__()
-                self.inner = inner
-
-            def render(self, task: Task) -> Any:
-                return self.inner(task) if task.fields.get("counting") else Text()
-
-        counters = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), *map(WhileCounting, counters))
-        hidden = self.quiet or not self._err.is_terminal
-        with Progress(*columns, console=self._err, transient=True, disable=hidden) as bar:
-            task = bar.add_task("", total=None)
-
-            def update(done: int, total: int, what: str) -> None:
-                bar.update(
-                    task,
-                    completed=done,
-                    total=total or None,
-                    description=one_line(what, MOST_OF_A_NAME),
-                    counting=bool(total),
-                )
-
-            yield update
+        return shown(self.quiet)
 
 
 def check_writable(path: Path) -> None:
@@ -143,12 +98,3 @@ def written(path: Path, write: Callable[[], object], problems: list[str]) -> boo
         problems.append(reason if str(path) in reason else f"{path}: cannot be written: {reason}")
         return False
     return True
-
-
-def size(n: float) -> str:
-    """Bytes for people: 1.2 GB, decimal as disks are sold and `ls --si` prints."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000 or unit == "GB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return ""

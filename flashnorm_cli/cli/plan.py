@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashnorm_cli.cli import options
-from flashnorm_cli.cli.output import Output, size
+from flashnorm_cli.cli.output import Output
+from flashnorm_cli.cli.text import size
 
 if TYPE_CHECKING:
     from flashnorm_cli.checkpoint.model import LeftOut

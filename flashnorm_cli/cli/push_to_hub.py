@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashnorm_cli.cli import options
-from flashnorm_cli.cli.output import Output, size
+from flashnorm_cli.cli.output import Output
+from flashnorm_cli.cli.text import size
 
 if TYPE_CHECKING:
     from flashnorm_cli.hub.publish import PushResult

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from flashnorm_cli.cli import options
-from flashnorm_cli.cli.output import Output, check_writable, size, written
+from flashnorm_cli.cli.output import Output, check_writable, written
+from flashnorm_cli.cli.text import size
 from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_NOT_RUN, EXIT_OK, FlashNormError, UsageError
 
 if TYPE_CHECKING:
