@@ -46,7 +46,6 @@ def _keeping_stdout(command: Callable[..., None]) -> Callable[..., None]:
 app = typer.Typer(
     name="flashnorm",
     help="Fold RMSNorm weights into the linear layers behind them.",
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

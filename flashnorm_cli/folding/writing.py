@@ -11,13 +11,13 @@ from pathlib import Path
 
 from flashnorm_cli.checkpoint import disk
 from flashnorm_cli.checkpoint.carry import carry_over
-from flashnorm_cli.checkpoint.header import Header
 from flashnorm_cli.checkpoint.model import Checkpoint, Progress
 from flashnorm_cli.checkpoint.output import FLUSHED
 from flashnorm_cli.checkpoint.progress import shard_of
 from flashnorm_cli.checkpoint.work import WorkFolder
 from flashnorm_cli.errors import FlashNormError
 from flashnorm_cli.folding.engine import Engine, results
+from flashnorm_cli.folding.finished import is_shard
 from flashnorm_cli.folding.jobs import FolderJob, ShardEdits, do_folder_job
 from flashnorm_cli.plan.model import Plan
 from flashnorm_cli.record import write as record
@@ -88,7 +88,7 @@ class Writing:
         for name, header in self.headers.items():
             path = self.work.inside / name
             if not path.is_symlink() and path.exists():
-                if name in listed and _is_shard(path, header):
+                if name in listed and is_shard(path, header):
                     finished[name] = listed[name]
                 else:
                     self.work.discard(name)
@@ -138,17 +138,6 @@ def _read_finished(path: Path) -> dict[str, dict[str, int]]:
         for name, flushed in value.items()
         if isinstance(flushed, dict) and all(type(n) is int and n >= 0 for n in flushed.values())
     }
-
-
-def _is_shard(path: Path, header: Header) -> bool:
-    """Whether a file has the size and the header that a shard is to have."""
-    try:
-        with path.open("rb") as file:
-            return (
-                file.seek(0, 2) == header.file_size and file.seek(0) == 0 and file.read(len(header.raw)) == header.raw
-            )
-    except OSError:
-        return False
 
 
 def _arrived(part: Path, size: int) -> Path:
