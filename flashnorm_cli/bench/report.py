@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from importlib import import_module
-from itertools import groupby, pairwise
+from itertools import groupby
 from math import log2
 from pathlib import Path
 from statistics import median
@@ -22,7 +22,6 @@ FUSED = "fused_add_rms_norm"
 OURS = {"rms_norm": "flashnorm", FUSED: "flashnorm fused"}
 LIMITS = ("copy", "PDL copy", "empty launch")
 FEW = 256  # tokens up to which a norm is about latency; with more, about bandwidth
-WIDTH = 100  # of text, in characters
 PDL = "programmatic dependent launch"
 
 # What `words` takes apart: operation, what is gained, who lacks it, as a contender, and what it is compared with.
@@ -91,63 +90,6 @@ def host_rows(results: Sequence[Measurement]) -> tuple[list[str], list[list[str]
     smallest = min(((r.hidden * r.tokens, r.hidden) for r in timed), default=None)
     lines = [[r.contender, f"{r.host_us:.1f}"] for r in timed if (r.hidden * r.tokens, r.hidden) == smallest]
     return (["call", "host us"], lines) if lines else ([], [])
-
-
-def text_table(head: Sequence[str], lines: Sequence[Sequence[str]], width: int = WIDTH, keys: int = 2) -> list[str]:
-    """A table for a terminal; one that is too wide gets heads of several lines, then goes on below.
-
-    Lines that begin alike stand together, with an empty one behind them.
-
-    Args:
-        head: names of the columns.
-        lines: cells.
-        width: characters in a line.
-        keys: how many columns, from the left, say what a line is about: they are repeated in each part.
-    Returns:
-        Lines, with an empty one between parts.
-    """
-    if not head:
-        return []
-    cells = [max((len(line[i]) for line in lines), default=0) for i in range(len(head))]
-    numeric = _numeric(head, lines)
-    heads = [[name] for name in head]
-    if sum(max(len(n), c) + 2 for n, c in zip(head, cells, strict=True)) - 2 > width:
-        heads = [_wrapped(name, cell) for name, cell in zip(head, cells, strict=True)]
-    widths = [max(cell, *map(len, h)) for h, cell in zip(heads, cells, strict=True)]
-    parts = [list(range(min(keys, len(head))))]
-    for i in range(keys, len(head)):
-        if len(parts[-1]) > keys and sum(widths[j] + 2 for j in (*parts[-1], i)) - 2 > width:
-            parts.append(list(range(keys)))
-        parts[-1].append(i)
-
-    firsts = [line[0] for line in lines]
-    grouped = any(a == b for a, b in pairwise(firsts))
-    text: list[str] = []
-    for columns in parts:
-        tall = max(len(heads[i]) for i in columns)
-        above = [[""] * (tall - len(h)) + h for h in heads]  # heads stand on the rule
-        shown = [[above[i][n] for i in columns] for n in range(tall)]
-        shown.append(["-" * widths[i] for i in columns])
-        for n, line in enumerate(lines):
-            if grouped and n and line[0] != lines[n - 1][0]:
-                shown.append([""] * len(columns))
-            shown.append([line[i] for i in columns])
-        text += [""] if text else []
-        for row in shown:
-            fitted = [
-                c.rjust(widths[i]) if numeric[i] else c.ljust(widths[i]) for c, i in zip(row, columns, strict=True)
-            ]
-            text.append("  ".join(fitted).rstrip())
-    return text
-
-
-def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    """A table for Markdown, numbers to the right."""
-    if not head:
-        return []
-    rule = ["--:" if numeric else ":--" for numeric in _numeric(head, lines)]
-    rows = [[cell.replace("|", "\\|") for cell in line] for line in (head, *lines)]
-    return [f"| {' | '.join(line)} |" for line in (rows[0], rule, *rows[1:])]
 
 
 def words(results: Sequence[Measurement]) -> list[str]:
@@ -270,24 +212,6 @@ def _why(measurement: Measurement | None) -> str:
     if measurement is None:
         return ""
     return "wrong" if (measurement.error or "").startswith("wrong") else "failed"
-
-
-def _numeric(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[bool]:
-    """Which columns hold numbers, and so are set to the right."""
-    return [any(re.match(r"[-+]?\d", line[i]) for line in lines) for i in range(len(head))]
-
-
-def _wrapped(name: str, width: int) -> list[str]:
-    """A head in lines, broken at spaces and before brackets, no wider than its longest piece or `width`."""
-    pieces = re.findall(r" ?[^ (]+| ?\([^)]*\)?", name) or [""]
-    width = max(width, *(len(piece.strip()) for piece in pieces))
-    lines = [pieces[0]]
-    for piece in pieces[1:]:
-        if len(lines[-1] + piece) <= width:
-            lines[-1] += piece
-        else:
-            lines.append(piece.strip())
-    return lines
 
 
 def _times(shapes: dict[Shape, dict[str, Measurement]], contender: str) -> dict[Shape, float]:

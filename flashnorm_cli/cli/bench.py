@@ -12,6 +12,7 @@ import typer
 from flashnorm_cli.checkpoint.output import write_text
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output, check_writable, written
+from flashnorm_cli.cli.tables import markdown_table, text_table
 from flashnorm_cli.errors import FlashNormError, UsageError
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def _measure(
 def _show(out: Output, results: list[Measurement], of_model: list[dict[str, Any]], device: str, markdown: bool) -> None:
     from flashnorm_cli.bench import report
 
-    table = report.markdown_table if markdown else report.text_table
+    table = markdown_table if markdown else text_table
     for operation in dict.fromkeys(r.operation for r in results):
         where = "on the GPU: device time" if device == "cuda" else "on this CPU, where flashnorm's norms are torch's"
         out.text(f"{operation} {where}; the others: how many times as long they take", "")

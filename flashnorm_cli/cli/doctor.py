@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output
+from flashnorm_cli.cli.tables import aligned
 
 ALWAYS = ("gpu", "gpus", "capability", "driver_cuda", "nvrtc", "cupy", "torch", "torch_cuda")
 
@@ -35,5 +36,4 @@ def doctor(json: options.JsonOpt = False, debug: options.DebugOpt = False) -> No
     }
     # A reason is shown where there is one, and what was measured only where there are kernels.
     shown = [(label, found[key]) for key, label in names.items() if found[key] is not None or key in ALWAYS]
-    width = max(len(label) for label, _ in shown)
-    out.text(*(f"{label:{width}}  {'none' if value is None else value}" for label, value in shown))
+    out.text(*aligned([(label, "none" if value is None else str(value)) for label, value in shown]))

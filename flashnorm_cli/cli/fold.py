@@ -11,11 +11,11 @@ import typer
 from flashnorm_cli.checkpoint.hub_ids import hub_id
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output
-from flashnorm_cli.cli.plan import left_out_lines, plan_lines, plan_summary
+from flashnorm_cli.cli.plan import left_out_lines, norm_lines
 from flashnorm_cli.cli.push_to_hub import done
-from flashnorm_cli.cli.text import size
 from flashnorm_cli.cli.verify import exit_code, summary
 from flashnorm_cli.errors import EXIT_NOT_RUN, EXIT_OK, UsageError
+from flashnorm_cli.plan.wording import sentences, size
 
 if TYPE_CHECKING:
     from flashnorm_cli.folding.fold import FoldResult
@@ -194,8 +194,7 @@ def show_streamed(out: Output, result: StreamResult) -> None:
 
 
 def _outcome(result: FoldResult | StreamResult) -> list[str]:
-    kept = (line for line in plan_lines(result.plan) if line.startswith("kept"))
-    lines = [*kept, *plan_summary(result.plan)]
+    lines = [*norm_lines(result.plan, kept_only=True), *sentences(result.plan)]
     if result.resumed:
         lines.append(f"Went on after an interruption: {len(result.resumed)} shards were finished already.")
     if result.flushed:

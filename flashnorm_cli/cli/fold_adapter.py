@@ -10,7 +10,7 @@ import typer
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output
 from flashnorm_cli.cli.plan import left_out_lines
-from flashnorm_cli.cli.text import size
+from flashnorm_cli.plan.wording import size
 
 if TYPE_CHECKING:
     from flashnorm_cli.adapters.fold import AdapterResult

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
@@ -11,11 +10,13 @@ from typing import TYPE_CHECKING
 from flashnorm_cli.checkpoint.hub_ids import hub_id
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output
-from flashnorm_cli.cli.text import size
+from flashnorm_cli.cli.tables import aligned
+from flashnorm_cli.plan import wording
+from flashnorm_cli.plan.wording import size
 
 if TYPE_CHECKING:
     from flashnorm_cli.checkpoint.model import LeftOut
-    from flashnorm_cli.plan.model import Norm, Plan
+    from flashnorm_cli.plan.model import Plan
 
 
 # Of files in one line; --json and the record name all.
@@ -58,55 +59,14 @@ def plan(
     left_out = [asdict(each) for each in checkpoint.left_out]
     output.data({**result.summary(), "left_out": left_out, "plan": result.to_json(), "stream": stream})
     output.text(f"{result.architecture} ({model}), {size(result.bytes_total)}", "")
-    output.text(*plan_lines(result), "", *plan_summary(result), *left_out_lines(checkpoint.left_out))
+    output.text(*norm_lines(result), "", *wording.sentences(result), *left_out_lines(checkpoint.left_out))
     output.remark(*leftovers(None, model))
 
 
-def plan_lines(plan: Plan) -> list[str]:
+def norm_lines(plan: Plan, kept_only: bool = False) -> list[str]:
     """One line for each kind of norm: what happens, its name with `*` for numbers, how many, and into what or why."""
-    from flashnorm_cli.checkpoint.names import pattern_of
-
-    kinds: dict[tuple[str, str, str], list[Norm]] = {}
-    for norm in plan.norms:
-        name = pattern_of(norm.tensor).removesuffix(".weight")
-        gain = {0.0: "", 1.0: " (1 + w)"}.get(norm.offset, f" (w + {norm.offset:g})")
-        kinds.setdefault((name, gain, re.sub(r"\.\d+\b", ".*", norm.reason or "")), []).append(norm)
-    width = max((len(name + gain) for name, gain, _ in kinds), default=0)
-    lines = []
-    for (name, gain, reason), norms in kinds.items():
-        readers = dict.fromkeys(pattern_of(r).removesuffix(".weight") for norm in norms for r in norm.readers)
-        short = ", ".join(dict.fromkeys(r.rsplit(".", 1)[-1] for r in readers))
-        what, why = ("kept  ", reason) if reason else ("folded", f"into {short}")
-        lines.append(f"{what}  {name + gain:{width}}  {len(norms):4} x  {why}")
-    return lines
-
-
-def plan_summary(plan: Plan) -> list[str]:
-    """The sentences below the table."""
-    from flashnorm_cli.checkpoint.names import grouped
-
-    head = {
-        "folded": "the final norm is folded into the output head",
-        "untied": "the final norm is folded into an output head of its own (tie_word_embeddings becomes false)",
-        "kept": "the final norm keeps its weight",
-        "none": "no norm feeds an output head",
-    }[plan.lm_head]
-    lines = [
-        f"{len(plan.folded)} of {len(plan.norms)} norms are folded into {len(plan.readers)} tensors; {head}.",
-        f"{size(plan.bytes_changed)} change, {size(plan.bytes_added)} are added; "
-        f"flashnorm_folded: {str(plan.folded_flag).lower()}.",
-    ]
-    if plan.rotation:
-        lines.append(
-            f"The residual stream ({plan.rotation.size} channels) is rotated in {len(plan.rotation.tensors)} tensors: "
-            f"{plan.rotation.kind}, seed {plan.rotation.seed}."
-        )
-    if plan.not_traced:
-        names = ", ".join(p for p, _ in grouped(plan.not_traced))
-        lines.append(f"Not reached by a text forward, left alone: {names}")
-    if plan.unread:
-        lines.append(f"On disk but not read by the model, left alone: {', '.join(p for p, _ in grouped(plan.unread))}")
-    return lines + [f"Note: {note}." for note in plan.notes]
+    rows = [row for row in wording.rows(plan) if row[0] == "kept" or not kept_only]
+    return aligned(rows, right=[2], least=[6, 0, 6])
 
 
 def left_out_lines(left_out: Collection[LeftOut]) -> list[str]:

@@ -15,8 +15,9 @@ from rich.table import Column, Table
 
 from flashnorm_cli.checkpoint.model import Progress
 from flashnorm_cli.checkpoint.progress import Steps
-from flashnorm_cli.cli.text import printable, size
+from flashnorm_cli.cli.text import printable
 from flashnorm_cli.errors import MOST_OF_A_NAME, one_line
+from flashnorm_cli.plan.wording import size
 
 EVERY = 30.0  # seconds between two lines where there is no terminal
 WIDE, MEDIUM = 90, 60  # columns from which there is room for bytes and rate, and for a bar

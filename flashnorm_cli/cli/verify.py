@@ -14,8 +14,9 @@ import typer
 
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output, check_writable, written
-from flashnorm_cli.cli.text import size
+from flashnorm_cli.cli.tables import aligned
 from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_NOT_RUN, EXIT_OK, FlashNormError, UsageError
+from flashnorm_cli.plan.wording import size
 
 if TYPE_CHECKING:
     from flashnorm_cli.hub.publish import PushResult
@@ -203,11 +204,12 @@ def _headline(result: Verification) -> list[str]:
 
 def summary(result: Verification) -> list[str]:
     """The verdict, a paragraph per level, and what is wrong."""
-    lines = [*_headline(result), ""]
-    for level in result.levels:
-        for i, line in enumerate(_level_lines(level)):
-            name, status = (level.level, level.status) if i == 0 else ("", "")
-            lines.append(f"{name:14}{status:9}{line}".rstrip())
+    rows = [
+        (*((level.level, level.status) if i == 0 else ("", "")), line)
+        for level in result.levels
+        for i, line in enumerate(_level_lines(level))
+    ]
+    lines = [*_headline(result), "", *aligned(rows, least=[12, 7])]
     findings = [(level.level, finding) for level in result.levels for finding in level.findings]
     if findings:
         lines += ["", "Wrong:"]

@@ -11,11 +11,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from flashnorm_cli.checkpoint.header import TensorEntry
 from flashnorm_cli.checkpoint.model import Progress
-from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
+from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE, one_thread_each
 from flashnorm_cli.proof import contract
 from flashnorm_cli.proof.diagnose import diagnose
 from flashnorm_cli.proof.difference import Difference
@@ -207,20 +205,15 @@ def _stream(pair: Pair, expected: dict[str, Expected], workers: int, report: Pro
             stop.set()
             raise
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # shards and hashing are the parallelism
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            futures = [pool.submit(work, shard) for shard in pair.folded.shards]
-            try:
-                errors = [error for f in futures if (error := f.exception()) is not None]
-            except BaseException:  # KeyboardInterrupt: leaving the pool waits for its threads
-                stop.set()
-                raise
-        for error in sorted(errors, key=lambda e: isinstance(e, InterruptedError)):
-            raise error
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread_each(), ThreadPoolExecutor(workers) as pool:  # shards and hashing are the parallelism
+        futures = [pool.submit(work, shard) for shard in pair.folded.shards]
+        try:
+            errors = [error for f in futures if (error := f.exception()) is not None]
+        except BaseException:  # KeyboardInterrupt: leaving the pool waits for its threads
+            stop.set()
+            raise
+    for error in sorted(errors, key=lambda e: isinstance(e, InterruptedError)):
+        raise error
     order = {name: i for i, name in enumerate(pair.folded.tensors)}
     outcome.differences = dict(sorted(outcome.differences.items(), key=lambda item: order[item[0]]))
     return outcome

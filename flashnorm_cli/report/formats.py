@@ -10,6 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from flashnorm_cli.plan import wording
 from flashnorm_cli.proof.result import Verification
 
 NOTHING = "\u2013"
@@ -116,12 +117,8 @@ def seconds(value: float) -> str:
 
 @_shown
 def size(value: float) -> str:
-    """1.2 GB, decimal as disks are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.95:
-            return f"{value:.{0 if unit == 'B' else 1}f}{SPACE}{unit}"
-        value /= 1000
-    return f"{value:,.1f}{SPACE}TB"
+    """1.2 GB"""
+    return wording.size(value).replace(" ", SPACE)
 
 
 def date(value: Any) -> str:

@@ -1,13 +1,13 @@
 """The report of `verify`: one HTML page that stands on its own, without scripts, fonts or pictures from elsewhere.
 
-This module decides what is said and computes the geometry of the chart; `report.html.jinja` beside it is the page.
-Figures come from levels that may have been cut short, or from a record on disk: every one of them may be missing.
+This module decides what is said and computes the geometry of the chart; `report.html.jinja` beside it is the page, and
+`report.css` its style. Figures come from levels that may have been cut short, or from a record on disk: every one of
+them may be missing.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,8 @@ from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 
 from flashnorm_cli._version import __version__
 from flashnorm_cli.checkpoint.disk import write_bytes
-from flashnorm_cli.checkpoint.names import grouped, pattern_of
-from flashnorm_cli.plan.model import Norm, Plan
+from flashnorm_cli.checkpoint.names import grouped
+from flashnorm_cli.plan import wording
 from flashnorm_cli.proof.result import (
     EQUIVALENT,
     MAX_ALGEBRA_ERROR,
@@ -53,12 +53,6 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SHOWN_FINDINGS = 50
 DECISIVE_FINDINGS = 3  # of each failed level, below the verdict
 WORST_NORMS = 10
-HEADS = {
-    "folded": "the final norm is folded into the output head",
-    "untied": "the final norm is folded into an output head of its own, no longer tied to the embedding",
-    "kept": "the final norm keeps its weight",
-    "none": "no norm feeds an output head",
-}
 LAYOUTS = {
     "identity": "identity: folded norms are there and scale by one",
     "dropped": "dropped: folded norms are left out",
@@ -94,11 +88,11 @@ def render(result: Verification) -> str:
         verdict=verdict(result),
         highlights=highlights(result),
         plan=plan,
-        folded=folded_rows(plan) if plan else [],
-        kept=kept_rows(plan) if plan else [],
+        folded=wording.kinds(plan.folded) if plan else [],
+        kept=wording.kinds(plan.kept) if plan else [],
         not_traced=grouped(plan.not_traced) if plan else [],
         unread=grouped(plan.unread) if plan else [],
-        head=HEADS.get(plan.lm_head, plan.lm_head) if plan else "",
+        head=wording.HEADS.get(plan.lm_head, plan.lm_head) if plan else "",
         layout=LAYOUTS.get(str(figures_of(result, "weights").get("layout")), ""),
         levels=[(level, title_of(level), findings_of(level)) for level in result.levels],
         shown=SHOWN_FINDINGS,
@@ -200,27 +194,6 @@ def title_of(level: LevelResult) -> str:
 def findings_of(level: LevelResult) -> list[Finding]:
     """What is missing or malformed (no error known) comes first, then the largest error."""
     return sorted(level.findings, key=lambda f: -rank(f.error, unknown=math.inf))
-
-
-def folded_rows(plan: Plan) -> list[tuple[str, int, str]]:
-    """(pattern of names, how many, what they were folded into) of the folded norms."""
-    kinds: dict[str, list[Norm]] = {}
-    for norm in plan.folded:
-        kinds.setdefault(pattern_of(norm.tensor), []).append(norm)
-    rows = []
-    for name, norms in kinds.items():
-        patterns = dict.fromkeys(pattern_of(r).removesuffix(".weight") for norm in norms for r in norm.readers)
-        rows.append((name, len(norms), ", ".join(dict.fromkeys(p.rsplit(".", 1)[-1] for p in patterns))))
-    return rows
-
-
-def kept_rows(plan: Plan) -> list[tuple[str, int, str]]:
-    """(pattern of names, how many, why) of the kept norms."""
-    kinds: dict[tuple[str, str], int] = {}
-    for norm in plan.kept:
-        key = pattern_of(norm.tensor), re.sub(r"\.\d+\b", ".*", norm.reason or "")
-        kinds[key] = kinds.get(key, 0) + 1
-    return [(name, number, why) for (name, why), number in kinds.items()]
 
 
 def _names(levels: Iterable[LevelResult]) -> str:

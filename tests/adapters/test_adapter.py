@@ -14,6 +14,7 @@ import families
 import pytest
 import torch
 import transformers
+from command_line import run
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -21,7 +22,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from flashnorm_cli import FlashNormError, fold, fold_adapter, weightless
 from flashnorm_cli.adapters.files import WEIGHTS, adapter_warnings
 from flashnorm_cli.checkpoint.header import read_header
-from flashnorm_cli.cli import main
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
@@ -378,12 +378,6 @@ def test_norms_left_out_and_kept(base: Callable[..., Path], tmp_path: Path) -> N
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(a) for a in arguments])
-    return stopped.value.code
 
 
 @pytest.fixture

@@ -5,17 +5,11 @@ import json
 import families
 import pytest
 import torch
+from command_line import run
 
 from flashnorm_cli.bench import kernels, models, ways
-from flashnorm_cli.cli import main
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-
-
-def run(*arguments):
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    return stop.value.code
 
 
 @no_gpu

@@ -12,6 +12,7 @@ import pytest
 
 from flashnorm_cli.bench import report
 from flashnorm_cli.bench.kernels import Measurement
+from flashnorm_cli.cli import tables
 from flashnorm_cli.errors import FlashNormError, UsageError
 
 
@@ -70,20 +71,20 @@ def test_host_rows_are_of_the_smallest_shape() -> None:
 
 
 def test_text_table() -> None:
-    assert report.text_table(["call", "us"], [["flashnorm", "5.0"], ["torch", "12.5"]]) == [
+    assert tables.text_table(["call", "us"], [["flashnorm", "5.0"], ["torch", "12.5"]]) == [
         "call         us",
         "---------  ----",
         "flashnorm   5.0",
         "torch      12.5",
     ]
-    assert report.text_table([], []) == []
+    assert tables.text_table([], []) == []
 
 
 def test_text_table_too_wide() -> None:
     """Heads break first, then columns go below, behind the keys once more."""
     head = ["hidden", "tokens", "flashnorm, weighted", "F.rms_norm(None)", "transformers"]
     lines = [["576", "1", "1.02x", "1.50x", "9.59x"], ["576", "16", "1.02x", "1.43x", ""], ["8192", "1", "", "", ""]]
-    assert report.text_table(head, lines, width=40) == [
+    assert tables.text_table(head, lines, width=40) == [
         "                flashnorm,  F.rms_norm",
         "hidden  tokens    weighted      (None)",
         "------  ------  ----------  ----------",
@@ -106,11 +107,11 @@ def test_everybody_installed_fits_a_terminal() -> None:
 
     for operation, table in (("rms_norm", kernels.NORMS), ("fused_add_rms_norm", kernels.FUSED)):
         results = [norm(name, 12345.67, gb_per_s=4321, of_copy=1.0, operation=operation) for name, _, _ in table]
-        assert max(map(len, report.text_table(*report.rows_of(results, operation)))) <= 100
+        assert max(map(len, tables.text_table(*report.rows_of(results, operation)))) <= 100
 
 
 def test_markdown_table() -> None:
-    assert report.markdown_table(["call", "us"], [["a|b", "5.0"]]) == [
+    assert tables.markdown_table(["call", "us"], [["a|b", "5.0"]]) == [
         "| call | us |",
         "| :-- | --: |",
         "| a\\|b | 5.0 |",

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import run
 from safetensors import safe_open
 
 from flashnorm_cli import demo
@@ -13,12 +14,6 @@ from flashnorm_cli.cli import main
 from flashnorm_cli.demo import MODEL
 
 ROOT = Path(__file__).parents[2]
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(a) for a in arguments])
-    return stopped.value.code
 
 
 @pytest.mark.parametrize(

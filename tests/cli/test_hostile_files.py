@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import run
 from small import tiny_llama
 
 from flashnorm_cli.adapters.kinds import check_adapter_config
@@ -19,7 +20,6 @@ from flashnorm_cli.checkpoint.config_values import check_config
 from flashnorm_cli.checkpoint.header import TensorEntry, parse_header
 from flashnorm_cli.checkpoint.model import Checkpoint, Source
 from flashnorm_cli.checkpoint.open import open_checkpoint
-from flashnorm_cli.cli import main
 from flashnorm_cli.errors import MOST_OF_A_LINE, CheckpointError, FlashNormError, escaped, one_line
 from flashnorm_cli.hub.card import read_card
 from flashnorm_cli.plan.model import Plan
@@ -35,12 +35,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama().save_pretrained(folder / "source", max_shard_size="5KB")  # many shards
     assert run("fold", folder / "source", folder / "folded", "--quiet") == 0
     return folder
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as done:
-        main([str(a) for a in arguments])
-    return int(done.value.code or 0)
 
 
 def header_of(fields: dict[str, Any] | str, data: int = 0) -> tuple[bytes, int]:

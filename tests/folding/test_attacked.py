@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import run
 from families import build, randomize_gains, save
 
 from flashnorm_cli.checkpoint.header import read_header
 from flashnorm_cli.checkpoint.work import partial_folder
-from flashnorm_cli.cli import main
 from flashnorm_cli.errors import CheckpointError, FlashNormError
 from flashnorm_cli.folding.fold import fold
 
@@ -46,12 +46,6 @@ def expected(made: tuple[Path, dict[str, bytes]]) -> dict[str, bytes]:
 
 def shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("model-*.safetensors"))
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as code:
-        main([str(a) for a in arguments])
-    return int(code.value.code or 0)
 
 
 def during(share: float, act: Callable[[], None]) -> Callable[[int, int, str], None]:

@@ -12,10 +12,10 @@ import peft
 import pytest
 import torch
 import transformers
+from command_line import run
 from safetensors.torch import load_file, save_file
 
 from flashnorm_cli.checkpoint.header import read_header
-from flashnorm_cli.cli import main
 from flashnorm_cli.errors import CheckpointError, GainOverflowError, GainUnderflowError, PlanError, UsageError
 from flashnorm_cli.folding import rotating
 from flashnorm_cli.folding.edits import Rotate, Scale
@@ -38,12 +38,6 @@ def checkpoint(folder: Path, family: str, shards: str = "5GB", dtype: torch.dtyp
 def logits(folder: Path, family: str) -> torch.Tensor:
     model = getattr(transformers, families.families()[family]).from_pretrained(folder, dtype=torch.float32).eval()
     return families.logits(model, families.text_inputs(model, seed=2)).double()
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(list(arguments))
-    return end.value.code
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -22,10 +22,10 @@ import families
 import pytest
 import torch
 import transformers
+from command_line import run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from flashnorm_cli.cli import main
 from flashnorm_cli.plan.model import Plan, Reader, Run
 from flashnorm_cli.plan.planner import make_plan
 
@@ -367,12 +367,6 @@ def copy_of(pair: Pair, folder: Path) -> Pair:
     shutil.copytree(pair.source, folder / "source")
     shutil.copytree(pair.folded, folder / "folded")
     return Pair(folder / "source", folder / "folded")
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(a) for a in arguments])
-    return stopped.value.code
 
 
 def verified(pair: Pair, *levels: str, more: tuple[str, ...] = ()) -> tuple[int, dict[str, Any]]:

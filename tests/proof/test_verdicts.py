@@ -12,24 +12,18 @@ from typing import Any
 import families
 import pytest
 import torch
+from command_line import run
 
 import flashnorm_cli.proof.prompts as prompts_module
 from flashnorm_cli import fold, verify
 from flashnorm_cli.checkpoint.model import Source
 from flashnorm_cli.checkpoint.open import open_checkpoint
-from flashnorm_cli.cli import main
 from flashnorm_cli.demo import HELD_OUT, MODEL
 from flashnorm_cli.proof import layers, logits
 from flashnorm_cli.proof.models import ModelError
 from flashnorm_cli.proof.result import EQUIVALENT, NOT_EQUIVALENT, NOT_RUN, Verification, verdict_of
 from flashnorm_cli.proof.scores import Score
 from flashnorm_cli.record import write
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(a) for a in arguments])
-    return stopped.value.code
 
 
 @pytest.fixture(scope="module")

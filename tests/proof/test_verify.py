@@ -14,22 +14,16 @@ from typing import Any
 import families
 import pytest
 import torch
+from command_line import run
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from flashnorm_cli.cli import main
 from flashnorm_cli.demo import HELD_OUT, MODEL
 from flashnorm_cli.norms import info
 
 NORM, READER = "model.layers.1.input_layernorm.weight", "model.layers.1.self_attn.v_proj.weight"
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(a) for a in arguments])
-    return stopped.value.code
 
 
 def result_of(capsys: pytest.CaptureFixture[str], *arguments: object, code: int | None = None) -> dict[str, Any]:

@@ -10,17 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from command_line import run
 
-from flashnorm_cli.cli import main
 from flashnorm_cli.demo import MODEL
 from flashnorm_cli.proof import engines as runtimes
 from flashnorm_cli.proof import evaluate
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(a) for a in arguments])
-    return stopped.value.code
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from flashnorm_cli.checkpoint.hub_ids import hub_id
 from flashnorm_cli.checkpoint.model import RECORD
 from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError, one_line
 from flashnorm_cli.modeling import build, disk_names
+from flashnorm_cli.modeling.quiet import transformers_alone
 from flashnorm_cli.norms.detect import PlainNorm, norm_reader, own_forward
 from flashnorm_cli.record.read import identities, record_of
 from flashnorm_cli.runtimes.transformers.deferred import defer, states_of, undefer
@@ -224,7 +225,8 @@ def from_pretrained(name: str | Path, *, deferred: bool = False, **arguments: An
     if record.layout == "dropped":
         cls = _filling(cls, sorted(record.folded), identities(where, hub), filled)
     late = {} if "kernel_config" in arguments else {k: arguments.pop(k) for k in ("use_kernels",) if k in arguments}
-    loaded = cls.from_pretrained(where, **arguments)
+    with transformers_alone:
+        loaded = cls.from_pretrained(where, **arguments)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     if record.layout == "dropped":
         model.__class__ = cls.__mro__[1]
