@@ -13,7 +13,8 @@ from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output
 from flashnorm_cli.cli.plan import left_out_lines, norm_lines
 from flashnorm_cli.cli.push_to_hub import done
-from flashnorm_cli.cli.verify import exit_code, summary
+from flashnorm_cli.cli.summary import summary
+from flashnorm_cli.cli.verify import exit_code
 from flashnorm_cli.errors import EXIT_NOT_RUN, EXIT_OK, UsageError
 from flashnorm_cli.plan.wording import sentences, size
 

@@ -11,7 +11,7 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from flashnorm_cli.cli import session
-from flashnorm_cli.cli.text import printable
+from flashnorm_cli.cli.text import coloured, columns, fitted, printable
 from flashnorm_cli.cli.wording import in_flags
 from flashnorm_cli.errors import FlashNormError, UsageError, one_line
 
@@ -42,10 +42,13 @@ class Output:
     def text(self, *lines: str) -> None:
         """Print for people, whatever files say fit for a terminal; nothing under --json or --quiet."""
         if not self.as_json and not self.quiet:
-            safe = "\n".join(one_line(in_flags(line)) for text in lines for line in text.split("\n"))
             stream = self._session.stream
+            width = columns(stream)
+            each = [line for text in lines for line in (text.split("\n") if "\n" in text else [text])]
+            safe = [printable(fitted(one_line(in_flags(line)), width), stream) for line in each]
+            shown = [coloured(text, line, stream) for text, line in zip(safe, each, strict=True)]
             with stdout_errors():
-                print(printable(safe, stream), file=stream, flush=True)
+                print("\n".join(shown), file=stream, flush=True)
 
     def remark(self, *lines: str) -> None:
         """Say beside the result, on stderr, what a user should know that is no part of it; nothing under --quiet."""
@@ -57,7 +60,11 @@ class Output:
     def next(self, *commands: str) -> None:
         """Print which commands go on from here, one a line."""
         self._session.next += commands
-        self.text(*(f"Next: {command}" for command in commands))
+        if not self.as_json and not self.quiet:
+            with stdout_errors():  # in one piece, however long, so that it can be copied
+                for command in commands:
+                    line = printable(f"Next: {one_line(in_flags(command))}", self._session.stream)
+                    print(line, file=self._session.stream, flush=True)
 
     def data(self, value: dict[str, Any]) -> None:
         """Keep for scripts: `main` prints it under --json when the command has ended. `notes` in it come first."""

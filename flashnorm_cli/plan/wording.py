@@ -98,12 +98,12 @@ def sentences(plan: Plan) -> list[str]:
 
 def _why_no_flag(plan: Plan) -> str:
     """What it means that `flashnorm_folded` is false, with the norms that it is false for."""
-    fed = [kind for kind in kinds(norm for norm in plan.kept if norm.readers)] or kinds(plan.kept)
+    fed = kinds(norm for norm in plan.kept if norm.readers) or kinds(plan.kept)
     names = [kind.name.removesuffix(".weight") for kind in fed]
     more = f" and {len(names) - MOST_NAMES} other kinds of norms" if len(names) > MOST_NAMES else ""
     return (
-        f"flashnorm_folded is false: a runtime that reads it drops every norm's weight, and {', '.join(names[:MOST_NAMES])}"
-        f"{more} still need{'s its' if len(names) == 1 else ' their'} own. What is folded is folded all the same."
+        "flashnorm_folded is false: a runtime that reads it drops every norm's weight, and "
+        f"{', '.join(names[:MOST_NAMES])}{more} still need{'s its' if len(names) == 1 else ' their'} own. What is folded is folded all the same."
     )
 
 
