@@ -101,9 +101,10 @@ def _why_no_flag(plan: Plan) -> str:
     fed = kinds(norm for norm in plan.kept if norm.readers) or kinds(plan.kept)
     names = [kind.name.removesuffix(".weight") for kind in fed]
     more = f" and {len(names) - MOST_NAMES} other kinds of norms" if len(names) > MOST_NAMES else ""
+    need = "still needs its" if len(names) == 1 else "still need their"
     return (
         "flashnorm_folded is false: a runtime that reads it drops every norm's weight, and "
-        f"{', '.join(names[:MOST_NAMES])}{more} still need{'s its' if len(names) == 1 else ' their'} own. What is folded is folded all the same."
+        f"{', '.join(names[:MOST_NAMES])}{more} {need} own. What is folded is folded all the same."
     )
 
 
