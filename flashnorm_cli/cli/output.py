@@ -57,6 +57,16 @@ class Output:
             for line in lines:
                 print(printable(f"flashnorm: note: {one_line(in_flags(line))}", sys.stderr), file=sys.stderr)
 
+    def meanwhile(self, line: str) -> None:
+        """Say on stderr, above the bar where there is one, what is known before the result; nothing under --quiet."""
+        if not self.quiet:
+            with suppress(OSError, ValueError):  # nobody is listening
+                print(printable(one_line(line), sys.stderr), file=sys.stderr, flush=True)
+
+    def width(self, most: int) -> int:
+        """How wide a table may be: as the terminal is, at most `most`."""
+        return min(columns(self._session.stream) or most, most)
+
     def next(self, *commands: str) -> None:
         """Print which commands go on from here, one a line."""
         self._session.next += commands
