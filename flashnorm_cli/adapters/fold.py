@@ -17,6 +17,7 @@ from flashnorm_cli.checkpoint.model import Checkpoint, LeftOut, Progress, Source
 from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.checkpoint.output import check_output
 from flashnorm_cli.checkpoint.progress import with_notebook_bar
+from flashnorm_cli.display import Shown
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.record.read import FoldRecord, record_of_base, recorded_source
 
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
     from flashnorm_cli.adapters.check import AdapterCheck
 
 
-@dataclass(frozen=True)
-class AdapterResult:
+@dataclass(frozen=True, repr=False)
+class AdapterResult(Shown):
     """What folding an adapter did.
 
     `changed` counts tensors by what was done: "gain" (the input dimension was scaled), "ratio" (a norm's own copy),
-    "magnitude" (DoRA). `commit` is the source's on the Hub. `added` are new tensors, `flushed` counts products that became zero, by tensor. `check` is what
-    the comparison on random activations found. `notes` are for the user.
+    "magnitude" (DoRA). `added` are new tensors, `flushed` counts products that became zero, by tensor. `commit` is the
+    source's on the Hub. `check` is what the comparison on random activations found. `notes` are for the user.
     """
 
     output: Path
@@ -47,6 +48,10 @@ class AdapterResult:
     notes: tuple[str, ...]
     bytes_written: int
     commit: str | None = None
+
+    def _facts(self) -> dict[str, Any]:
+        said = {"output": str(self.output), "base": self.base, "peft_type": self.peft_type, "tensors": self.tensors}
+        return {**said, "changed": sum(self.changed.values()), "bytes_written": self.bytes_written}
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -101,6 +106,8 @@ def fold_adapter(
         overwrite: replace an output folder that holds an adapter.
         follow_links: follow links of local folders also where they lead out of them.
         on_progress: called with (done, all, what is going on).
+    Returns:
+        The folder, what was changed, and what the comparison on random activations found.
     Raises:
         UsageError: the call contradicts itself or the file system.
         AdapterError: the adapter cannot be folded exactly; the message says why and what to do instead.
@@ -109,7 +116,7 @@ def fold_adapter(
     report = on_progress or (lambda done, total, what: None)
     where = Path(cache_dir) if cache_dir else None
     if source is None and source_revision is not None:
-        raise UsageError("--source-revision needs --source")
+        raise UsageError("`source_revision` needs `source`")
     report(0, 0, "Reading headers")
     opened = open_adapter(Source(str(adapter), revision, token, where, local_files_only, follow_links))
     folded = open_checkpoint(

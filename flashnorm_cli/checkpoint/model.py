@@ -13,6 +13,7 @@ from flashnorm_cli.checkpoint.folded import flags_of, in_words, is_ours
 from flashnorm_cli.checkpoint.header import Header, TensorEntry
 from flashnorm_cli.checkpoint.hub_ids import hub_id
 from flashnorm_cli.checkpoint.json_files import read_object
+from flashnorm_cli.display import Shown
 from flashnorm_cli.errors import CheckpointError, FlashNormError
 
 CONFIG = "config.json"
@@ -43,14 +44,18 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a checkpoint comes from, and how to reach it; the address of a page on the Hub becomes its id."""
+    """Where a checkpoint comes from, a folder or a Hub id, and how to reach it, as in huggingface_hub.
+
+    The address of a page on the Hub becomes its id. `follow_links`: links of a folder are followed also where they lead
+    out of it.
+    """
 
     name: str
     revision: str | None = None
-    token: str | bool | None = None
+    token: str | bool | None = field(default=None, repr=False)
     cache_dir: Path | None = None
     local_files_only: bool = False
-    follow_links: bool = False  # also out of the folder
+    follow_links: bool = False
 
     def __post_init__(self) -> None:
         name, revision = hub_id(self.name, self.revision)
@@ -67,8 +72,8 @@ class LeftOut:
     reason: str
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+@dataclass(frozen=True, repr=False)
+class Checkpoint(Shown):
     """A checkpoint whose headers, index and files hold together.
 
     `folder` holds the small files (and the shards too, unless only the headers of a Hub repository were read).
@@ -89,6 +94,10 @@ class Checkpoint:
     index_name: str = INDEX
     seen: dict[str, Seen] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
+
+    def _facts(self) -> dict[str, Any]:
+        where = {"source": self.source.name} | ({"commit": self.commit} if self.commit else {})
+        return {**where, "shards": len(self.shards), "tensors": len(self.tensors), "other_files": len(self.others)}
 
     @cached_property
     def tensors(self) -> dict[str, TensorEntry]:
@@ -133,7 +142,7 @@ def refuse_adapter(checkpoint: Checkpoint) -> None:
         raise FlashNormError(
             f"{checkpoint.source.name}: holds an adapter ({ADAPTER_CONFIG}) beside the model, and transformers applies "
             "it at once; it would not fit the folded weights. Move the adapter's files into a folder of their own, "
-            "fold the model, then: flashnorm fold-adapter <that folder> --base <the folded model>"
+            'fold the model, then: `fold_adapter("<that folder>", base="<the folded model>")`'
         )
 
 
@@ -150,5 +159,5 @@ def refuse_folded(checkpoint: Checkpoint) -> None:
     if flags:
         raise FlashNormError(
             f"{name}: is folded already, by another tool ({CONFIG} has {in_words(flags)}); fold its source instead, or "
-            f"check this one and give it a record: flashnorm verify {name} --source <its source> --adopt"
+            f'check this one and give it a record: `verify({name!r}, source="<its source>", adopt=True)`'
         )

@@ -5,14 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from flashnorm_cli.choices import FinalNorm
+from flashnorm_cli.choices import Layout as Layout
 from flashnorm_cli.errors import UsageError
-
-FinalNorm = Literal["auto", "keep", "untie"]
-Layout = Literal["identity", "dropped"]
 
 ModelArg = Annotated[
     str, typer.Argument(help="A local folder, a Hub id, or the address of its page.", show_default=False)

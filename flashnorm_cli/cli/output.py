@@ -39,13 +39,16 @@ class Output:
         self._session = session.current()
         self._session.as_json = as_json
 
-    def text(self, *lines: str) -> None:
-        """Print for people, whatever files say fit for a terminal; nothing under --json or --quiet."""
+    def text(self, *lines: str, verbatim: bool = False) -> None:
+        """Print for people, whatever files say fit for a terminal; nothing under --json or --quiet.
+
+        Arguments are named as options, but where a file is shown (`verbatim`).
+        """
         if not self.as_json and not self.quiet:
             stream = self._session.stream
             width = columns(stream)
             each = [line for text in lines for line in (text.split("\n") if "\n" in text else [text])]
-            safe = [printable(fitted(one_line(in_flags(line)), width), stream) for line in each]
+            safe = [printable(fitted(one_line(line if verbatim else in_flags(line)), width), stream) for line in each]
             shown = [coloured(text, line, stream) for text, line in zip(safe, each, strict=True)]
             with stdout_errors():
                 print("\n".join(shown), file=stream, flush=True)

@@ -22,6 +22,7 @@ from typing import Any, TextIO
 from flashnorm_cli._version import __version__
 from flashnorm_cli.cli.wording import in_flags
 
+VERBATIM = ("plan", "card")  # what a file holds, word for word
 SCHEMA = 1  # raised when a field goes away or means something else; new fields do not raise it
 
 
@@ -59,7 +60,8 @@ class Session:
             "next": self.next,
             "seconds": round(time.monotonic() - self.started, 3),
         }
-        return json.dumps(plain(content), indent=2, allow_nan=False)
+        said = {key: plain(value, word=key not in VERBATIM) for key, value in content.items()}
+        return json.dumps(said, indent=2, allow_nan=False)
 
     def keep_stdout(self, quiet: bool) -> None:
         """From here on, only `stream` leads to standard output."""
@@ -120,14 +122,14 @@ def _descriptor(stream: TextIO | None) -> int | None:
         return None
 
 
-def plain(value: Any) -> Any:
-    """As JSON has it, which knows neither inf nor NaN (they become null), with arguments named as options."""
+def plain(value: Any, word: bool = True) -> Any:
+    """As JSON has it, which knows neither inf nor NaN: they become null. `word`: arguments are named as options."""
     if isinstance(value, str):
-        return in_flags(value)
+        return in_flags(value) if word else value
     if isinstance(value, Mapping):
-        return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(inner) for inner in value]
+        return {str(key): plain(inner, word) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner, word) for inner in value]
     if isinstance(value, PurePath):
         return str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value

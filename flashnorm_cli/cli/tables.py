@@ -9,6 +9,7 @@ from itertools import pairwise
 
 from flashnorm_cli.cli import session
 from flashnorm_cli.cli.text import columns
+from flashnorm_cli.cli.wording import in_flags
 from flashnorm_cli.errors import one_line
 
 WIDTH = 100
@@ -26,7 +27,7 @@ def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = (), least: S
         A line a row; more of them, within the column, for the longest cells where stdout is a narrower terminal.
     """
     width = columns(session.current().stream) or NO_END
-    return _laid_out([[one_line(cell) for cell in row] for row in rows], right, least, width)
+    return _laid_out([[one_line(in_flags(cell)) for cell in row] for row in rows], right, least, width)
 
 
 def text_table(head: Sequence[str], lines: Sequence[Sequence[str]], width: int = WIDTH, keys: int = 2) -> list[str]:

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flashnorm_cli.checkpoint.hub_ids import hub_id
+from flashnorm_cli.choices import Dtype
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output, check_writable, written
 from flashnorm_cli.cli.summary import summary
@@ -54,7 +55,7 @@ def verify(
         str | None, typer.Option(help="For layers and logits: cpu, cuda, cuda:1.", show_default="cuda if there is one")
     ] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
+        Dtype | None,
         typer.Option(help="What the models run in.", show_default="the source's own"),
     ] = None,
     max_algebra: Annotated[float, typer.Option(help="Largest relative error of the logits, folded in float32.")] = 1e-5,
@@ -104,8 +105,8 @@ def verify(
     folded, revision = hub_id(folded, revision)
     asked: dict[str, Any] = {
         "source": source,
-        "levels": level or (),
-        "runtimes": runtime or (),
+        "levels": level or [],
+        "runtimes": runtime or [],
         "tasks": [task for task in (eval or "").split(",") if task],
         "limit": eval_limit,
         "text": text,

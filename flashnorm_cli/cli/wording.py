@@ -1,8 +1,8 @@
 """Messages name arguments and calls as Python writes them, in backticks; here they become options and commands.
 
-    exists already; `overwrite=True` replaces it                 exists already; --overwrite replaces it
-    `text` and `token_ids` exclude each other                    --text and --token-ids exclude each other
-    verify it first: `verify("out", source="<its source>")`      verify it first: flashnorm verify out --source <its source>
+    exists already; `overwrite=True` replaces it    ->  exists already; --overwrite replaces it
+    `text` and `token_ids` exclude each other       ->  --text and --token-ids exclude each other
+    run it: `verify("out", source="<its source>")`  ->  run it: flashnorm verify out --source <its source>
 
 So a message is right for those who called a function, and for those who typed a command.
 """
@@ -17,9 +17,9 @@ from typing import Any
 # The arguments of the public functions that commands have options for.
 OPTIONS = frozenset(
     "adopt base base_model base_revision cache_dir commit_message create_pr dask device dry_run dtype final_norm "
-    "follow_links layout level limit local_files_only max_algebra max_ratio overwrite private publish push_to record "
-    "report revision rotate seed source source_revision text token token_ids trust_remote_code unverified "
-    "workers levels runtimes tasks".split()
+    "follow_links layout limit local_files_only max_algebra max_ratio overwrite private record "
+    "revision rotate seed source source_revision text token token_ids trust_remote_code unverified "
+    "workers levels runtimes tasks verify".split()
 )
 OTHER_NAMES = {"levels": "level", "runtimes": "runtime", "tasks": "eval", "limit": "eval-limit"}
 COMMANDS = {
@@ -39,6 +39,8 @@ def in_flags(text: str) -> str:
 
 def _worded(found: re.Match[str]) -> str:
     lead, code = found[1] or "", found[2]
+    if code in COMMANDS:
+        return f"{lead}`flashnorm {COMMANDS[code]}`"
     if code in OPTIONS:
         return lead + _flag(code)
     call = _call(code) or _call(f"argument({code})")

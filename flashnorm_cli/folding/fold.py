@@ -25,6 +25,8 @@ from flashnorm_cli.checkpoint.output import check_output, flush, not_an_output, 
 from flashnorm_cli.checkpoint.progress import with_notebook_bar
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE, read_tensors
 from flashnorm_cli.checkpoint.work import source_name
+from flashnorm_cli.choices import FinalNorm, Layout, Rotation
+from flashnorm_cli.display import Shown
 from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
 from flashnorm_cli.folding.engine import Engine, any_executor, dask_engine, in_turn, processors
 from flashnorm_cli.folding.finished import not_this_fold, older_fold
@@ -39,8 +41,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-@dataclass(frozen=True)
-class FoldResult:
+@dataclass(frozen=True, repr=False)
+class FoldResult(Shown):
     """What a fold did.
 
     `flushed` counts, per tensor, products that became zero; `resumed` are shards that an earlier run had finished;
@@ -59,6 +61,11 @@ class FoldResult:
     seconds: tuple[float, float, float]
     notes: tuple[str, ...] = ()
     already_done: bool = False
+
+    def _facts(self) -> dict[str, Any]:
+        folded, kept = len(self.plan.folded), len(self.plan.kept)
+        counts = {"norms_folded": folded, "norms_kept": kept, "readers": len(self.plan.readers)}
+        return {"output": str(self.output), "layout": self.layout, **counts, "bytes_written": self.bytes_written}
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values, with the plan's summary instead of the plan."""
@@ -87,9 +94,9 @@ def fold(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     trust_remote_code: bool = False,
-    final_norm: str = "auto",
-    layout: str = "identity",
-    rotate: str | None = None,
+    final_norm: FinalNorm = "auto",
+    layout: Layout = "identity",
+    rotate: Rotation | None = None,
     seed: int = 0,
     workers: int | None = None,
     overwrite: bool = False,
@@ -122,6 +129,8 @@ def fold(
         executor: any other concurrent.futures executor; its workers share both folders, too.
         on_progress: called with (done, all, what is going on): bytes, or steps where that is a `Steps`. In a notebook a
             bar is shown where there is none.
+    Returns:
+        The folder, the plan, and what was written. `verify(result.output)` proves that it is the same model.
     Raises:
         UsageError: the call contradicts itself or the file system.
         FlashNormError: the checkpoint is broken, folded already, has nothing to fold, or cannot be planned or rotated.
@@ -129,7 +138,7 @@ def fold(
     check_options(final_norm, layout, workers)
     check_rotation(rotate, seed)
     if dask is not None and executor is not None:
-        raise UsageError("dask and executor exclude each other")
+        raise UsageError("`dask` and `executor` exclude each other")
     report = on_progress or (lambda done, total, what: None)
     source = Source(str(model), revision, token, Path(cache_dir) if cache_dir else None, local_files_only, follow_links)
 
@@ -147,7 +156,7 @@ def fold(
 class _Planning:
     """What the plan depends on besides the checkpoint; `rotation` is kind and seed."""
 
-    final_norm: str
+    final_norm: FinalNorm
     trust_remote_code: bool
     rotation: tuple[str, int] | None
 
@@ -236,24 +245,24 @@ def _already_done(
 def check_options(final_norm: str, layout: str, workers: int | None) -> None:
     """Raises UsageError."""
     if final_norm not in FINAL_NORM_CHOICES:
-        raise UsageError(f"final_norm is one of {', '.join(FINAL_NORM_CHOICES)}, not {final_norm!r}")
+        raise UsageError(f"`final_norm` is one of {', '.join(FINAL_NORM_CHOICES)}, not {final_norm!r}")
     if layout not in record.LAYOUTS:
-        raise UsageError(f"layout is one of {', '.join(record.LAYOUTS)}, not {layout!r}")
+        raise UsageError(f"`layout` is one of {', '.join(record.LAYOUTS)}, not {layout!r}")
     if workers is not None and workers < 1:
-        raise UsageError(f"workers has to be at least 1, not {workers}")
+        raise UsageError(f"`workers` has to be at least 1, not {workers}")
 
 
 def check_rotation(rotate: str | None, seed: int) -> None:
     """Raises UsageError."""
     if rotate is not None and rotate not in ROTATIONS:
-        raise UsageError(f"rotate is one of {', '.join(ROTATIONS)}, not {rotate!r}")
+        raise UsageError(f"`rotate` is one of {', '.join(ROTATIONS)}, not {rotate!r}")
     if not 0 <= seed < 2**63:
-        raise UsageError(f"seed is a whole number from 0 on, not {seed}")
+        raise UsageError(f"`seed` is a whole number from 0 on, not {seed}")
 
 
 def plan_fold(
     checkpoint: Checkpoint,
-    final_norm: str,
+    final_norm: FinalNorm,
     trust_remote_code: bool,
     report: Progress,
     rotate: tuple[str, int] | None = None,

@@ -18,6 +18,7 @@ from typing import Any
 from flashnorm_cli.checkpoint.hub_errors import RETRY_STATUS, WAITS, first_line, status_of, wait_after, with_retry
 from flashnorm_cli.checkpoint.model import LeftOut, Progress
 from flashnorm_cli.checkpoint.progress import shard_of
+from flashnorm_cli.display import Shown
 from flashnorm_cli.errors import FlashNormError
 from flashnorm_cli.hub.card import REPORT
 from flashnorm_cli.hub.contents import ATTRIBUTES, README, Contents
@@ -56,8 +57,8 @@ class Published:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class PushResult:
+@dataclass(frozen=True, repr=False)
+class PushResult(Shown):
     """What was published, or would be (`dry_run`).
 
     `sent` are the files that the Hub did not have, `unchanged` those that it had, `deleted` those that were removed
@@ -85,6 +86,10 @@ class PushResult:
     left_out: tuple[LeftOut, ...]
     card: str
     notes: tuple[str, ...]
+
+    def _facts(self) -> dict[str, Any]:
+        said = {"repo_id": self.repo_id, "url": self.url, "commit": self.commit, "verdict": self.verdict}
+        return {**said, "sent": len(self.sent), "unchanged": len(self.unchanged), "dry_run": self.dry_run}
 
     def published(self) -> dict[str, Any]:
         """As plain JSON values: the repository, what was committed to it, and what a reader of the page sees."""
@@ -153,13 +158,13 @@ def deletions(
         if not overwrite:
             shown = ", ".join(sorted(theirs)[:SHOWN_FILES]) + (", ..." if len(theirs) > SHOWN_FILES else "")
             what = "another fold" if held is not None else "something else"
-            raise FlashNormError(f"{where} holds {what} ({shown}); --overwrite replaces it")
+            raise FlashNormError(f"{where} holds {what} ({shown}); `overwrite=True` replaces it")
         return tuple(sorted(theirs - {upload.path for upload in contents.uploads}))
     deleted: tuple[str, ...] = ()
     if not (contents.standing.has_proof or will_be_proven) and isinstance(held.get("verify"), dict):
         if not overwrite:
             raise FlashNormError(
-                f"{where} holds this fold with its verification; --overwrite replaces it by an unverified one"
+                f"{where} holds this fold with its verification; `overwrite=True` replaces it by an unverified one"
             )
         deleted = tuple(theirs & {REPORT})
     readme = state.files.get(README)
@@ -168,7 +173,8 @@ def deletions(
         now = hashlib.sha256(repository.read(README, state.head)).hexdigest()
         if now != held.get("card_sha256"):
             raise FlashNormError(
-                f"{where}: README.md was edited on the Hub since it was pushed; --overwrite replaces it with a new card"
+                f"{where}: README.md was edited on the Hub since it was pushed; "
+                "`overwrite=True` replaces it with a new card"
             )
     return deleted
 

@@ -46,9 +46,11 @@ def verify_on_hub(
         FlashNormError: as `verify` and `push_to_hub`.
     """
     if Path(target.name).expanduser().exists():
-        raise UsageError(f"{target.name}: is a folder; --publish is for a fold on the Hub, and push-to-hub for folders")
+        raise UsageError(
+            f"{target.name}: is a folder; a result is published of a fold on the Hub, and a folder by `push_to_hub`"
+        )
     if target.revision not in (None, "main"):
-        raise UsageError("--publish updates the main branch, so it excludes --revision")
+        raise UsageError("what is published updates the main branch, which excludes `revision`")
     with _copy(target, on_progress) as folder:
         found = check(folder)
         ran = {level.status for level in found.levels}

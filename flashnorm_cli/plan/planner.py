@@ -9,13 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
 from flashnorm_cli.checkpoint.header import tensor_nbytes
-from flashnorm_cli.checkpoint.model import Checkpoint, refuse_folded
+from flashnorm_cli.checkpoint.model import Checkpoint, Source, refuse_folded
 from flashnorm_cli.checkpoint.names import grouped
+from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.checkpoint.users import User, announced_users
-from flashnorm_cli.errors import PlanError
+from flashnorm_cli.choices import FinalNorm
+from flashnorm_cli.errors import PlanError, UsageError
 from flashnorm_cli.plan import disk, load_time, readers, unseen
 from flashnorm_cli.plan.model import Norm, Plan, Reader, Run
 from flashnorm_cli.plan.unseen import norm_modules
@@ -26,14 +29,14 @@ if TYPE_CHECKING:
 
     from flashnorm_cli.trace.result import Trace
 
-FINAL_NORM_CHOICES = ("auto", "keep", "untie")
+FINAL_NORM_CHOICES = get_args(FinalNorm)
 # Runtimes that tie head and embedding whatever the files say: llama.cpp drops the separate head of these without a
 # word. A fact about runtimes, not about models: what can be folded is decided by the trace alone.
 HARD_WIRED_TIES = ("gemma", "gemma2", "cohere", "cohere2")
 # What the trace cannot know: who reads the final norm's output without a sign of it in the files.
 HIDDEN_STATES = (
     "logits stay as they are, but last_hidden_state and hidden_states[-1] come out without the final norm's gain; "
-    "where something else reads them (embeddings, probes, a draft model of another repository): --final-norm keep"
+    'where something else reads them (embeddings, probes, a draft model of another repository): `final_norm="keep"`'
 )
 # Readers of `flashnorm_folded` (vLLM #41431, transformers #45742) make these weightless by their names.
 WEIGHTLESS_BY_FLAG = re.compile(
@@ -60,24 +63,47 @@ class TracedPlan:
     users: tuple[User, ...]
 
 
-def make_plan(checkpoint: Checkpoint, final_norm: str = "auto", trust_remote_code: bool = False) -> Plan:
-    """Derive the plan from the model's own forward, on the meta device.
+def make_plan(
+    model: str | Path | Source | Checkpoint,
+    final_norm: FinalNorm = "auto",
+    trust_remote_code: bool = False,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    follow_links: bool = False,
+) -> Plan:
+    """Derive the plan of a fold from the model's own forward, on the meta device: headers are read, no weights.
 
     Of the weights, a few kB are looked at where they are on this disk: a note says if they lie on a grid of 4 bits.
 
     Args:
-        checkpoint: from `open_checkpoint`, with or without its weights.
+        model: a local folder or a Hub id, or a checkpoint from `open_checkpoint`, with or without its weights.
         final_norm: what to do with the norm before the output head. "auto" folds it, and unties a tied head where
             the runtimes allow; "keep" keeps it; "untie" folds it in any case.
         trust_remote_code: whether the checkpoint's own Python code may run.
+        revision, token, cache_dir, local_files_only: as in huggingface_hub, of a Hub id.
+        follow_links: follow links of a local folder also where they lead out of it.
+    Returns:
+        The plan: plain data, which `to_json` gives as flashnorm.json holds it.
     Raises:
+        UsageError: `model` is neither a folder nor a Hub id, or `final_norm` none of the three.
         FlashNormError: the checkpoint is folded already.
         PlanError: the architecture cannot be built, traced, or matched with the tensors on disk.
     """
+    if final_norm not in FINAL_NORM_CHOICES:
+        raise UsageError(f"`final_norm` is one of {', '.join(FINAL_NORM_CHOICES)}, not {final_norm!r}")
+    if isinstance(model, (str, Path)):
+        where = Path(cache_dir) if cache_dir else None
+        model = Source(str(model), revision, token, where, local_files_only, follow_links)
+    checkpoint = open_checkpoint(model, weights=False) if isinstance(model, Source) else model
     return plan_checkpoint(checkpoint, final_norm, trust_remote_code).plan
 
 
-def plan_checkpoint(checkpoint: Checkpoint, final_norm: str = "auto", trust_remote_code: bool = False) -> TracedPlan:
+def plan_checkpoint(
+    checkpoint: Checkpoint, final_norm: FinalNorm = "auto", trust_remote_code: bool = False
+) -> TracedPlan:
     """As `make_plan`, with what was traced."""
     from flashnorm_cli.modeling import build
 
@@ -89,7 +115,7 @@ def plan_checkpoint(checkpoint: Checkpoint, final_norm: str = "auto", trust_remo
 
 
 def trace_plan(
-    checkpoint: Checkpoint, config: PretrainedConfig, cls: Any, final_norm: str, users: tuple[User, ...] = ()
+    checkpoint: Checkpoint, config: PretrainedConfig, cls: Any, final_norm: FinalNorm, users: tuple[User, ...] = ()
 ) -> TracedPlan:
     """`make_plan` for a config and a class that are at hand, with what a fold in memory needs beside the plan.
 
@@ -202,10 +228,10 @@ class _Planner:
             self.strange_class = named[0]
 
     def _keep(self, reasons: Mapping[str, str], asked: bool = False) -> None:
-        """Keep gains, the first reason of each; where `asked`, --final-norm untie folds them and the plan says so."""
+        """Keep gains, the first reason of each; where `asked`, final_norm="untie" folds them and the plan says so."""
         for gain, why in reasons.items():
             if asked and self.final_norm == "untie":
-                note = f"folded as --final-norm untie asks, though {why.removesuffix(f'; {unseen.OVERRIDE}')}"
+                note = f'folded as `final_norm="untie"` asks, though {why.removesuffix(f"; {unseen.OVERRIDE}")}'
                 if gain not in self.kept and note not in self.notes:
                     self.notes.append(note)
             else:
@@ -264,11 +290,11 @@ class _Planner:
     def _final_norm_stays(self, tied: bool) -> str | None:
         """Why the final norm is kept whether or not its head could be untied; None where that decides."""
         if self.final_norm == "keep":
-            return "--final-norm keep"
+            return '`final_norm="keep"`'
         if self.strange_class and self.final_norm != "untie":
             return (
                 f"config.json names {self.strange_class}, which transformers does not know and which may read it; "
-                "--final-norm untie folds it all the same"
+                f"{unseen.OVERRIDE}"
             )
         text_type = self.config.get_text_config(decoder=True).model_type
         if not tied or text_type not in HARD_WIRED_TIES:

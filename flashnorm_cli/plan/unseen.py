@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from flashnorm_cli.trace.result import Trace
 
-OVERRIDE = "--final-norm untie folds it all the same"
+OVERRIDE = '`final_norm="untie"` folds it all the same'
 
 
 def norm_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:

@@ -117,7 +117,7 @@ def _measure(setting: Setting, prompts: Prompts, dtype: torch.dtype, wide: torch
     except ModelError as error:
         raise _SourceError(f"the source itself cannot be run in {dtype_name(dtype)}: {error}") from error
     if not math.isfinite(floor.error()):
-        raise _SourceError(f"the source itself computes NaN or inf in {dtype_name(dtype)}; try another --dtype")
+        raise _SourceError(f"the source itself computes NaN or inf in {dtype_name(dtype)}; try another `dtype`")
     algebra = None
     if setting.from_disk:
         notes.append("the algebra was not measured: the model is too large to be folded in memory")

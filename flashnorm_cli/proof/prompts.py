@@ -59,7 +59,7 @@ def read_prompts(source: Checkpoint, text: Path | None, ids: Path | None, trust_
     tokenizer = _tokenizer(source, trust_remote_code)
     if tokenizer is None:
         if text is not None:
-            raise UsageError("--text needs a tokenizer, and the source has none; pass --token-ids instead")
+            raise UsageError("`text` needs a tokenizer, and the source has none; pass `token_ids` instead")
         return Prompts(
             _random_ids(source, vocabulary, RANDOM_PROMPTS, min(length, RANDOM_TOKENS), seed=0),
             "random token ids (there is no tokenizer)",

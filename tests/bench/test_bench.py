@@ -6,6 +6,7 @@ import families
 import pytest
 import torch
 from command_line import run
+from documents import document
 
 from flashnorm_cli.bench import kernels, models, ways
 
@@ -16,7 +17,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU he
 def test_kernels_on_a_cpu(tmp_path, capsys):
     save = tmp_path / "out.json"
     assert run("bench", "--hidden", 64, "--tokens", 3, "--trials", 2, "--json", "--save", save) == 0
-    data = json.loads(capsys.readouterr().out)
+    data = document(capsys.readouterr().out)["benchmark"]
     assert data == json.loads(save.read_text())
     assert data["device"] == "cpu" and data["norms"]["path"] == "torch"
     contenders = {r["contender"]: r for r in data["results"]}
@@ -34,7 +35,7 @@ def test_a_model_on_a_cpu(tmp_path, capsys):
     more = ("--trials", 1, "--new-tokens", 2, "--tokens", 2, "--dtype", "float32", "--json")
     for config_only in ((), ("--config-only",)):
         assert run("bench", tmp_path / "model", *config_only, *more) == 0
-        data = json.loads(capsys.readouterr().out)
+        data = document(capsys.readouterr().out)["benchmark"]
         timed = {(r["mode"], r["way"]) for r in data["models"] if "error" not in r}
         eager = [way for way in models.WAYS if way != models.TUNED_INDUCTOR]  # the search is the compiler's
         assert timed == {(mode, way) for mode in ("decode", "prefill") for way in eager}
@@ -84,7 +85,7 @@ def test_bad_input_is_one_line(arguments, code, says, capsys, tmp_path, monkeypa
 
 def test_doctor(capsys):
     assert run("doctor", "--json") == 0
-    data = json.loads(capsys.readouterr().out)
+    data = document(capsys.readouterr().out)["runs_on"]
     assert data["path"].startswith("cuda") or data["reason"]
     assert run("doctor") == 0
     assert data["torch"] in capsys.readouterr().out

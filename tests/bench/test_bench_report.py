@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from itertools import pairwise
 import xml.etree.ElementTree as ET
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -23,6 +22,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from documents import document
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flashnorm_cli.checkpoint.header import read_header
@@ -183,7 +183,7 @@ def finish(folder: Path, *arguments: object) -> list[str]:
     """Run to the end; returns the shards that were finished before."""
     code, child = fold(folder, *arguments, "--json")
     assert (code, child.err) == (0, "")
-    return list(json.loads(child.out)["resumed_shards"])
+    return list(document(child.out)["resumed_shards"])
 
 
 def hashes(folder: Path) -> dict[str, str]:

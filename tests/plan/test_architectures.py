@@ -19,6 +19,7 @@ import pytest
 import torch
 import transformers
 from command_line import run
+from documents import document
 from safetensors.torch import load_file, save_file
 
 from flashnorm_cli.checkpoint.model import Source
@@ -66,8 +67,8 @@ def test_family(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         return
 
     assert run("fold", source, output, "--json") == 0, capsys.readouterr().err
-    report = json.loads(capsys.readouterr().out)
-    assert report["folded"] > 0
+    report = document(capsys.readouterr().out)
+    assert report["counts"]["norms_folded"] > 0
 
     original = cls.from_pretrained(source, dtype=torch.float32).eval()
     folded, info = cls.from_pretrained(output, dtype=torch.float32, output_loading_info=True)

@@ -23,6 +23,7 @@ import pytest
 import torch
 import transformers
 from command_line import run
+from documents import document
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -375,7 +376,7 @@ def verified(pair: Pair, *levels: str, more: tuple[str, ...] = ()) -> tuple[int,
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         code = run("verify", pair.folded, "--source", pair.source, "--json", "--no-record", *options, *more)
-    return code, json.loads(out.getvalue())
+    return code, document(out.getvalue())
 
 
 # ---- the tests -------------------------------------------------------------------------------------------------------

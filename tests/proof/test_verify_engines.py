@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from command_line import run
+from documents import document
 
 from flashnorm_cli.demo import MODEL
 from flashnorm_cli.proof import engines as runtimes
@@ -63,7 +64,7 @@ def test_a_token_that_is_gone_is_an_error(broken: dict[int, float]) -> None:
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
 def test_without_vllm(folded: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", folded, "--level", "weights", "--runtime", "vllm", "--json") == 4
-    level = json.loads(capsys.readouterr().out)["levels"]["runtime:vllm"]
+    level = document(capsys.readouterr().out)["levels"]["runtime:vllm"]
     assert (level["status"], level["reason"]) == ("skipped", "vLLM is not installed: pip install vllm")
 
 
@@ -72,7 +73,7 @@ def test_llama_cpp_says_what_it_needs(
 ) -> None:
     monkeypatch.delenv(runtimes.LLAMA_CPP, raising=False)
     assert run("verify", folded, "--level", "weights", "--runtime", "gguf", "--json") == 4  # nothing ran
-    level = json.loads(capsys.readouterr().out)["levels"]["runtime:gguf"]
+    level = document(capsys.readouterr().out)["levels"]["runtime:gguf"]
     assert level["status"] == "skipped"
     assert runtimes.LLAMA_CPP in level["reason"]
 
@@ -105,7 +106,7 @@ def test_eval_is_judged_by_standard_errors() -> None:
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-evaluation-harness is installed")
 def test_without_lm_eval(folded: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", folded, "--level", "weights", "--eval", "arc_easy", "--json") == 4
-    level = json.loads(capsys.readouterr().out)["levels"]["eval"]
+    level = document(capsys.readouterr().out)["levels"]["eval"]
     assert (level["status"], "pip install" in level["reason"]) == ("skipped", True)
 
 
@@ -124,6 +125,6 @@ def test_lm_eval_on_a_task_of_our_own(folded: Path, tmp_path: Path, capsys: pyte
         "    higher_is_better: true\nmetadata:\n  version: 1.0\n"
     )
     assert run("verify", folded, "--level", "weights", "--eval", tmp_path / "cloze.yaml", "--json") == 4
-    (row,) = json.loads(capsys.readouterr().out)["levels"]["eval"]["figures"]["tasks"]
+    (row,) = document(capsys.readouterr().out)["levels"]["eval"]["figures"]["tasks"]
     assert row["source"] > 0.9  # trained text against letters
     assert abs(row["delta"]) <= 0.1

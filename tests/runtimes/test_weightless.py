@@ -1,10 +1,8 @@
 """`weightless`, `from_pretrained` and `fold_model_`: models in transformers whose folded norms read no weight."""
 
 import copy
-import io
 import json
 import logging
-import pickle
 import shutil
 import subprocess
 import sys
@@ -14,6 +12,7 @@ import families
 import pytest
 import torch
 import transformers
+from alike import copies_of
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -330,10 +329,7 @@ def test_copies_and_pickles(folds):
     model = weightless(load(folds("gemma3_text")))
     inputs = families.text_inputs(model, seed=3)
     want = families.logits(model, inputs)
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+    for other in copies_of(model):
         assert swapped(other) == swapped(model) and type(other.model.norm) is type(model.model.norm)
         spoil(other)
         assert torch.equal(families.logits(other, inputs), want)
@@ -550,7 +546,7 @@ def test_nothing_is_half_folded(change, error, says):
 
 
 def test_refusals_of_the_plan():
-    with pytest.raises(UsageError, match="final_norm is one of"):
+    with pytest.raises(UsageError, match="`final_norm` is one of"):
         fold_model_(model_of("llama"), "twice")
     with pytest.raises(FlashNormError, match="nothing to fold"):
         fold_model_(families.build("nanochat", 0))

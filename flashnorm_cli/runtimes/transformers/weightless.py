@@ -96,7 +96,13 @@ def deferred_modules(model: nn.Module) -> dict[str, str | None]:
 
 
 def weighted(model: AnyModel) -> AnyModel:
-    """Undo `weightless`: every norm is of its own class again, and reads its weight, which is trained if it was."""
+    """Undo `weightless`: every norm is of its own class again, and reads its weight, which is trained if it was.
+
+    Args:
+        model: the model that was passed to `weightless`, or that `from_pretrained` returned; any other stays as it is.
+    Returns:
+        The model.
+    """
     undefer(model)
     undefer(getattr(model, "_orig_mod", model))
     for module in list(model.modules()):
