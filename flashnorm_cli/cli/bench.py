@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from flashnorm_cli.checkpoint.model import Progress
 
 MODEL_TOKENS = (1, 16, 256, 4096)
+OF_ITS_ORIGIN = ("command", "date", "python", "norms", "versions", "method")
 PATIENCE = 200.0  # seconds that a CPU may take for all of its turns, so that all is over in five minutes
 
 
@@ -188,8 +189,10 @@ class _Run:
     def data(self) -> dict[str, Any]:
         from flashnorm_cli.bench.kernels import record
 
-        known = {"device": self.device, "model": self.model, "models": self.of_model}
-        return self.origin or record(self.command, self.results, **known)
+        found = record(self.command, self.results, device=self.device, model=self.model, models=self.of_model)
+        if self.origin:
+            found |= {key: self.origin[key] for key in OF_ITS_ORIGIN if key in self.origin}
+        return found
 
     def norms(self, measured: list[Measurement]) -> None:
         """One operation on one shape is done."""
