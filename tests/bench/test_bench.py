@@ -1,4 +1,4 @@
-"""`flashnorm bench` and `flashnorm doctor` without a GPU, and what a benchmark does with a wrong contender."""
+"""`flashnorm bench` without a GPU, and what a benchmark does with a wrong contender."""
 
 import json
 
@@ -82,11 +82,3 @@ def test_bad_input_is_one_line(arguments, code, says, capsys, tmp_path, monkeypa
     error = capsys.readouterr().err
     assert says in error and error.strip().count("\n") == 0
     assert not list(tmp_path.iterdir())
-
-
-def test_doctor(capsys):
-    assert run("doctor", "--json") == 0
-    data = document(capsys.readouterr().out)["runs_on"]
-    assert data["path"].startswith("cuda") or data["reason"]
-    assert run("doctor") == 0
-    assert data["torch"] in capsys.readouterr().out
