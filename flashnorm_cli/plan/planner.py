@@ -21,7 +21,6 @@ from flashnorm_cli.choices import FinalNorm
 from flashnorm_cli.errors import PlanError, UsageError
 from flashnorm_cli.plan import disk, load_time, readers, unseen
 from flashnorm_cli.plan.model import Norm, Plan, Reader, Run
-from flashnorm_cli.plan.unseen import norm_modules
 
 if TYPE_CHECKING:
     import torch
@@ -354,7 +353,9 @@ class _Planner:
             )
             for g in trace.gains.values()
         ]
-        norms_found += [Norm(name, shape, 1.0, 0.0, (), why) for name, shape, why in _other_norms(self.model, trace)]
+        norms_found += [
+            Norm(name, shape, 1.0, 0.0, (), why) for name, shape, why in unseen.other_norms(self.model, trace)
+        ]
         order = {name: i for i, name in enumerate(checkpoint.tensors)}
         norms_found.sort(key=lambda n: order.get(n.tensor, len(order)))
         fed_and_kept = [g for g in self.kept if g in trace.fed]
@@ -375,34 +376,13 @@ class _Planner:
             untie=lm_head == "untied",
             added=added,
             folded_flag=bool(folded) and not fed_and_kept and not by_name,
-            not_traced=_not_traced(self.model, trace, checkpoint),
+            not_traced=unseen.not_traced(self.model, trace, checkpoint),
             unread=tuple(self.disk.unread),
             notes=tuple(self.notes),
             bytes_total=sum(sizes.values()),
             bytes_changed=sum(sizes[name] for name in changed),
             bytes_added=sum(tensor_nbytes(dtype, shape) or 0 for dtype, shape in added.values()),
         )
-
-
-def _other_norms(model: PreTrainedModel, trace: Trace) -> list[tuple[str, tuple[int, ...], str]]:
-    """Norm modules that ran, but whose weight the trace did not see scaling a normalised activation."""
-    return [
-        (name, tuple(parameter.shape), "its weight does not act as a gain of a normalised activation")
-        for name, parameter in norm_modules(model)
-        if name in trace.reached and name not in trace.gains
-    ]
-
-
-def _not_traced(model: PreTrainedModel, trace: Trace, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Norms that no forward reached, by their names on disk."""
-    from flashnorm_cli.modeling import disk_names
-
-    names = [name for name, _ in norm_modules(model) if name not in trace.reached]
-    if not names:
-        return ()
-    loads = disk_names.loader_names(model, list(checkpoint.tensors))
-    on_disk = {target: found for found, (target, _) in loads.items()}
-    return tuple(on_disk.get(name, name) for name in names)
 
 
 def _path_to(config: PretrainedConfig, nested: PretrainedConfig) -> tuple[str, ...] | None:

@@ -92,7 +92,8 @@ def test_plan_for_people_and_for_scripts(capsys: pytest.CaptureFixture[str]) -> 
     assert run("plan", MODEL, "--json", "--final-norm", "keep") == 0
     found = document(capsys.readouterr().out)
     plan, final = found["plan"], found["plan"]["norms"][-1]
-    assert (final["tensor"], final["folded"], final["reason"]) == ("model.norm.weight", False, "--final-norm keep")
+    assert (final["tensor"], final["folded"], final["reason"]) == ("model.norm.weight", False, '`final_norm="keep"`')
+    assert found["kept_norms"] == [{"tensor": "model.norm.weight", "reason": "--final-norm keep"}]
     assert plan["folded_flag"] is found["flashnorm_folded"] is False
     q_proj = next(r for r in plan["readers"] if r["tensor"] == "model.layers.0.self_attn.q_proj.weight")
     assert (q_proj["dim"], q_proj["runs"]) == (1, [["model.layers.0.input_layernorm.weight", 0, 192, 1]])
