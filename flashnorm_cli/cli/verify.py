@@ -46,10 +46,14 @@ def verify(
     ] = None,
     eval: Annotated[
         str | None,
-        typer.Option("--eval", metavar="TASKS", help="Also run these tasks of lm-evaluation-harness (a,b,c) on both."),
+        typer.Option(
+            "--eval",
+            metavar="TASKS",
+            help="Also run these tasks of lm-evaluation-harness (a,b,c) on both, or the task in a YAML file.",
+        ),
     ] = None,
     eval_limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.", show_default="all")] = None,
-    text: Annotated[Path | None, typer.Option(help="A text file to take the prompts from.")] = None,
+    text: Annotated[Path | None, typer.Option(help="A text file: its first 4,096 tokens are the prompts.")] = None,
     token_ids: Annotated[Path | None, typer.Option(help="A JSON file with lists of token ids, as prompts.")] = None,
     device: Annotated[
         str | None, typer.Option(help="For layers and logits: cpu, cuda, cuda:1.", show_default="cuda if there is one")

@@ -196,7 +196,7 @@ def _figures(
         tokens=sum(map(len, prompts.ids)),
         judged=measured.folded.positions,
         from_disk=setting.from_disk,
-        text=prompts.origin,
+        text=prompts.in_words(),
         algebra_error=measured.algebra.error() if measured.algebra else None,
         rounding_error=measured.folded.error(),
         noise_floor=measured.floor.error(),
