@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flashnorm_cli.checkpoint.hub_ids import hub_id
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output
 from flashnorm_cli.cli.tables import aligned
@@ -36,7 +37,7 @@ def plan(
     debug: options.DebugOpt = False,
 ) -> None:
     """Show which norms a fold would fold, which it keeps, and why. Reads headers, never weights."""
-    output = Output(json, quiet)
+    output, (model, revision) = Output(json, quiet), hub_id(model, revision)
     with output.progress() as report:
         report(0, 0, "Reading headers")
         from flashnorm_cli.checkpoint.leftover import leftovers, refuse_unfinished

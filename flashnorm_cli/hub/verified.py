@@ -12,6 +12,7 @@ from pathlib import Path
 
 from flashnorm_cli.checkpoint.model import RECORD, Progress, Source
 from flashnorm_cli.checkpoint.open import open_checkpoint
+from flashnorm_cli.checkpoint.progress import with_notebook_bar
 from flashnorm_cli.errors import UsageError
 from flashnorm_cli.hub.contents import README
 from flashnorm_cli.hub.publish import PushResult
@@ -21,6 +22,7 @@ from flashnorm_cli.proof.result import Verification
 MESSAGE = "Update the verification"
 
 
+@with_notebook_bar
 def verify_on_hub(
     target: Source,
     check: Callable[[Path], Verification],
