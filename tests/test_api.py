@@ -115,7 +115,7 @@ def test_make_plan_takes_what_names_a_checkpoint(folded: Path) -> None:
 def test_messages_name_arguments(folded: Path) -> None:
     reasons = {norm.reason for norm in make_plan(MODEL, final_norm="keep").kept}
     assert reasons == {'`final_norm="keep"`'}
-    with pytest.raises(UsageError, match="add `overwrite=True` to replace it"):
+    with pytest.raises(UsageError, match="`overwrite=True` replaces it"):
         fold(folded.parent / "source", folded, layout="dropped")
     with pytest.raises(UsageError, match="`source_revision` needs `source`"):
         verify(folded, source_revision="main")
