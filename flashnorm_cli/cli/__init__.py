@@ -57,6 +57,7 @@ app.command(
     epilog=options.examples(
         "flashnorm plan ./Llama-3.2-1B",
         "flashnorm plan Qwen/Qwen3-30B-A3B",
+        "flashnorm plan ./my-model --svg plan.svg",
         "flashnorm plan ./my-model --trust-remote-code --json",
     ),
 )(_keeping_stdout(plan))

@@ -53,6 +53,15 @@ class Output:
             with stdout_errors():
                 print("\n".join(shown), file=stream, flush=True)
 
+    def keep_stdout(self) -> None:
+        """From here on, nothing but what this object prints comes to stdout."""
+        self._session.keep_stdout(self.quiet)
+
+    def verbatim(self, text: str) -> None:
+        """Print a document for another program, under --quiet too."""
+        with stdout_errors():
+            print(text, file=self._session.stream, end="", flush=True)
+
     def remark(self, *lines: str) -> None:
         """Say beside the result, on stderr, what a user should know that is no part of it; nothing under --quiet."""
         self._session.notes += lines

@@ -159,7 +159,7 @@ def _figures(facts: CardFacts) -> dict[str, Any]:
 
 def _rows(result: Verification) -> list[tuple[str, str, str]]:
     """The table of the verification: (what, how much, beside what)."""
-    rows = list(page.highlights(result))
+    rows = [(each.what, each.much, each.beside) for each in page.highlights(result)]
     logits = result.level("logits")
     figures = logits.figures if logits else {}
     folded, source = figures.get("folded"), figures.get("source")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flashnorm_cli.checkpoint.names import grouped, pattern_of
+from flashnorm_cli.checkpoint.names import any_number, grouped, pattern_of
 
 if TYPE_CHECKING:
     from flashnorm_cli.plan.model import Norm, Plan
@@ -46,7 +45,7 @@ def kinds(norms: Iterable[Norm]) -> list[Kind]:
     found: dict[tuple[str, str, str], list[Norm]] = {}
     for norm in norms:
         gain = {0.0: "", 1.0: "1 + w"}.get(norm.offset, f"w + {norm.offset:g}")
-        reason = re.sub(r"\.\d+\b", ".*", norm.reason or "")
+        reason = any_number(norm.reason or "")
         found.setdefault((pattern_of(norm.tensor), gain, reason), []).append(norm)
     rows = []
     for (name, gain, reason), alike in found.items():

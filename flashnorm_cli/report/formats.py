@@ -138,6 +138,14 @@ def breakable(text: Any) -> Markup:
     return Markup("<wbr>").join(parts)
 
 
+def prose(text: Any) -> Markup:
+    """Words in which names stand between backticks, with the names as code."""
+    parts = re.split(r"`([^`]+)`", str(text))
+    return Markup().join(
+        Markup("<code>{}</code>").format(breakable(part)) if i % 2 else breakable(part) for i, part in enumerate(parts)
+    )
+
+
 def printable(value: Any) -> Any:
     """Text from outside without the characters that no page may hold; everything else as it is."""
     if isinstance(value, str) and not isinstance(value, Markup):
