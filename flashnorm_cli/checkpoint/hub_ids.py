@@ -47,7 +47,7 @@ def _parsed(name: str, address: str) -> tuple[str, str | None]:
     if found.type != "model":
         raise UsageError(f"{shown(name)}: is a {found.type}, not a model")
     if found.path_in_repo:
-        at = f" --revision {shown(found.revision)}" if found.revision not in (None, "main") else ""
+        at = f" `revision={found.revision!r}`" if found.revision not in (None, "main") else ""
         raise UsageError(f"{shown(name)}: names {shown(found.path_in_repo)} inside a model; name it: {found.id}{at}")
     return found.id, found.revision
 
