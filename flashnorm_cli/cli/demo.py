@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashnorm_cli.cli import options
+from flashnorm_cli.cli.fold import fold_json
 from flashnorm_cli.cli.output import Output
 from flashnorm_cli.cli.tables import aligned
 from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_OK
@@ -23,12 +24,14 @@ def demo(
         Path | None,
         typer.Argument(help="Keep the folded model in this folder.", show_default="a temporary folder"),
     ] = None,
+    to: options.OutputOpt = None,
     json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
     debug: options.DebugOpt = False,
 ) -> None:
     """Fold the small trained Llama that comes with flashnorm, offline, and compare it with its source."""
     out = Output(json, quiet)
+    output = options.one_output(output, to)
     with TemporaryDirectory() as scratch, out.progress() as report:
         report(0, 0, "Folding and comparing the demo model")
         from flashnorm_cli.demo import run_demo
@@ -36,7 +39,7 @@ def demo(
         result = run_demo(output or Path(scratch) / "demo-FlashNorm")
     out.data(
         {
-            **result.verification.to_json(),
+            **fold_json(result.fold, result.verification),
             "text_source": result.text_source,
             "text_folded": result.text_folded,
             "output": str(output) if output else None,

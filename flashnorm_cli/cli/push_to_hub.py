@@ -79,8 +79,10 @@ def push_to_hub(
             dry_run=dry_run,
             on_progress=report,
         )
-    out.data(result.to_json())
+    out.data({"folded": str(folded), **result.to_json()})
     out.text(*(_plan_of(result) if result.dry_run else done(result)))
+    if result.dry_run:
+        out.text(result.card.rstrip(), verbatim=True)
     out.remark(*leftovers(folded, str(base_model or folded)))
 
 
@@ -91,7 +93,7 @@ def _plan_of(result: PushResult) -> list[str]:
     lines = [f"Would upload to {result.url}{_branch(result)}:", "", *aligned(rows, right=[0], least=[9])]
     if result.unchanged:
         lines.append(f"{len(result.unchanged)} more files are there already")
-    return [*lines, "", *_page(result), "", "The card:", "", result.card.rstrip()]
+    return [*lines, "", *_page(result), "", "The card:", ""]
 
 
 def done(result: PushResult) -> list[str]:

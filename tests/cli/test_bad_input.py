@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from documents import document
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OlmoConfig, OlmoForCausalLM
 
 import flashnorm_cli
@@ -850,7 +851,7 @@ def test_disk_full_then_resumed(
     subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
     code, out, err = run("fold model disk/out --json", capsys)
     assert (code, err) == (0, "")
-    assert json.loads(out)["resumed_shards"] == [FIRST]
+    assert document(out)["resumed_shards"] == [FIRST]
     assert [p.name for p in small_disk.iterdir()] == ["out"]
     assert tree(place / "model") == before
 

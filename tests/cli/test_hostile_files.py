@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from command_line import run
+from documents import document
 from small import tiny_llama
 
 from flashnorm_cli.adapters.kinds import check_adapter_config
@@ -89,7 +90,7 @@ def test_names_from_files_on_stdout_and_stderr(
     shown = capsys.readouterr()
     assert "\\x1b[2J" in shown.out and all(line.isprintable() for line in (shown.out + shown.err).splitlines())
     assert run("plan", model, "--json") == 0
-    assert ESCAPES in json.loads(capsys.readouterr().out)["unread"]
+    assert ESCAPES in document(capsys.readouterr().out)["plan"]["unread"]
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "model_type": ESCAPES}))
     assert run("plan", model) == 1
@@ -323,7 +324,7 @@ def test_a_folder_that_goes_away_does_not_take_the_result(
         arguments = ("--level", "weights", "--no-record", "--report", folder / "r.html", *extra)
         assert run("verify", source / "folded", *arguments) == 1
         shown = capsys.readouterr()
-        verdict = json.loads(shown.out)["verdict"] if extra else shown.out
+        verdict = document(shown.out)["verdict"] if extra else shown.out
         assert verdict.lower().startswith("as planned, not run")
         assert "r.html" in shown.err and "bug" not in shown.err and len(shown.err.splitlines()) == 1
 
@@ -345,7 +346,7 @@ def test_a_measurement_is_printed_though_it_cannot_be_saved(
     bench = "bench --device cpu --dtype float32 --hidden 64 --tokens 2 --trials 1 --json --save".split()
     assert run(*bench, folder / "x.json") == 1
     shown = capsys.readouterr()
-    assert json.loads(shown.out) and "x.json" in shown.err and "bug" not in shown.err
+    assert document(shown.out)["benchmark"]["results"] and "x.json" in shown.err and "bug" not in shown.err
     assert run(*bench, tmp_path / "none" / "x.json") == 2
     assert run(*bench, "/proc/x.json") == 1
 
