@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from flashnorm_cli.adapters.files import CONFIG, Adapter, open_adapter, refuse_folded_adapter, same_model
 from flashnorm_cli.adapters.kinds import refuse_unfoldable
 from flashnorm_cli.checkpoint.carry import check_names
-from flashnorm_cli.checkpoint.model import Checkpoint, LeftOut, Progress, Source
+from flashnorm_cli.checkpoint.model import Checkpoint, LeftOut, Progress, Source, folder_name
 from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.checkpoint.output import check_output
+from flashnorm_cli.checkpoint.progress import with_notebook_bar
 from flashnorm_cli.display import Shown
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.record.read import FoldRecord, record_of_base, recorded_source
@@ -70,6 +71,7 @@ class AdapterResult(Shown):
         }
 
 
+@with_notebook_bar
 def fold_adapter(
     adapter: str | Path,
     base: str | Path,
@@ -173,7 +175,7 @@ def _output_folder(
     adapter: Adapter, base: Checkpoint, output: str | Path | None, source: str | Path | None, overwrite: bool
 ) -> Path:
     """Where the folded adapter goes. Raises UsageError where that could lose something."""
-    name = adapter.source.name.rsplit("/", 1)[-1] if adapter.commit else adapter.folder.resolve().name
+    name = adapter.source.name.rsplit("/", 1)[-1] if adapter.commit else folder_name(adapter.source.name)
     wanted = Path(output) if output else Path(f"{name}-FlashNorm")
     check_names(wanted, adapter.others)
     target = check_output(wanted, overwrite, adapter.folder, config=CONFIG, what="an adapter")

@@ -34,6 +34,9 @@ from flashnorm_cli.norms import info, rms_norm
 ROTATE = 400_000_000  # bytes that the buffers of one shape take up together: several times an L2
 HIDDEN = (576, 2048, 4096, 8192, 16384)
 TOKENS = (1, 16, 64, 256, 4096, 65536)
+CPU_HIDDEN, CPU_TOKENS = (576, 2048, 4096, 8192), (1, 16, 256, 4096)
+QUICK_HIDDEN, QUICK_TOKENS = (2048, 8192), (1, 256)
+ON_CPU = ("F.rms_norm(None)", "F.rms_norm(weight)", "notebook swap", "transformers")
 
 
 @dataclass
@@ -170,7 +173,9 @@ def record(command: str, results: Sequence[Measurement], **more: Any) -> dict[st
         "norms": info(),
         "versions": versions,
         "method": (
-            f"CUDA graphs of repeated calls, in turns, buffers rotated over {ROTATE // 10**6} MB or 100 sets; "
+            "host time of repeated calls, in turns; us: median"
+            if more.get("device") == "cpu"
+            else f"CUDA graphs of repeated calls, in turns, buffers rotated over {ROTATE // 10**6} MB or 100 sets; "
             "us: median, spread: 10th and 90th percentile, copy: the fastest of four copy kernels"
         ),
         **more,
@@ -178,24 +183,18 @@ def record(command: str, results: Sequence[Measurement], **more: Any) -> dict[st
     }
 
 
-def measure_cpu(hidden: int, tokens: int, dtype: torch.dtype = torch.bfloat16, trials: int = 11) -> list[Measurement]:
-    """The norms that run on a CPU, where this project's functions are torch's: to see what one would lose or gain."""
+def measure_cpu(
+    hidden: int, tokens: int, dtype: torch.dtype = torch.bfloat16, trials: int = 11, seconds: float | None = None
+) -> list[Measurement]:
+    """The norms that run on a CPU. This project's own is not among them: there it is torch's, F.rms_norm(None).
+
+    After `seconds`, turns that are left are given up.
+    """
     x = [torch.randn(tokens, hidden).to(dtype)]
-    other = [torch.empty_like(x[0])]
-    b = Buffers(x, other, (torch.rand(hidden) * 1.4 + 0.4).to(dtype))
-    found: dict[str, Measurement] = {}
-    calls: dict[str, Call] = {}
-    names = ("flashnorm", "F.rms_norm(None)", "F.rms_norm(weight)", "notebook swap", "transformers")
+    b = Buffers(x, [torch.empty_like(x[0])], (torch.rand(hidden) * 1.4 + 0.4).to(dtype))
+    blank = Measurement("rms_norm", hidden, tokens, str(dtype).removeprefix("torch."), "")
     with torch.no_grad():
-        for name, weighted, make in NORMS:
-            if name not in names:
-                continue
-            # Without `out`, which torch would have to copy into.
-            call = (lambda i: rms_norm(x[i], EPS)) if name == "flashnorm" else make(Buffers(x, other, b.weight))
-            error = wrong_result("rms_norm", weighted, call, b)
-            found[name] = Measurement("rms_norm", hidden, tokens, str(dtype).removeprefix("torch."), name, error=error)
-            if error is None:
-                calls[name] = call
-        for name, us in host_times(calls, max(1, 2_000_000 // (hidden * tokens)), trials).items():
+        found, calls = _checked([row for row in NORMS if row[0] in ON_CPU], b, blank)
+        for name, us in host_times(calls, max(1, 2_000_000 // (hidden * tokens)), trials, seconds).items():
             found[name].us = round(us, 3)
     return list(found.values())

@@ -11,6 +11,7 @@ from typing import Any
 from flashnorm_cli.checkpoint.files import Seen
 from flashnorm_cli.checkpoint.folded import flags_of, in_words, is_ours
 from flashnorm_cli.checkpoint.header import Header, TensorEntry
+from flashnorm_cli.checkpoint.hub_ids import hub_id
 from flashnorm_cli.checkpoint.json_files import read_object
 from flashnorm_cli.display import Shown
 from flashnorm_cli.errors import CheckpointError, FlashNormError
@@ -37,7 +38,7 @@ OTHER_WEIGHTS = (
 ).split()
 
 
-# done bytes, all bytes, what is going on
+# done, all (0 where nothing is counted), what is going on: bytes are counted, or steps where that is a `Steps`
 Progress = Callable[[int, int, str], None]
 
 
@@ -45,7 +46,8 @@ Progress = Callable[[int, int, str], None]
 class Source:
     """Where a checkpoint comes from, a folder or a Hub id, and how to reach it, as in huggingface_hub.
 
-    `follow_links`: links of a folder are followed also where they lead out of it.
+    The address of a page on the Hub becomes its id. `follow_links`: links of a folder are followed also where they lead
+    out of it.
     """
 
     name: str
@@ -54,6 +56,11 @@ class Source:
     cache_dir: Path | None = None
     local_files_only: bool = False
     follow_links: bool = False
+
+    def __post_init__(self) -> None:
+        name, revision = hub_id(self.name, self.revision)
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "revision", revision)
 
 
 @dataclass(frozen=True)
@@ -105,9 +112,18 @@ class Checkpoint(Shown):
     @property
     def name(self) -> str:
         """The last part of the folder's or repository's name."""
-        if self.commit is not None:
-            return self.source.name.rsplit("/", 1)[-1]
-        return Path(self.source.name).expanduser().resolve().name
+        return self.source.name.rsplit("/", 1)[-1] if self.commit is not None else folder_name(self.source.name)
+
+
+def folder_name(path: str | Path) -> str:
+    """What a folder is called: a link by its own name, a snapshot in the Hub's cache by its repository's."""
+    here = Path(path).expanduser()
+    if here.name in ("", ".."):
+        here = here.resolve()
+    repository = here.absolute().parent.parent.name
+    if here.absolute().parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rsplit("--", 1)[-1]
+    return here.name
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from traceback import walk_tb
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -19,9 +20,11 @@ from flashnorm_cli.cli.demo import demo
 from flashnorm_cli.cli.doctor import doctor
 from flashnorm_cli.cli.fold import fold
 from flashnorm_cli.cli.fold_adapter import fold_adapter
-from flashnorm_cli.cli.output import printable, stdout_errors
+from flashnorm_cli.cli.help import Command, Group
+from flashnorm_cli.cli.output import stdout_errors
 from flashnorm_cli.cli.plan import plan
 from flashnorm_cli.cli.push_to_hub import push_to_hub
+from flashnorm_cli.cli.text import printable
 from flashnorm_cli.cli.verify import verify
 from flashnorm_cli.cli.wording import in_flags
 from flashnorm_cli.errors import EXIT_ERROR, EXIT_USAGE, MOST_OF_A_LINE, FlashNormError, cut, one_line
@@ -44,39 +47,43 @@ def _keeping_stdout(command: Callable[..., None]) -> Callable[..., None]:
 
 app = typer.Typer(
     name="flashnorm",
+    cls=Group,
     help="Fold RMSNorm weights into the linear layers behind them.",
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(epilog=options.examples("flashnorm demo"))(_keeping_stdout(demo))
+app.command(cls=Command, epilog=options.examples("flashnorm demo"))(_keeping_stdout(demo))
 app.command(
+    cls=Command,
     epilog=options.examples(
         "flashnorm plan ./Llama-3.2-1B",
         "flashnorm plan Qwen/Qwen3-30B-A3B",
         "flashnorm plan ./my-model --svg plan.svg",
         "flashnorm plan ./my-model --trust-remote-code --json",
-    )
+    ),
 )(_keeping_stdout(plan))
 app.command(
+    cls=Command,
     epilog=options.examples(
         "flashnorm fold ./Llama-3.2-1B",
         "flashnorm fold Qwen/Qwen3-8B ./qwen3-8b-folded --workers 8",
         "flashnorm fold google/gemma-3-1b-it --final-norm keep --json",
         "flashnorm fold deepseek-ai/DeepSeek-V3.1 --push-to me/DeepSeek-V3.1-FlashNorm --private",
         "flashnorm fold /nfs/Kimi-K2 /nfs/Kimi-K2-FlashNorm --dask tcp://10.0.0.1:8786",
-    )
+    ),
 )(_keeping_stdout(fold))
 app.command(
+    cls=Command,
     epilog=options.examples(
         "flashnorm verify ./Llama-3.2-1B-FlashNorm",
         "flashnorm verify ./out --level weights --level layers",
         "flashnorm verify ./out --report report.html",
         "flashnorm verify someone/gemma-3-1b-FlashNorm --source google/gemma-3-1b-it --json",
-    )
+    ),
 )(_keeping_stdout(verify))
 app.command(
-    "fold-adapter",
+    name="fold-adapter",
+    cls=Command,
     epilog=options.examples(
         "flashnorm fold-adapter ./my-lora --base ./Llama-3.2-1B-FlashNorm",
         "flashnorm fold-adapter someone/qwen3-lora --base ./qwen3-8b-folded --source Qwen/Qwen3-8B ./qwen3-lora-folded",
@@ -84,6 +91,7 @@ app.command(
     ),
 )(_keeping_stdout(fold_adapter))
 app.command(
+    cls=Command,
     name="push-to-hub",
     epilog=options.examples(
         "flashnorm push-to-hub ./Llama-3.2-1B-FlashNorm me/Llama-3.2-1B-FlashNorm --dry-run",
@@ -93,14 +101,17 @@ app.command(
     ),
 )(_keeping_stdout(push_to_hub))
 app.command(
+    cls=Command,
     epilog=options.examples(
         "flashnorm bench",
         "flashnorm bench --hidden 4096 --tokens 1 --tokens 4096 --plot norms.svg",
         "flashnorm bench llama-3.2-1b",
         "flashnorm bench ./my-model --config-only --batch 8 --json",
-    )
+    ),
 )(_keeping_stdout(bench))
-app.command(epilog=options.examples("flashnorm doctor", "flashnorm doctor --json"))(_keeping_stdout(doctor))
+app.command(cls=Command, epilog=options.examples("flashnorm doctor", "flashnorm doctor --json"))(
+    _keeping_stdout(doctor)
+)
 
 
 def _print_version(value: bool) -> None:
@@ -193,8 +204,28 @@ def _words(error: Exception) -> tuple[str, int]:
         return "not enough memory", EXIT_ERROR
     if isinstance(error, RuntimeError) and "home directory" in words:  # pathlib's, of `~nobody/model`
         return "a path begins with ~, and there is no such user's home directory", EXIT_USAGE
+    if (broken := _failed_import(error)) is not None:
+        what = cut(f"{type(broken).__name__}: {' '.join(str(broken).split())}", MOST_OF_A_LINE // 2)
+        return (
+            f"a package that flashnorm needs cannot be imported ({what}): install flashnorm in a new environment",
+            EXIT_ERROR,
+        )
     bug = "(a bug in flashnorm: please report it with the output of --debug)"
     return f"{type(error).__name__}: {cut(words, MOST_OF_A_LINE // 2)} {bug}", EXIT_ERROR
+
+
+def _failed_import(error: BaseException) -> BaseException | None:
+    """The error that kept another package from being imported: packages of different builds side by side, say."""
+    while (cause := error.__cause__ or error.__context__) is not None:  # transformers hides it behind one of its own
+        error = cause
+    modules = [
+        f.f_globals.get("__name__", "") for f, _ in walk_tb(error.__traceback__) if f.f_code.co_name == "<module>"
+    ]
+    others = [
+        name for name in modules if name.split(".")[0] not in ("__main__", "flashnorm_cli", "transformers_modules")
+    ]
+    missing = isinstance(error, ImportError) and not (error.name or "").startswith("flashnorm_cli")
+    return error if others or missing else None
 
 
 def _fail(kind: str, message: str, code: int) -> int:

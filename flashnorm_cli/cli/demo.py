@@ -24,12 +24,14 @@ def demo(
         Path | None,
         typer.Argument(help="Keep the folded model in this folder.", show_default="a temporary folder"),
     ] = None,
+    to: options.OutputOpt = None,
     json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
     debug: options.DebugOpt = False,
 ) -> None:
     """Fold the small trained Llama that comes with flashnorm, offline, and compare it with its source."""
     out = Output(json, quiet)
+    output = options.one_output(output, to)
     with TemporaryDirectory() as scratch, out.progress() as report:
         report(0, 0, "Folding and comparing the demo model")
         from flashnorm_cli.demo import run_demo

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from flashnorm_cli.checkpoint.hub_ids import hub_id
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output
 from flashnorm_cli.cli.plan import left_out_lines, norm_lines
 from flashnorm_cli.cli.push_to_hub import done
-from flashnorm_cli.cli.verify import exit_code, summary
+from flashnorm_cli.cli.summary import summary
+from flashnorm_cli.cli.verify import exit_code
 from flashnorm_cli.errors import EXIT_NOT_RUN, EXIT_OK, UsageError
 from flashnorm_cli.plan.wording import sentences, size
 
@@ -33,6 +35,7 @@ def fold(
         Path | None,
         typer.Argument(help="The folder to write; by default ./<name>-FlashNorm.", show_default=False),
     ] = None,
+    to: options.OutputOpt = None,
     layout: Annotated[
         options.Layout,
         typer.Option(
@@ -96,6 +99,7 @@ def fold(
     fold goes on where it stopped when the same command is run again.
     """
     out = Output(json, quiet)
+    output, (model, revision) = options.one_output(output, to), hub_id(model, revision)
     if push_to is None and (private is not None or commit_message is not None or create_pr):
         raise UsageError("--private, --commit-message and --create-pr need --push-to")
     if seed is not None and rotate is None:
@@ -156,6 +160,17 @@ def fold_json(result: FoldResult | StreamResult, verification: Verification | No
 
 def _show(out: Output, result: FoldResult, verification: Verification | None) -> None:
     out.data(fold_json(result, verification))
+    if result.already_done:
+        out.text(f"Already done: {result.output} holds this fold. Nothing was written.")
+    else:
+        _show_written(out, result)
+    if verification is None:
+        out.next(f"flashnorm verify {shlex.quote(str(result.output))}")
+    else:
+        out.text("", *summary(verification))
+
+
+def _show_written(out: Output, result: FoldResult) -> None:
     out.text(*_outcome(result))
     planning, writing, flushing = result.seconds
     out.text(
@@ -163,10 +178,6 @@ def _show(out: Output, result: FoldResult, verification: Verification | None) ->
         f"{flushing:.1f} s more:",
         str(result.output),
     )
-    if verification is None:
-        out.next(f"flashnorm verify {shlex.quote(str(result.output))}")
-    else:
-        out.text("", *summary(verification))
 
 
 def show_streamed(out: Output, result: StreamResult) -> None:

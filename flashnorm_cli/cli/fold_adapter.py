@@ -22,6 +22,7 @@ def fold_adapter(
         Path | None,
         typer.Argument(help="The folder to write; by default ./<name>-FlashNorm.", show_default=False),
     ] = None,
+    to: options.OutputOpt = None,
     base: Annotated[
         str, typer.Option(help="The folded checkpoint that it is to run on: a folder or a Hub id.", show_default=False)
     ] = ...,  # type: ignore[assignment]
@@ -55,7 +56,7 @@ def fold_adapter(
         result = run(
             adapter,
             base,
-            output,
+            options.one_output(output, to),
             source=source,
             revision=revision,
             base_revision=base_revision,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from flashnorm_cli.checkpoint.hub_ids import hub_id
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output, check_writable
 from flashnorm_cli.cli.tables import aligned
@@ -60,7 +61,7 @@ def plan(
 ) -> None:
     """Show which norms a fold would fold, which it keeps, and why. Reads headers, never weights."""
     alone = _document_alone(svg, emit, emit_to, json)
-    output = Output(json, quiet)
+    output, (model, revision) = Output(json, quiet), hub_id(model, revision)
     if alone:
         output.keep_stdout()
     with output.progress() as report:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import shutil
-import sys
 from collections.abc import Collection, Sequence
 from io import StringIO
 from itertools import pairwise
 
+from flashnorm_cli.cli import session
+from flashnorm_cli.cli.text import columns
 from flashnorm_cli.cli.wording import in_flags
 from flashnorm_cli.errors import one_line
 
@@ -26,7 +26,7 @@ def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = (), least: S
     Returns:
         A line a row; more of them, within the column, for the longest cells where stdout is a narrower terminal.
     """
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else NO_END
+    width = columns(session.current().stream) or NO_END
     return _laid_out([[one_line(in_flags(cell)) for cell in row] for row in rows], right, least, width)
 
 
@@ -64,10 +64,10 @@ def text_table(head: Sequence[str], lines: Sequence[Sequence[str]], width: int =
             rows.append([""] * len(head))
         rows.append(list(line))
     text: list[str] = []
-    for columns in parts:
-        shown = [[row[i] for i in columns] for row in rows]
+    for part in parts:
+        shown = [[row[i] for i in part] for row in rows]
         text += [""] if text else []
-        text += _laid_out(shown, [at for at, i in enumerate(columns) if i in right], (), NO_END)
+        text += _laid_out(shown, [at for at, i in enumerate(part) if i in right], (), NO_END)
     return text
 
 
@@ -91,7 +91,7 @@ def _laid_out(rows: Sequence[Sequence[str]], right: Collection[int], least: Sequ
     for i in range(len(rows[0])):
         grid.add_column(
             justify="right" if i in right else "left",
-            vertical="bottom",
+            vertical="bottom" if width == NO_END else "top",  # heads of several lines stand on the rule
             min_width=least[i] if i < len(least) else None,
             overflow="fold",
         )

@@ -22,17 +22,20 @@ from flashnorm_cli.checkpoint.carry import check_names
 from flashnorm_cli.checkpoint.model import Checkpoint, LeftOut, Progress, Source, refuse_adapter, refuse_folded
 from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.checkpoint.output import check_output, flush, not_an_output, work_folder
+from flashnorm_cli.checkpoint.progress import with_notebook_bar
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE, read_tensors
 from flashnorm_cli.checkpoint.work import source_name
 from flashnorm_cli.choices import FinalNorm, Layout, Rotation
 from flashnorm_cli.display import Shown
 from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
 from flashnorm_cli.folding.engine import Engine, any_executor, dask_engine, in_turn, processors
+from flashnorm_cli.folding.finished import not_this_fold, older_fold
 from flashnorm_cli.folding.jobs import shard_edits
 from flashnorm_cli.folding.writing import Writing
 from flashnorm_cli.plan.model import ROTATIONS, Plan
 from flashnorm_cli.plan.planner import FINAL_NORM_CHOICES, make_plan
 from flashnorm_cli.record import write as record
+from flashnorm_cli.record.read import FoldRecord
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +47,8 @@ class FoldResult(Shown):
 
     `flushed` counts, per tensor, products that became zero; `resumed` are shards that an earlier run had finished;
     `seconds` are those of planning, of writing, and of waiting until the disk has everything. `notes` say what else
-    happened: what an earlier run had left, and what could not be removed.
+    happened: what an earlier run had left, and what could not be removed. `already_done` says that an earlier run had
+    finished this very fold, and that nothing was written.
     """
 
     output: Path
@@ -56,6 +60,7 @@ class FoldResult(Shown):
     left_out: tuple[LeftOut, ...]
     seconds: tuple[float, float, float]
     notes: tuple[str, ...] = ()
+    already_done: bool = False
 
     def _facts(self) -> dict[str, Any]:
         folded, kept = len(self.plan.folded), len(self.plan.kept)
@@ -69,6 +74,7 @@ class FoldResult(Shown):
             **summary,
             "output": str(self.output),
             "layout": self.layout,
+            "already_done": self.already_done,
             "bytes_written": self.bytes_written,
             "flushed_to_zero": self.flushed,
             "resumed_shards": list(self.resumed),
@@ -78,6 +84,7 @@ class FoldResult(Shown):
         }
 
 
+@with_notebook_bar
 def fold(
     model: str | Path,
     output: str | Path | None = None,
@@ -115,11 +122,13 @@ def fold(
             stand for; see docs/rotation.md.
         workers: threads per shard; by default the number of processors, 8 at most, and one where several shards are
             folded at a time elsewhere.
-        overwrite: replace an output folder that holds a folded checkpoint.
+        overwrite: replace an output folder that holds a folded checkpoint. Without it, a folder that holds this very
+            fold already is left as it is.
         follow_links: carry over also what links of the source lead to that lead out of its folder.
         dask: address of a dask scheduler whose workers share source and output folder with this machine.
         executor: any other concurrent.futures executor; its workers share both folders, too.
-        on_progress: called with (bytes done, bytes in all, what is going on).
+        on_progress: called with (done, all, what is going on): bytes, or steps where that is a `Steps`. In a notebook a
+            bar is shown where there is none.
     Returns:
         The folder, the plan, and what was written. `verify(result.output)` proves that it is the same model.
     Raises:
@@ -169,8 +178,13 @@ def _fold(
     refuse_adapter(checkpoint)
     wanted = Path(output) if output else Path(f"{checkpoint.name}-FlashNorm")
     check_names(wanted, (*checkpoint.shards, *checkpoint.others))
-    target = check_output(wanted, overwrite, checkpoint.folder)
+    older = None if overwrite else older_fold(wanted)
+    target = check_output(wanted, overwrite or older is not None, checkpoint.folder)
     plan = plan_fold(checkpoint, planning.final_norm, planning.trust_remote_code, report, planning.rotation)
+    if older is not None:
+        if why := not_this_fold(checkpoint, plan, layout, target, older):
+            raise UsageError(f"{wanted}: exists already, and {why}; `overwrite=True` replaces it")
+        return _already_done(target, plan, layout, older, checkpoint.left_out, time.monotonic() - started)
     if checkpoint.commit is not None:
         report(0, 0, f"Downloading {source.name}")
         headers, checkpoint = (
@@ -208,6 +222,23 @@ def _fold(
         left_out=checkpoint.left_out,
         seconds=seconds,
         notes=tuple(work.notes),
+    )
+
+
+def _already_done(
+    target: Path, plan: Plan, layout: str, older: FoldRecord, left_out: tuple[LeftOut, ...], seconds: float
+) -> FoldResult:
+    flushed = older.content.get("flushed_to_zero")
+    return FoldResult(
+        output=target,
+        plan=plan,
+        layout=layout,
+        bytes_written=0,
+        flushed=flushed if isinstance(flushed, dict) else {},
+        resumed=(),
+        left_out=left_out,
+        seconds=(seconds, 0.0, 0.0),
+        already_done=True,
     )
 
 

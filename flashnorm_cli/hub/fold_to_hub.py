@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 from flashnorm_cli.checkpoint.carry import carry_over
 from flashnorm_cli.checkpoint.disk import write_text
 from flashnorm_cli.checkpoint.hub_errors import hub_errors
+from flashnorm_cli.checkpoint.hub_ids import hub_id, repository_id
 from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, LeftOut, Progress, Source, read_json
 from flashnorm_cli.checkpoint.output import work_folder
+from flashnorm_cli.checkpoint.progress import with_notebook_bar
 from flashnorm_cli.choices import FinalNorm, Layout
 from flashnorm_cli.display import Shown
 from flashnorm_cli.errors import FlashNormError, UsageError
@@ -96,6 +98,7 @@ class StreamResult(Shown):
         }
 
 
+@with_notebook_bar
 def fold_to_hub(
     model: str,
     repo_id: str,
@@ -140,6 +143,7 @@ def fold_to_hub(
     from huggingface_hub import HfApi, get_token
 
     check_options(final_norm, layout, workers)
+    (model, revision), repo_id = hub_id(model, revision), repository_id(repo_id)
     check_call(model, repo_id, None, create_pr, workers)
     if dask is not None and executor is not None:
         raise UsageError("`dask` and `executor` exclude each other")

@@ -17,6 +17,7 @@ from typing import Any
 
 from flashnorm_cli.checkpoint.hub_errors import RETRY_STATUS, WAITS, first_line, status_of, wait_after, with_retry
 from flashnorm_cli.checkpoint.model import LeftOut, Progress
+from flashnorm_cli.checkpoint.progress import shard_of
 from flashnorm_cli.display import Shown
 from flashnorm_cli.errors import FlashNormError
 from flashnorm_cli.hub.card import REPORT
@@ -291,9 +292,9 @@ def _send(plan: _Commit, report: Progress, stored: Mapping[str, Any]) -> list[An
     small = [upload for upload in to_send if upload.path not in plan.contents.shards]
     groups = [[upload] for upload in to_send if upload.path in plan.contents.shards] + ([small] if small else [])
     total, done = sum(upload.size for upload in to_send), 0
-    for group in groups:
+    for i, group in enumerate(groups):
         first = group[0]
-        shown = "Uploading other files" if group is small else f"Uploading {first.path}"
+        shown = "Uploading other files" if group is small else shard_of(i, len(to_send) - len(small), "Uploading")
 
         def so_far(n: int, start: int = done, shown: str = shown) -> None:
             report(start + n, total, shown)

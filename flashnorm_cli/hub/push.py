@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashnorm_cli.checkpoint.hub_errors import first_line, hub_errors, with_retry
+from flashnorm_cli.checkpoint.hub_ids import repository_id
 from flashnorm_cli.checkpoint.leftover import refuse_unfinished
 from flashnorm_cli.checkpoint.model import RECORD, Checkpoint, Progress, Source
 from flashnorm_cli.checkpoint.open import open_checkpoint
+from flashnorm_cli.checkpoint.progress import with_notebook_bar
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.hub.base import base_info, find_base
 from flashnorm_cli.hub.contents import Fold, file_hashes, make_contents
@@ -34,6 +36,7 @@ NO_BASE = (
 NOT_ASKED = "not logged in, so the Hub was not asked: neither the repository nor the source is known"
 
 
+@with_notebook_bar
 def push_to_hub(
     folded: str | Path,
     repo_id: str,
@@ -70,6 +73,7 @@ def push_to_hub(
         FlashNormError: the checkpoint is not fit to be published, or the Hub said no; the message says what to do.
     """
     report = on_progress or (lambda done, total, what: None)
+    repo_id, base_model = repository_id(repo_id), repository_id(base_model) if base_model else None
     check_call(folded, repo_id, revision, create_pr, workers)
     report(0, 0, "Reading headers")
     checkpoint = _open_folded(Path(str(folded)).expanduser(), str(folded))

@@ -11,6 +11,9 @@ from flashnorm_cli.checkpoint.names import any_number, grouped, pattern_of
 if TYPE_CHECKING:
     from flashnorm_cli.plan.model import Norm, Plan
 
+A_LOT = 0.1  # of a model's bytes: what untying may add without a word
+MOST_NAMES = 3
+
 HEADS = {
     "folded": "the final norm is folded into the output head",
     "untied": "the final norm is folded into an output head of its own, no longer tied to the embedding",
@@ -73,6 +76,13 @@ def sentences(plan: Plan) -> list[str]:
         f"{size(plan.bytes_changed)} change, {size(plan.bytes_added)} are added; "
         f"flashnorm_folded: {str(plan.folded_flag).lower()}.",
     ]
+    if not plan.folded_flag and plan.folded:
+        lines.append(_why_no_flag(plan))
+    if plan.untie and plan.bytes_added > plan.bytes_total * A_LOT:
+        lines.append(
+            f"The head of its own makes the model {plan.bytes_added / plan.bytes_total:.0%} larger; "
+            '`final_norm="keep"` leaves it tied, and the final norm as it is.'
+        )
     if plan.rotation:
         lines.append(
             f"The residual stream ({plan.rotation.size} channels) is rotated in {len(plan.rotation.tensors)} tensors: "
@@ -83,6 +93,18 @@ def sentences(plan: Plan) -> list[str]:
     if plan.unread:
         lines.append(f"On disk but not read by the model, left alone: {', '.join(p for p, _ in grouped(plan.unread))}")
     return lines + [f"Note: {note}." for note in plan.notes]
+
+
+def _why_no_flag(plan: Plan) -> str:
+    """What it means that `flashnorm_folded` is false, with the norms that it is false for."""
+    fed = kinds(norm for norm in plan.kept if norm.readers) or kinds(plan.kept)
+    names = [kind.name.removesuffix(".weight") for kind in fed]
+    more = f" and {len(names) - MOST_NAMES} other kinds of norms" if len(names) > MOST_NAMES else ""
+    need = "still needs its" if len(names) == 1 else "still need their"
+    return (
+        "flashnorm_folded is false: a runtime that reads it drops every norm's weight, and "
+        f"{', '.join(names[:MOST_NAMES])}{more} {need} own. What is folded is folded all the same."
+    )
 
 
 def size(number: float) -> str:

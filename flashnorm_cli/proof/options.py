@@ -13,6 +13,7 @@ from flashnorm_cli.checkpoint.model import Source
 from flashnorm_cli.choices import Dtype, Level, Runtime
 from flashnorm_cli.errors import UsageError
 from flashnorm_cli.proof.result import LEVELS, MAX_ALGEBRA_ERROR, MAX_NOISE_RATIO
+from flashnorm_cli.proof.tasks import task_names
 
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -22,7 +23,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class VerifyOptions:
     """What is run, on what, and what counts as equivalent: the arguments of `verify`.
 
-    Raises UsageError for values that contradict themselves or this machine.
+    Raises UsageError for task files without a task, and for values that contradict themselves or this machine.
     """
 
     levels: tuple[Level, ...] = LEVELS
@@ -52,6 +53,7 @@ class VerifyOptions:
             raise UsageError("`max_algebra` and `max_ratio` have to be greater than 0, and finite")
         if self.text is not None and self.token_ids is not None:
             raise UsageError("`text` and `token_ids` exclude each other")
+        task_names(self.tasks)
         _check_device(self.device)
 
 

@@ -63,7 +63,7 @@ def check_users(pair: Pair, options: VerifyOptions, report: Progress) -> LevelRe
         if hasattr(setting.config, "quantization_config") or setting.from_disk:
             why = "it takes the float32 model in memory"
             return LevelResult("users", "skipped", reason=f"{_names(users, generates)}: not compared, {why}")
-        report(0, 0, "What users of hidden states read")
+        report(0, 0, "Comparing what users of hidden states read")
         comparison = _Comparison(setting, users, generates, wide, options)
         rows, findings, missing = comparison.run()
     figures = UsersFigures(tuple(rows))

@@ -14,6 +14,7 @@ from flashnorm_cli._version import __version__
 from flashnorm_cli.adapters.files import CONFIG as ADAPTER
 from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, Progress, Source, read_json
 from flashnorm_cli.checkpoint.open import open_checkpoint
+from flashnorm_cli.checkpoint.progress import with_notebook_bar
 from flashnorm_cli.choices import Dtype, Level, Runtime
 from flashnorm_cli.errors import CheckpointError, FolderError, UsageError
 from flashnorm_cli.proof.levels import run_levels, threads
@@ -33,6 +34,7 @@ from flashnorm_cli.record.read import ADD_SOURCE, FoldRecord, recorded_source
 Word = TypeVar("Word", bound=str)
 
 
+@with_notebook_bar
 def verify(
     folded: str | Path,
     source: str | Path | None = None,

@@ -1,4 +1,4 @@
-"""`flashnorm bench` and `flashnorm doctor` without a GPU, and what a benchmark does with a wrong contender."""
+"""`flashnorm bench` without a GPU, and what a benchmark does with a wrong contender."""
 
 import json
 
@@ -21,7 +21,8 @@ def test_kernels_on_a_cpu(tmp_path, capsys):
     assert data == json.loads(save.read_text())
     assert data["device"] == "cpu" and data["norms"]["path"] == "torch"
     contenders = {r["contender"]: r for r in data["results"]}
-    assert {"flashnorm", "F.rms_norm(None)", "notebook swap", "transformers"} <= set(contenders)
+    # Ours is torch's there: it is not timed beside itself.
+    assert set(contenders) == {"F.rms_norm(None)", "F.rms_norm(weight)", "notebook swap", "transformers"}
     assert all(r["us"] > 0 and r["error"] is None for r in contenders.values())
     assert run("bench", "--hidden", 64, "--tokens", 3, "--trials", 2) == 0
     assert "CPU" in capsys.readouterr().out
@@ -57,7 +58,7 @@ def test_a_wrong_contender_is_shown_and_not_timed(monkeypatch):
     monkeypatch.setattr(kernels, "NORMS", [n for n in kernels.NORMS if n[0] != "transformers"] + [wrong])
     found = {r.contender: r for r in kernels.measure_cpu(64, 5, torch.float32, 2)}
     assert found["transformers"].us is None and "wrong" in found["transformers"].error
-    assert found["flashnorm"].us > 0
+    assert found["F.rms_norm(None)"].us > 0
 
 
 @pytest.mark.parametrize(
@@ -81,11 +82,3 @@ def test_bad_input_is_one_line(arguments, code, says, capsys, tmp_path, monkeypa
     error = capsys.readouterr().err
     assert says in error and error.strip().count("\n") == 0
     assert not list(tmp_path.iterdir())
-
-
-def test_doctor(capsys):
-    assert run("doctor", "--json") == 0
-    data = document(capsys.readouterr().out)["runs_on"]
-    assert data["path"].startswith("cuda") or data["reason"]
-    assert run("doctor") == 0
-    assert data["torch"] in capsys.readouterr().out

@@ -98,3 +98,18 @@ def test_bytes_are_worded_once() -> None:
     told = dataclasses.replace(plan(), bytes_changed=999_960)
     assert "1.0 MB change" in wording.sentences(told)[1]
     assert "1.0\u00a0MB changed" in page_of(told)
+
+
+def test_a_flag_that_is_false_is_explained() -> None:
+    false = dataclasses.replace(plan(), folded_flag=False)
+    line = next(line for line in wording.sentences(false) if line.startswith("flashnorm_folded is false: "))
+    assert "and model.layers.*.moe_norm still needs its own" in line
+    assert not any("is false: " in line for line in wording.sentences(plan()))
+
+
+@pytest.mark.parametrize(("added", "told"), [(100_000, False), (123_456, False), (247_000, True)])
+def test_an_untied_head_that_costs_much_names_the_way_out(added: int, told: bool) -> None:
+    untied = dataclasses.replace(plan(), untie=True, bytes_added=added)
+    lines = [line for line in wording.sentences(untied) if 'final_norm="keep"' in line]
+    assert bool(lines) is told
+    assert not told or "makes the model 20% larger" in lines[0]

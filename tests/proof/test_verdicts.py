@@ -1,6 +1,7 @@
 """The three verdicts, and what `verify` may not do: call equivalent what did not run, or hide a fault of its own."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -225,7 +226,13 @@ def test_it_says_how_much_of_a_text_it_read(folded: Path, tmp_path: Path, capsys
     text.write_text(HELD_OUT.read_text() * 3)
     assert run("verify", folded, "--level", "logits", "--text", text, "--no-record", "--device", "cpu") == 0
     out = capsys.readouterr().out
-    assert f"judged at 4,096 positions of 4,096 tokens: {text}, the first of its" in out
+    assert re.search(
+        rf"judged at 4,096 positions of 4,096 tokens: {text}, the first of its [\d,]{{6}} tokens; cpu", out
+    )
+    text.write_text(HELD_OUT.read_text()[:500])  # all of a short one
+    assert run("verify", folded, "--level", "logits", "--text", text, "--no-record", "--device", "cpu") == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"judged at \d+ positions of (\d+) tokens: {text}, all of its \1 tokens; cpu", out)
 
 
 # ---- models that do not fit ------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from documents import document
 from flashnorm_cli.demo import MODEL
 from flashnorm_cli.proof import engines as runtimes
 from flashnorm_cli.proof import evaluate
+from flashnorm_cli.proof.tasks import task_names
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,35 @@ def test_without_lm_eval(folded: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert (level["status"], "pip install" in level["reason"]) == ("skipped", True)
 
 
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        ("task: cloze\n", "cloze"),
+        ("include: base.yaml\ntask: cloze\nprocess_docs: !function utils.process\nmore: !other {a: 1}\n", "cloze"),
+        ("group: suite\ntask:\n  - a\n  - b\n", "suite"),
+    ],
+)
+def test_a_file_names_its_task(content: str, name: str, tmp_path: Path) -> None:
+    """Whatever the file is called."""
+    (tmp_path / "file.yml").write_text(content)
+    assert task_names(["arc_easy", str(tmp_path / "file.yml")]) == (["arc_easy", name], [tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "No such file"), ("task: [a", "is not YAML"), ("- a\n", "holds no task"), ("task: 3\n", "holds no task")],
+)
+def test_a_file_without_a_task(
+    content: str | None, says: str, folded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file.yaml"
+    if content is not None:
+        file.write_text(content)
+    assert run("verify", folded, "--eval", file) == 2
+    error = capsys.readouterr().err
+    assert says in error and str(file) in error and error.count("\n") == 1
+
+
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
 def test_lm_eval_on_a_task_of_our_own(folded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (MODEL / "heldout.txt").read_text().replace("\n", " ")
@@ -118,13 +148,13 @@ def test_lm_eval_on_a_task_of_our_own(folded: Path, tmp_path: Path, capsys: pyte
         for i in range(0, 2000, 100)
     ]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
-    (tmp_path / "cloze.yaml").write_text(
+    (tmp_path / "of-ours.yaml").write_text(
         f"task: cloze\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/items.jsonl\n"
         "output_type: multiple_choice\ntest_split: test\ndoc_to_text: '{{ctx}}'\ndoc_to_target: label\n"
         "doc_to_choice: choices\ntarget_delimiter: ''\nmetric_list:\n  - metric: acc\n    aggregation: mean\n"
         "    higher_is_better: true\nmetadata:\n  version: 1.0\n"
     )
-    assert run("verify", folded, "--level", "weights", "--eval", tmp_path / "cloze.yaml", "--json") == 4
+    assert run("verify", folded, "--level", "weights", "--eval", tmp_path / "of-ours.yaml", "--json") == 4
     (row,) = document(capsys.readouterr().out)["levels"]["eval"]["figures"]["tasks"]
     assert row["source"] > 0.9  # trained text against letters
     assert abs(row["delta"]) <= 0.1

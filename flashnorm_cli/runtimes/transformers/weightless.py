@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from flashnorm_cli.adapters.files import adapter_warnings
+from flashnorm_cli.checkpoint.hub_ids import hub_id
 from flashnorm_cli.checkpoint.model import RECORD
 from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError, one_line
 from flashnorm_cli.modeling import build, disk_names
@@ -216,7 +217,8 @@ def from_pretrained(name: str | Path, *, deferred: bool = False, **arguments: An
             `weightless` raises. Other errors are those of transformers.
     """
     path = Path(name).expanduser()
-    where = str(path) if path.is_dir() else str(name)
+    where, revision = (str(path), None) if path.is_dir() else hub_id(str(name), arguments.get("revision"))
+    arguments |= {"revision": revision} if revision else {}
     trust = bool(arguments.get("trust_remote_code"))
     hub = {key: arguments[key] for key in HUB_ARGUMENTS if key in arguments}
     config = build.load_config(where, trust, **hub)
