@@ -115,8 +115,8 @@ def test_make_plan_takes_what_names_a_checkpoint(folded: Path) -> None:
 def test_messages_name_arguments(folded: Path) -> None:
     reasons = {norm.reason for norm in make_plan(MODEL, final_norm="keep").kept}
     assert reasons == {'`final_norm="keep"`'}
-    with pytest.raises(UsageError, match="add `overwrite=True` to replace it"):
-        fold(folded.parent / "source", folded)
+    with pytest.raises(UsageError, match="`overwrite=True` replaces it"):
+        fold(folded.parent / "source", folded, layout="dropped")
     with pytest.raises(UsageError, match="`source_revision` needs `source`"):
         verify(folded, source_revision="main")
     with pytest.raises(UsageError, match=r"`levels` is one of weights, layers, logits, not 'bits'"):

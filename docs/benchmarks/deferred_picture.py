@@ -17,7 +17,8 @@ GROUPS = (
 )
 WAYS = {"stock": "transformers", "stock, coordinate descent": "tuned Inductor", "flashnorm deferred": "flashnorm"}
 PAD, LEFT, UNIT, BAR, GAP, WIDTH = 16, 124, 190, 18, 34, 580
-STYLE = """text{font:13px system-ui,sans-serif;fill:#1f2328}.head{font-weight:600}.panel{fill:#fff}.plain{fill:#afb8c1}.ours{fill:#0b7a5e}
+STYLE = """text{font:13px system-ui,sans-serif;fill:#1f2328}.head{font-weight:600}
+.panel{fill:#fff}.plain{fill:#afb8c1}.ours{fill:#0b7a5e}
 @media(prefers-color-scheme:dark){text{fill:#e6edf3}.panel{fill:#0d1117}.plain{fill:#545d68}.ours{fill:#2fbf96}}"""
 
 

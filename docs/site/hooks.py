@@ -15,6 +15,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from flashnorm_cli.report.project import address
+
 ROOT = Path(__file__).parents[2]
 # Of the repository's own files, those that are pages; every other page lies in docs/.
 PAGES = {
@@ -28,6 +30,12 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?
 FENCED = re.compile(r"(^(?:```|~~~).*?^(?:```|~~~)\s*$|^(?: {4}|\t).*?$)", re.MULTILINE | re.DOTALL)
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """The repository's address, where the project has one."""
+    config.repo_url = config.repo_url or address()
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that lie outside docs/."""
     for path, page in PAGES.items():
@@ -36,7 +44,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links of the repository, as links of the site. A page without headings leaves its table the room of the contents."""
+    """Links of the repository as links of the site. Without headings, a page needs no room for its contents."""
     if "\n## " not in markdown:
         page.meta["hide"] = ["toc"]
     here = REPOSITORY_PATH.get(page.file.src_uri, f"docs/{page.file.src_uri}")

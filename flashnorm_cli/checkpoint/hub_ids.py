@@ -47,9 +47,8 @@ def _parsed(name: str, address: str) -> tuple[str, str | None]:
     if found.type != "model":
         raise UsageError(f"{shown(name)}: is a {found.type}, not a model")
     if found.path_in_repo:
-        at = f', `revision="{shown(found.revision)}"`' if found.revision not in (None, "main") else ""
-        inner = shown(found.path_in_repo)
-        raise UsageError(f"{shown(name)}: names {inner} inside a model; name the model: {found.id}{at}")
+        at = f" `revision={found.revision!r}`" if found.revision not in (None, "main") else ""
+        raise UsageError(f"{shown(name)}: names {shown(found.path_in_repo)} inside a model; name it: {found.id}{at}")
     return found.id, found.revision
 
 

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from traceback import walk_tb
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -210,8 +211,28 @@ def _words(error: Exception) -> tuple[str, int]:
         return "not enough memory", EXIT_ERROR
     if isinstance(error, RuntimeError) and "home directory" in words:  # pathlib's, of `~nobody/model`
         return "a path begins with ~, and there is no such user's home directory", EXIT_USAGE
+    if (broken := _failed_import(error)) is not None:
+        what = cut(f"{type(broken).__name__}: {' '.join(str(broken).split())}", MOST_OF_A_LINE // 2)
+        return (
+            f"a package that flashnorm needs cannot be imported ({what}): install flashnorm in a new environment",
+            EXIT_ERROR,
+        )
     bug = "(a bug in flashnorm: please report it with the output of --debug)"
     return f"{type(error).__name__}: {cut(words, MOST_OF_A_LINE // 2)} {bug}", EXIT_ERROR
+
+
+def _failed_import(error: BaseException) -> BaseException | None:
+    """The error that kept another package from being imported: packages of different builds side by side, say."""
+    while (cause := error.__cause__ or error.__context__) is not None:  # transformers hides it behind one of its own
+        error = cause
+    modules = [
+        f.f_globals.get("__name__", "") for f, _ in walk_tb(error.__traceback__) if f.f_code.co_name == "<module>"
+    ]
+    others = [
+        name for name in modules if name.split(".")[0] not in ("__main__", "flashnorm_cli", "transformers_modules")
+    ]
+    missing = isinstance(error, ImportError) and not (error.name or "").startswith("flashnorm_cli")
+    return error if others or missing else None
 
 
 def _fail(kind: str, message: str, code: int) -> int:

@@ -73,7 +73,7 @@ class Output:
         """Say on stderr, above the bar where there is one, what is known before the result; nothing under --quiet."""
         if not self.quiet:
             with suppress(OSError, ValueError):  # nobody is listening
-                print(shown_on(sys.stderr, one_line(line)), file=sys.stderr, flush=True)
+                print(shown_on(sys.stderr, one_line(in_flags(line))), file=sys.stderr, flush=True)
 
     def width(self, most: int) -> int:
         """How wide a table may be: as the terminal is, at most `most`."""

@@ -17,7 +17,7 @@ from typing import Any
 # The arguments of the public functions that commands have options for.
 OPTIONS = frozenset(
     "adopt base base_model base_revision cache_dir commit_message create_pr dask device dry_run dtype final_norm "
-    "follow_links layout limit local_files_only max_algebra max_ratio output overwrite private record "
+    "follow_links layout limit local_files_only max_algebra max_ratio output overwrite private publish record "
     "revision rotate seed source source_revision text token token_ids trust_remote_code unverified "
     "workers levels runtimes tasks verify".split()
 )

@@ -47,10 +47,10 @@ def verify_on_hub(
     """
     if Path(target.name).expanduser().exists():
         raise UsageError(
-            f"{target.name}: is a folder; a result is published of a fold on the Hub, and a folder by `push_to_hub`"
+            f"{target.name}: is a folder; `publish=True` is for a fold on the Hub, and `push_to_hub` for folders"
         )
     if target.revision not in (None, "main"):
-        raise UsageError("what is published updates the main branch, which excludes `revision`")
+        raise UsageError("`publish=True` updates the main branch, so it excludes `revision`")
     with _copy(target, on_progress) as folder:
         found = check(folder)
         ran = {level.status for level in found.levels}

@@ -46,7 +46,10 @@ def test_addresses(pasted: str, meant: tuple[str, str | None], monkeypatch: pyte
     [
         ("https://huggingface.co/datasets/me/data", "is a dataset, not a model"),
         ("https://huggingface.co/spaces/me/app", "is a space"),
-        ("https://huggingface.co/me/model/tree/v1/onnx", 'names onnx inside a model; name the model: me/model, `revision="v1"`'),
+        (
+            "https://huggingface.co/me/model/tree/v1/onnx",
+            "names onnx inside a model; name it: me/model `revision='v1'`",
+        ),
         ("https://huggingface.co/me/model/blob/main/config.json", "names config.json inside a model"),
         ("https://huggingface.co/me/model/discussions/3", "names no model"),
         ("https://example.com/me/model", "example.com"),

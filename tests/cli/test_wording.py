@@ -62,7 +62,7 @@ def test_options_and_arguments_belong_together() -> None:
     options = set().union(*options_of().values())
     for name in wording.OPTIONS:
         assert wording._flag(name) in options or f"--no-{name}" in options, name
-    assert arguments >= wording.OPTIONS
+    assert wording.OPTIONS - arguments == {"publish"}  # of a fold on the Hub, which no public function verifies
     assert {name for name in arguments if wording._flag(name) in options} <= wording.OPTIONS
     assert set(wording.COMMANDS.values()) <= set(options_of())
 

@@ -296,14 +296,15 @@ def test_private_revision_message(hub: HubServer, push: Push, expected: dict[str
         "--private", "--revision", "folded", "--commit-message", "First", "--json", "--token", TOKEN, HF_TOKEN=""
     )
     done(result)
-    said, repo = document(result.stdout)["published"], hub.repos[TARGET]
+    printed = document(result.stdout)
+    said, repo = printed["published"], hub.repos[TARGET]
     assert (said["revision"], said["private"], said["created"]) == ("folded", True, True)
     assert said["commit"] == repo.refs["folded"]
     assert repo.private
     assert visible(hub) == {}
     assert visible(hub, revision="folded") == expected
     assert repo.history[-1][2] == "First"
-    assert [file["path"] for file in said["sent"]] and said["unchanged"] == []
+    assert {file["name"] for file in printed["sent"]} == {*expected} and printed["unchanged"] == []
 
 
 def test_pull_request(hub: HubServer, push: Push, expected: dict[str, bytes]) -> None:
@@ -422,7 +423,7 @@ def _fail_layers(record: dict[str, Any]) -> None:
 
 
 UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
-    "never verified": (_record(lambda r: r.update(verify=None)), "has not been verified. Verify it first: flashnorm"),
+    "never verified": (_record(lambda r: r.update(verify=None)), "has not been verified. Verify it first: `verify"),
     "failed": (_record(_fail_layers), r"its verification failed \(level layers\)"),
     "not every tensor": (_record(lambda r: r["verify"]["levels"].pop("weights")), "left out level weights"),
     "a bit of a shard": (_flip, rf"its verification is void: {SHARDS[1]} changed since"),
@@ -486,7 +487,7 @@ def test_no_folder_to_publish(folded: Path, tmp_path: Path) -> None:
             tmp_path / "gone", r"gone: its fold is not finished: .*/.gone.partial \([\d,]+ bytes\) is the work folder"
         )
         assert work.path.exists()
-    refused(MODEL, "has no flashnorm.json: it is no fold of flashnorm. Fold the model first: `fold('")
+    refused(MODEL, "has no flashnorm.json: it is no fold of flashnorm. Fold the model first: `fold")
     (out / SHARDS[0]).unlink()
     refused(out, "names model-00001-of-00002.safetensors, which is not there")
 

@@ -560,6 +560,19 @@ def measured(result: dict[str, Any], level: str, what: str) -> str:
     return f"**{ratio:.3g} x**" if ratio is not None else "**caught**"
 
 
+def test_doc_lists_these_mutations() -> None:
+    """Each by its name, model and what is named; a level that has to see it is shown to see it."""
+    lines = [line.strip("|").split(" | ") for line in DOC.read_text().splitlines() if line.startswith("| ")]
+    found = [[cell.strip() for cell in cells] for cells in lines][1:]
+    assert [cells[:3] for cells in found] == [[m.name, m.model, f"`{m.what}`"] for m in MUTATIONS], (
+        "docs/mutations.md is stale: run `python tests/proof/test_mutations.py`"
+    )
+    for cells, mutation in zip(found, MUTATIONS, strict=True):
+        unseen = [level for level, cell in zip(ALL, cells[3:], strict=True) if level in mutation.levels and not cell]
+        # Files that do not hold together are found before any level runs.
+        assert not unseen or (mutation.levels == FILES and not any(cells[3:])), (mutation.name, unseen)
+
+
 def write_doc() -> None:
     rows = []
     with TemporaryDirectory() as folder:
