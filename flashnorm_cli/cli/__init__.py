@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from traceback import walk_tb
@@ -24,7 +25,7 @@ from flashnorm_cli.cli.help import Command, Group
 from flashnorm_cli.cli.output import stdout_errors
 from flashnorm_cli.cli.plan import plan
 from flashnorm_cli.cli.push_to_hub import push_to_hub
-from flashnorm_cli.cli.text import printable
+from flashnorm_cli.cli.text import shown_on
 from flashnorm_cli.cli.verify import verify
 from flashnorm_cli.cli.wording import in_flags
 from flashnorm_cli.errors import EXIT_ERROR, EXIT_USAGE, MOST_OF_A_LINE, FlashNormError, cut, one_line
@@ -139,7 +140,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     now = session.begin(arguments)
     try:
-        code = _run(arguments)
+        try:
+            code = _run(arguments)
+        finally:
+            if whole_process:  # from here on Ctrl-C ends the process at once, and not in a traceback of its last steps
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+    except KeyboardInterrupt:  # a second one, while the first was being dealt with
+        code = INTERRUPTED
     except Exception as error:  # --debug: the document is printed all the same, and the traceback follows
         _print_document(now, _words(error)[1])
         raise
@@ -232,5 +239,5 @@ def _fail(kind: str, message: str, code: int) -> int:
     """Say what went wrong: a line on standard error, and in the document. Returns the code."""
     session.current().error = {"type": kind, "message": one_line(message)}
     with contextlib.suppress(OSError):  # nobody is listening
-        print(f"flashnorm: {printable(one_line(in_flags(message)), sys.stderr)}", file=sys.stderr, flush=True)
+        print(shown_on(sys.stderr, f"flashnorm: {one_line(in_flags(message))}"), file=sys.stderr, flush=True)
     return code
