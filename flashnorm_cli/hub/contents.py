@@ -20,7 +20,7 @@ from flashnorm_cli.hub.repository import Upload
 from flashnorm_cli.hub.source_card import read_card
 from flashnorm_cli.hub.standing import Standing
 from flashnorm_cli.plan.model import Plan
-from flashnorm_cli.proof.files import CLAIMS
+from flashnorm_cli.proof.files import EVAL_RESULTS_DIR
 from flashnorm_cli.proof.result import Verification
 from flashnorm_cli.report.page import render
 from flashnorm_cli.report.plan_svg import plan_svg
@@ -157,7 +157,7 @@ def _own_files(checkpoint: Checkpoint, hashes: Hashes, made: Collection[str]) ->
     """The checkpoint's files, byte for byte."""
     found = []
     for name, (sha256, oid) in hashes.items():
-        if name not in (*made, REPORT, ATTRIBUTES) and not name.startswith(CLAIMS):
+        if name not in (*made, REPORT, ATTRIBUTES) and not name.startswith(EVAL_RESULTS_DIR):
             shard, path = checkpoint.shards.get(name), checkpoint.folder / name
             found.append(Upload(name, path, shard.file_size if shard else path.stat().st_size, sha256, oid))
     return found

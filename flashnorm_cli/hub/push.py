@@ -190,7 +190,7 @@ def _open_folded(folder: Path, name: str) -> Checkpoint:
     checkpoint = open_checkpoint(Source(str(folder)))
     if not (folder / RECORD).exists():
         raise FlashNormError(
-            f"{name}: has no {RECORD}: it is no fold of flashnorm. Fold the model first: `fold({name!r})`; a fold "
+            f"{name}: has no {RECORD}: it is not a fold by flashnorm. Fold the model first: `fold({name!r})`; a fold "
             f'by another tool gets a record with: `verify({name!r}, source="<its source>", adopt=True)`'
         )
     return checkpoint

@@ -596,7 +596,7 @@ def test_no_folder_to_publish(folded: Path, tmp_path: Path) -> None:
             tmp_path / "gone", r"gone: its fold is not finished: .*/.gone.partial \([\d,]+ bytes\) is the work folder"
         )
         assert work.path.exists()
-    refused(MODEL, "has no flashnorm.json: it is no fold of flashnorm. Fold the model first: `fold")
+    refused(MODEL, "has no flashnorm.json: it is not a fold by flashnorm. Fold the model first: `fold")
     (out / SHARDS[0]).unlink()
     refused(out, "names model-00001-of-00002.safetensors, which is not there")
 
