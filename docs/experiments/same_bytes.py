@@ -43,6 +43,9 @@ FAMILIES = (
 )
 # Where values may differ, and why: expressions of "command or file: path within it".
 ON_PURPOSE = {
+    r"^(demo\.|\w+\.(fold|dropped|plan|verify)\.(?!.*\.levels))printed\.json: \.out\.\w+(\[\])?$": (
+        "what commands print with --json has one schema for all of them (docs/json.md)"
+    ),
     r"^deepseek_v3\.(?!.*\.verify\.levels|verify\.printed)": (
         "config.json announces a multi-token prediction head (num_nextn_predict_layers), which reads hidden states: so "
         "the final norm is kept, and lm_head and the flag follow (docs/limits.md)"
@@ -53,7 +56,6 @@ ON_PURPOSE = {
     ),
     r"\.levels\.logits\.figures\.(judged|from_disk)": "new figures: positions judged; whether weights came from disk",
     r"\.verdict$": "three verdicts instead of two (docs/verify.md)",
-    r"^\w+\.plan\.printed\.json: \.out\.(left_out|stream)": "new in plan --json: files that do not travel; the stream",
     r"\.notes(\[\])?$": "a note says which hidden states come out without the final norm's gain",
     r"^deepseek_v3\.": "figures and hashes of the fold that keeps its final norm",
 }
@@ -102,7 +104,12 @@ class Side:
     def values(self, name: str) -> Any:
         """A JSON file, without the places of checkout and folder."""
         text = (self.folder / name).read_text()
-        return json.loads(text.replace(str(self.folder), "").replace(str(self.tree), ""))
+        value = json.loads(text.replace(str(self.folder), "").replace(str(self.tree), ""))
+        if name.endswith(".plan.printed.json") and "plan" in value["out"]:  # since commands have one schema
+            return {**value, "plan": value["out"]["plan"]}
+        if name.endswith(".plan.printed.json"):
+            return {**value, "plan": {k: v for k, v in value["out"].items() if k not in ("left_out", "stream")}}
+        return value
 
 
 def sources_in(folder: Path, families: list[str]) -> None:

@@ -45,11 +45,11 @@ def demo(
             "output": str(output) if output else None,
         }
     )
-    out.text(*_story(result, output))
+    out.text(*_lines(result, output))
     raise typer.Exit(EXIT_OK if result.verification.equivalent else EXIT_NOT_EQUIVALENT)
 
 
-def _story(result: DemoResult, output: Path | None) -> list[str]:
+def _lines(result: DemoResult, output: Path | None) -> list[str]:
     plan = result.fold.plan
     low, high = result.gains
     weights, logits = (level.figures for level in result.verification.levels if level.level != "layers")

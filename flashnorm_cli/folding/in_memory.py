@@ -54,7 +54,9 @@ def fold_model_(model: Model, final_norm: FinalNorm = "auto") -> Model:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        raise UsageError(f"{type(model).__name__} is no transformers model; pass the model inside (a PreTrainedModel)")
+        raise UsageError(
+            f"{type(model).__name__} is not a transformers model; pass the model inside (a PreTrainedModel)"
+        )
     if final_norm not in FINAL_NORM_CHOICES:
         raise UsageError(f"`final_norm` is one of {', '.join(FINAL_NORM_CHOICES)}, not {final_norm!r}")
     _refuse(model)

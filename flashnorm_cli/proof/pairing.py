@@ -89,9 +89,9 @@ def pair(source: Checkpoint, folded: Checkpoint, trust_remote_code: bool = False
     states = _states(source, folded, plan)
     # The files decide about the final norm. Keeping and untying were the user's choice, or another tool's.
     if any(states[n.tensor] in (IDENTITY, DROPPED) for n in plan.kept):
-        plan, chosen = _better(source, folded, plan, "untie", trust_remote_code)
+        plan, chosen = _replan_if_better(source, folded, plan, "untie", trust_remote_code)
     elif any(states[n.tensor] == SOURCE for n in plan.folded):
-        plan, chosen = _better(source, folded, plan, "keep", trust_remote_code)
+        plan, chosen = _replan_if_better(source, folded, plan, "keep", trust_remote_code)
     claimed = rotation_from_json(record.content, record.where) if record else None
     if claimed is not None:  # kind and seed are a claim to check; what lies in the stream is traced
         from flashnorm_cli.plan.rotation import make_rotated_plan
@@ -162,7 +162,7 @@ def _state(source: Checkpoint, folded: Checkpoint, norm: Norm) -> str:
     return IDENTITY if bool((after == norm.identity).all()) else OTHER
 
 
-def _better(
+def _replan_if_better(
     source: Checkpoint, folded: Checkpoint, plan: Plan, final_norm: FinalNorm, trust_remote_code: bool
 ) -> tuple[Plan, FinalNorm]:
     """The plan with another decision about the final norm, if it explains more norms of the files; and the decision."""

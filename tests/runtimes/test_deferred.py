@@ -341,5 +341,5 @@ def test_what_cannot_be_observed_keeps_the_plain_path(monkeypatch):
     monkeypatch.setattr(deferred, "observe", lambda model: (_ for _ in ()).throw(ValueError("no such input")))
     weightless(model, deferred=True)
     assert all("no such input" in why for why in deferred_modules(model).values()) and not count(model, Product)
-    with pytest.raises(UsageError, match="no transformers model"):
+    with pytest.raises(UsageError, match="not a transformers model"):
         deferred_modules(nn.Linear(2, 2))

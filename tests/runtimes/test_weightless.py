@@ -201,7 +201,7 @@ def test_records_that_do_not_serve(flags, error, says, tmp_path):
 
 def test_what_is_no_transformers_model():
     for call in (weightless, weightless_norms, fold_model_):
-        with pytest.raises(UsageError, match="no transformers model"):
+        with pytest.raises(UsageError, match="not a transformers model"):
             call(nn.Linear(2, 2))
     with pytest.raises(PlanError, match=r"config\.json"):
         from_pretrained("./no-such-folder")

@@ -141,7 +141,9 @@ def _base(model: nn.Module) -> PreTrainedModel:
     if not isinstance(inner, PreTrainedModel) and callable(getattr(inner, "get_base_model", None)):
         inner = inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):
-        raise UsageError(f"{type(model).__name__} is no transformers model; pass the model inside (a PreTrainedModel)")
+        raise UsageError(
+            f"{type(model).__name__} is not a transformers model; pass the model inside (a PreTrainedModel)"
+        )
     return inner
 
 
