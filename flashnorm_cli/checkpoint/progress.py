@@ -31,8 +31,8 @@ def in_notebook() -> bool:
 
 
 @contextmanager
-def notebook_bar() -> Iterator[Progress]:
-    """A bar of tqdm's, gone at the end: a widget where ipywidgets is installed, else a line of text."""
+def bar_of_tqdm() -> Iterator[Progress]:
+    """A bar of tqdm's, gone at the end: a widget in a notebook that has ipywidgets, else a line of text."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     bar: Any = None
@@ -46,7 +46,7 @@ def notebook_bar() -> Iterator[Progress]:
                 bar.close()
             kind = total, steps
             shape = {"unit": "" if steps else "B", "unit_scale": not steps} if total else {"bar_format": "{desc}"}
-            bar = tqdm(total=total or None, leave=False, **shape)
+            bar = tqdm(total=total or None, leave=False, mininterval=0.5, dynamic_ncols=True, **shape)
         if bar.desc != f"{what}: ":
             bar.set_description(what)
         bar.update(done - bar.n)
@@ -65,7 +65,7 @@ def with_notebook_bar(function: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         if kwargs.get("on_progress") is not None or not in_notebook():
             return function(*args, **kwargs)
-        with notebook_bar() as report:
+        with bar_of_tqdm() as report:
             kwargs["on_progress"] = report
             return function(*args, **kwargs)
 

@@ -6,8 +6,10 @@ import contextlib
 import functools
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
+from traceback import walk_tb
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -23,7 +25,7 @@ from flashnorm_cli.cli.help import Command, Group
 from flashnorm_cli.cli.output import stdout_errors
 from flashnorm_cli.cli.plan import plan
 from flashnorm_cli.cli.push_to_hub import push_to_hub
-from flashnorm_cli.cli.text import printable
+from flashnorm_cli.cli.text import shown_on
 from flashnorm_cli.cli.verify import verify
 from flashnorm_cli.cli.wording import in_flags
 from flashnorm_cli.errors import EXIT_ERROR, EXIT_USAGE, MOST_OF_A_LINE, FlashNormError, cut, one_line
@@ -138,7 +140,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     now = session.begin(arguments)
     try:
-        code = _run(arguments)
+        try:
+            code = _run(arguments)
+        finally:
+            if whole_process:  # from here on Ctrl-C ends the process at once, and not in a traceback of its last steps
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+    except KeyboardInterrupt:  # a second one, while the first was being dealt with
+        code = INTERRUPTED
     except Exception as error:  # --debug: the document is printed all the same, and the traceback follows
         _print_document(now, _words(error)[1])
         raise
@@ -203,13 +211,33 @@ def _words(error: Exception) -> tuple[str, int]:
         return "not enough memory", EXIT_ERROR
     if isinstance(error, RuntimeError) and "home directory" in words:  # pathlib's, of `~nobody/model`
         return "a path begins with ~, and there is no such user's home directory", EXIT_USAGE
+    if (broken := _failed_import(error)) is not None:
+        what = cut(f"{type(broken).__name__}: {' '.join(str(broken).split())}", MOST_OF_A_LINE // 2)
+        return (
+            f"a package that flashnorm needs cannot be imported ({what}): install flashnorm in a new environment",
+            EXIT_ERROR,
+        )
     bug = "(a bug in flashnorm: please report it with the output of --debug)"
     return f"{type(error).__name__}: {cut(words, MOST_OF_A_LINE // 2)} {bug}", EXIT_ERROR
+
+
+def _failed_import(error: BaseException) -> BaseException | None:
+    """The error that kept another package from being imported: packages of different builds side by side, say."""
+    while (cause := error.__cause__ or error.__context__) is not None:  # transformers hides it behind one of its own
+        error = cause
+    modules = [
+        f.f_globals.get("__name__", "") for f, _ in walk_tb(error.__traceback__) if f.f_code.co_name == "<module>"
+    ]
+    others = [
+        name for name in modules if name.split(".")[0] not in ("__main__", "flashnorm_cli", "transformers_modules")
+    ]
+    missing = isinstance(error, ImportError) and not (error.name or "").startswith("flashnorm_cli")
+    return error if others or missing else None
 
 
 def _fail(kind: str, message: str, code: int) -> int:
     """Say what went wrong: a line on standard error, and in the document. Returns the code."""
     session.current().error = {"type": kind, "message": one_line(message)}
     with contextlib.suppress(OSError):  # nobody is listening
-        print(f"flashnorm: {printable(one_line(in_flags(message)), sys.stderr)}", file=sys.stderr, flush=True)
+        print(shown_on(sys.stderr, f"flashnorm: {one_line(in_flags(message))}"), file=sys.stderr, flush=True)
     return code

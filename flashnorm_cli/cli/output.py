@@ -11,7 +11,7 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from flashnorm_cli.cli import session
-from flashnorm_cli.cli.text import coloured, columns, fitted, printable
+from flashnorm_cli.cli.text import coloured, columns, fitted, printable, shown_on
 from flashnorm_cli.cli.wording import in_flags
 from flashnorm_cli.errors import FlashNormError, UsageError, one_line
 
@@ -67,13 +67,13 @@ class Output:
         self._session.notes += lines
         if not self.quiet:
             for line in lines:
-                print(printable(f"flashnorm: note: {one_line(in_flags(line))}", sys.stderr), file=sys.stderr)
+                print(shown_on(sys.stderr, f"flashnorm: note: {one_line(in_flags(line))}"), file=sys.stderr)
 
     def meanwhile(self, line: str) -> None:
         """Say on stderr, above the bar where there is one, what is known before the result; nothing under --quiet."""
         if not self.quiet:
             with suppress(OSError, ValueError):  # nobody is listening
-                print(printable(one_line(in_flags(line)), sys.stderr), file=sys.stderr, flush=True)
+                print(shown_on(sys.stderr, one_line(in_flags(line))), file=sys.stderr, flush=True)
 
     def width(self, most: int) -> int:
         """How wide a table may be: as the terminal is, at most `most`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from flashnorm_cli.checkpoint.model import Progress
-from flashnorm_cli.checkpoint.progress import Steps
+from flashnorm_cli.checkpoint.progress import Steps, bar_of_tqdm
 from flashnorm_cli.cli.text import printable
 from flashnorm_cli.errors import MOST_OF_A_NAME, one_line
 from flashnorm_cli.plan.wording import size
@@ -55,6 +56,9 @@ def shown(quiet: bool = False) -> Iterator[Progress]:
     console = Console(stderr=True)
     if quiet:
         yield lambda done, total, what: None
+    elif "JPY_PARENT_PID" in os.environ and console.is_terminal:
+        with bar_of_tqdm() as report:  # `!flashnorm` in a notebook, which keeps all that an animation writes
+            yield report
     elif console.is_terminal and not console.is_dumb_terminal:
         with _Fitted(console=console, transient=True) as bar:
             yield _told_to(bar)
@@ -64,7 +68,7 @@ def shown(quiet: bool = False) -> Iterator[Progress]:
 
 
 def _told_to(bar: _Fitted) -> Progress:
-    task = bar.add_task("", total=None, steps=False)
+    task = bar.add_task("Starting", total=None, steps=False)
     kind: tuple[int, bool] = 0, False
 
     def report(done: int, total: int, what: str) -> None:

@@ -25,6 +25,11 @@ def printable(text: str, stream: Any) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def shown_on(stream: Any, line: str) -> str:
+    """A line in the stream's encoding, and in its terminal's width."""
+    return fitted(printable(line, stream), columns(stream))
+
+
 def columns(stream: Any) -> int | None:
     """How wide the terminal behind a stream is; None where there is none."""
     try:

@@ -15,6 +15,7 @@ from flashnorm_cli.checkpoint.progress import with_notebook_bar
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.hub.base import base_info, find_base
 from flashnorm_cli.hub.contents import Fold, file_hashes, make_contents
+from flashnorm_cli.hub.origin import UNKNOWN, origin_of
 from flashnorm_cli.hub.progress import quiet_hub
 from flashnorm_cli.hub.publish import MESSAGE, Options, Published, PushResult, deletions, publish, push_result
 from flashnorm_cli.hub.published import Base
@@ -32,6 +33,10 @@ NO_TOKEN = (
 NO_BASE = (
     'its source is a local folder, so the card names no base model; `base_model="<Hub id>"` names it if it is on the '
     "Hub, too"
+)
+NO_NAME = (
+    "its source was downloaded from the Hub (commit {commit}), but none of its files names a repository that holds it, "
+    'so the card names no base model; `base_model="<Hub id>"` names it'
 )
 NOT_ASKED = "not logged in, so the Hub was not asked: neither the repository nor the source is known"
 
@@ -58,8 +63,8 @@ def push_to_hub(
     Args:
         folded: the folder that `fold` has written and `verify` has checked.
         repo_id: the repository, `user/name`; it is created if it does not exist.
-        base_model: the source's id on the Hub, for a checkpoint that was folded from a local folder. Its files there
-            have to be the ones that were folded.
+        base_model: the source's id on the Hub, for a checkpoint that was folded from a local folder whose files do not
+            name it. Its files there have to be the ones that were folded.
         private, revision, create_pr, commit_message, token: as in huggingface_hub's `upload_folder` and `create_repo`.
         unverified: publish without a valid verification whose verdict is "equivalent"; the card says so.
         overwrite: replace what the repository holds, whatever it is.
@@ -97,12 +102,14 @@ def push_to_hub(
         repository = Repository(api, full_name(api, repo_id) if online else repo_id, revision or "main")
         state = repository.state() if online else State()
         held = repository.read_json(RECORD, state)
-        base = find_base(api, fold.name, record, standing.has_proof, base_model if online else None, held)
+        origin = origin_of(checkpoint.folder, record, checkpoint.config) if online else UNKNOWN
+        base = find_base(api, fold.name, record, standing.has_proof, base_model if online else None, held, origin)
         info = base_info(api, base) if online else None
         if online:
             check_private(info, options)
         contents = make_contents(fold, repository.repo_id, base, info, hashes)
-        notes = notes_on(base, info) if online else (*notes_on(base, info)[: base is None], NOT_ASKED)
+        notes = notes_on(base, info, origin.commit)
+        notes = notes if online else (*notes[: base is None], NOT_ASKED)
         deleted = deletions(repository, state, held, contents, overwrite) if state.exists else ()
         if dry_run:
             done = Published(repository, state, state.lacks(contents.uploads), deleted)
@@ -135,10 +142,13 @@ def check_private(info: ModelInfo | None, options: Options) -> None:
         raise FlashNormError(f"the source {info.id} is private; say `private=True`, or `private=False` to publish it")
 
 
-def notes_on(base: Base | None, info: ModelInfo | None) -> tuple[str, ...]:
-    """What the user has to know of the source, as far as the Hub was asked about it."""
+def notes_on(base: Base | None, info: ModelInfo | None, downloaded: str | None = None) -> tuple[str, ...]:
+    """What the user has to know of the source, as far as the Hub was asked about it.
+
+    `downloaded` is the commit that a local source came from, where its folder notes one.
+    """
     if base is None:
-        return (NO_BASE,)
+        return (NO_BASE if downloaded is None else NO_NAME.format(commit=downloaded[:12]),)
     return () if info else (f"the source {base.repo_id} is not on the Hub any more, or not for this token",)
 
 

@@ -13,7 +13,7 @@ from flashnorm_cli.checkpoint.names import pattern_of
 from flashnorm_cli.checkpoint.places import same_but_places, without_places
 from flashnorm_cli.errors import CheckpointError, PlanError, quoted
 from flashnorm_cli.proof.expected import config_findings, index_findings, json_equal, levels, short, unequal
-from flashnorm_cli.proof.files import EVAL_RESULTS_DIR, file_facts, is_documentation
+from flashnorm_cli.proof.files import CARD, EVAL_RESULTS_DIR, file_facts, is_documentation
 from flashnorm_cli.proof.pairing import DROPPED, SOURCE, Pair
 from flashnorm_cli.proof.result import Finding
 
@@ -41,8 +41,8 @@ def notes(pair: Pair) -> list[str]:
     """What is not wrong, but worth knowing."""
     found = []
     other = [name for name in _differing(pair) if is_documentation(name)]
-    if other:
-        found.append(f"differs from the source's: {', '.join(other)}")
+    if told := [name for name in other if name != CARD]:  # a published fold has a card of its own
+        found.append(f"differs from the source's: {', '.join(told)}")
     theirs = {each.name for each in pair.source.left_out}
     beside = [each.name for each in pair.folded.left_out if each.name not in theirs]
     beside += [

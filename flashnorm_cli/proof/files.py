@@ -12,6 +12,7 @@ from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint
 # Written for readers and for git, not for the model.
 DOC_FILES = (".gitattributes", ".gitignore", "LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY")
 DOC_SUFFIXES = (".md", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".svg", ".gif", ".webp")
+CARD = "README.md"
 # Scores of the source that the Hub shows as the repository's own: whoever publishes a fold leaves them out.
 EVAL_RESULTS_DIR = ".eval_results/"
 

@@ -140,7 +140,7 @@ def test_same_bytes_as_the_local_fold(
     hub.log.clear()
     code, out, err = client("--layout", "dropped")
     assert (code, out) == (1, "")
-    assert f"{TARGET} holds another fold (README.md, config.json, flashnorm.json, ...); --overwrite" in err
+    assert f"{TARGET} holds another fold (README.md, config.json, flashnorm-plan.svg, ...); --overwrite" in err
     assert downloaded(hub) == {}
 
 

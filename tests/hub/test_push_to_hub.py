@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -21,7 +23,7 @@ from hub_server import Fault, HubServer
 import flashnorm_cli
 from flashnorm_cli.checkpoint.output import work_folder
 from flashnorm_cli.errors import FlashNormError
-from flashnorm_cli.hub.card import REPORT
+from flashnorm_cli.hub.card import PICTURE, REPORT
 from flashnorm_cli.hub.progress import watched
 from flashnorm_cli.hub.published import without_paths
 from flashnorm_cli.hub.push import push_to_hub
@@ -189,11 +191,15 @@ def visible(hub: HubServer, repo: str = TARGET, revision: str = "main") -> dict[
 
 
 LOAD = f"""
-import sys, torch
+import re, sys, torch
 from transformers import AutoModelForCausalLM
 models = [AutoModelForCausalLM.from_pretrained(name) for name in sys.argv[1:]]
 with torch.inference_mode():
     print(torch.equal(*(model(torch.tensor({PROMPTS})).logits for model in models)))
+first, second = re.findall("```python\\n(.*?)```", sys.stdin.read(), re.DOTALL)
+exec(first)
+exec(second)
+exec(first.split("\\n", 3)[3])  # the rest is as above
 """
 
 
@@ -207,18 +213,23 @@ def test_round_trip(
     env = XET if way == "xet" else {}
     result = push(**env)
     done(result)
-    assert result.stdout.startswith("Published 11 files, 3.1 MB, in one commit.\n")
+    assert result.stdout.startswith("Published 12 files, 3.1 MB, in one commit.\n")
     assert (
         "\n  licence    apache-2.0\n  base model jane/austen\n  proof      a verification that passed" in result.stdout
     )
     assert result.stdout.endswith(f"\n{hub.url}/{TARGET}\n")
     assert visible(hub) == expected
     assert len(hub.repos[TARGET].history) == 2  # the repository's first commit, and ours
-    own = [name for name in visible(hub) if name not in ("README.md", "flashnorm.json", REPORT)]
+    own = [name for name in visible(hub) if name not in ("README.md", "flashnorm.json", REPORT, PICTURE)]
     assert {name: (folded / name).read_bytes() for name in own} == {name: expected[name] for name in own}
     assert set(own) == {path.name for path in folded.iterdir()} - {"README.md", "flashnorm.json"}
 
-    # Into an empty cache, loaded by its id: the same bits, and the same logits.
+    # The picture of the plan is where the card shows it.
+    card = expected["README.md"].decode()
+    assert f"]({PICTURE})" in card and expected[PICTURE].startswith(b'<svg xmlns="http://www.w3.org/2000/svg"')
+    assert b"jane/austen" in expected[PICTURE]
+
+    # Into an empty cache, loaded by its id: the same bits, and the same logits; and what the card says to do works.
     copy = tmp_path / "copy"
     code = f"from huggingface_hub import snapshot_download; snapshot_download({TARGET!r}, local_dir={str(copy)!r})"
     subprocess.run([sys.executable, "-c", code], env=push.client.environment(**env), check=True, capture_output=True)
@@ -227,13 +238,15 @@ def test_round_trip(
     assert hub.received("PUT /lfs/") == (0 if way == "xet" else sum(len(expected[name]) for name in SHARDS))
     if way == "xet":
         load = [sys.executable, "-c", LOAD, TARGET, str(folded)]
-        assert subprocess.check_output(load, env=push.client.environment(**env), text=True) == "True\n"
+        wrote = subprocess.check_output(load, env=push.client.environment(**env), text=True, input=card).splitlines()
+        assert wrote[0] == "True"
+        assert wrote[1].startswith("It was a truth ") and wrote[1:] == 2 * wrote[1 : len(wrote) // 2 + 1]
 
     # Verified again, from the Hub id and in the downloaded copy: the published record is still a valid one.
     result = push.client.run("verify", TARGET, "--level", "weights", "--json", "--cache-dir", tmp_path / "cache")
     said = document(result.stdout)
     assert (result.returncode, said["source"]["name"], said["verdict"]) == (4, SOURCE, "as planned, not run")
-    assert said["notes"] == []
+    assert said["notes"] == [] and "README.md" not in result.stdout  # a page of its own is nothing to note
     levels = json.loads(expected["flashnorm.json"])["verify"]["levels"]
     assert {name: level["status"] for name, level in levels.items()} == dict.fromkeys(
         ("weights", "layers", "logits"), "passed"
@@ -373,6 +386,102 @@ def test_local_source(hub: HubServer, push: Push, folded: Path, tmp_path: Path) 
     assert json.loads(visible(hub)["flashnorm.json"])["commit"] == hub.repos[SOURCE].refs["main"]
     done(push(folder=folder))  # not said again, and not forgotten
     assert b"\nbase_model: jane/austen\n" in visible(hub)["README.md"]
+
+
+NAMES = {
+    "the folder's name": ("novel", "A copy of jane/novel."),
+    "an address": ("novel", "See https://hub.example/jane/novel-2 and https://hub.example/jane/novel/tree/main."),
+    "code": ("model", 'Run `AutoModel.from_pretrained("jane/novel")`.'),
+    "base_model": ("model", "base_model: jane/novel"),
+    "config": ("model", ""),
+}
+
+
+@pytest.fixture(scope="module")
+def download(client: Client, folded: Path) -> Path:
+    """What huggingface_hub leaves in a folder that it has downloaded a repository into."""
+    reset(client.hub)
+    place = client.tmp / "downloaded"
+    client.hub.add_repo("jane/novel", MODEL)
+    code = f"from huggingface_hub import snapshot_download; snapshot_download('jane/novel', local_dir={str(place)!r})"
+    subprocess.run([sys.executable, "-c", code], env=client.environment(), check=True, capture_output=True)
+    return place
+
+
+def folded_from(folded: Path, source: Path, text: str, place: Path) -> Path:
+    """The fold, as it were made of a folder with large shards whose card is `text`."""
+    folder = shutil.copytree(folded, place)
+    record = json.loads((folder / "flashnorm.json").read_text())
+    record.update(source=str(source), commit=None)
+    record["verify"]["source"].update(name=str(source), commit=None)
+    for name in SHARDS:
+        del record["source_files"][name]["sha256"]  # too large to be hashed for nothing
+    (folder / "flashnorm.json").write_text(json.dumps(record))
+    data = text if text.startswith("base_model") else ""
+    (folder / "README.md").write_text(f"---\nlicense: apache-2.0\n{data}\n---\n# Mine\n\n{'' if data else text}\n")
+    return folder
+
+
+@pytest.mark.parametrize("how", NAMES)
+def test_base_model_of_a_download(
+    hub: HubServer, push: Push, folded: Path, download: Path, tmp_path: Path, how: str
+) -> None:
+    """The repository that a source was downloaded from: found by names, proven by the notes of the download."""
+    name, text = NAMES[how]
+    source = shutil.copytree(download, tmp_path / name)
+    repo = hub.add_repo("jane/novel", MODEL)
+    commit = repo.refs["main"]
+    config = json.loads((MODEL / "config.json").read_text())
+    if how == "config":
+        data = json.dumps({**config, "_name_or_path": "jane/novel"}).encode()
+        commit = repo.commit({**repo.commits[commit], "config.json": hub.store("config.json", data)})
+    # Others of that name, and what the repository became later, are not it.
+    other = dict(repo.commits[commit])
+    other[SHARDS[0]] = hub.store(SHARDS[0], (MODEL / SHARDS[0]).read_bytes()[:-1] + b"x")
+    hub.add_repo("eve/novel").commit(other)
+    if how != "config":
+        repo.commit(other)
+    folder = folded_from(folded, source, f"eve/novel {text}" if how == "the folder's name" else text, tmp_path / "out")
+    if how == "config":
+        record = json.loads((folder / "flashnorm.json").read_text())
+        record["source_files"]["config.json"]["sha256"] = hashlib.sha256(data).hexdigest()
+        (folder / "flashnorm.json").write_text(json.dumps(record))
+        folded_config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**folded_config, "_name_or_path": "jane/novel"}))
+        for note in source.rglob("*.metadata"):
+            note.write_text("\n".join([commit, *note.read_text().split("\n")[1:]]))
+    result = push("--unverified", "--json", folder=folder)
+    done(result)
+    said = document(result.stdout)
+    assert (said["published"]["base_model"], said["notes"]) == ("jane/novel", [])
+    assert json.loads(visible(hub)["flashnorm.json"])["commit"] == commit
+
+
+def test_base_model_that_cannot_be_told(
+    hub: HubServer, push: Push, folded: Path, download: Path, tmp_path: Path
+) -> None:
+    hub.add_repo("jane/novel", MODEL)
+    source = shutil.copytree(download, tmp_path / "novel")
+
+    def note(text: str) -> str:
+        folder = folded_from(folded, source, text, tmp_path / "out")
+        result = push("--dry-run", "--unverified", "--json", folder=folder)
+        done(result)
+        shutil.rmtree(folder)
+        said = document(result.stdout)
+        assert said["published"]["base_model"] is None
+        return said["notes"][0]
+
+    downloaded = r"its source was downloaded from the Hub \(commit \w{12}\), but none of its files names a repository"
+    assert re.match(rf"{downloaded}.*; --base-model <Hub id> names it", note("Nothing is said."))
+    assert re.match(downloaded, note("By eve/novel, nobody/novel, a/novel, b/novel, c/novel; jane/novel is the sixth."))
+    changed = source / SHARDS[0]
+    os.utime(changed, (time.time() + 60, time.time() + 60))  # written to since
+    assert re.match(downloaded, note("A copy of jane/novel."))
+    shutil.rmtree(source / ".cache")
+    assert note("A copy of jane/novel.").startswith("its source is a local folder")
+    shutil.rmtree(source)
+    assert note("A copy of jane/novel.").startswith("its source is a local folder")
 
 
 def test_something_else(hub: HubServer, push: Push, expected: dict[str, bytes], tmp_path: Path) -> None:
