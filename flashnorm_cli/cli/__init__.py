@@ -13,6 +13,7 @@ import typer
 from flashnorm_cli._version import __version__
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.bench import bench
+from flashnorm_cli.cli.collector import rare_collections
 from flashnorm_cli.cli.demo import demo
 from flashnorm_cli.cli.doctor import doctor
 from flashnorm_cli.cli.fold import fold
@@ -108,7 +109,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     # Retries of huggingface_hub are none of the user's business until they have failed.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
-        result = typer.main.get_command(app).main(arguments, prog_name="flashnorm", standalone_mode=False)
+        with rare_collections():
+            result = typer.main.get_command(app).main(arguments, prog_name="flashnorm", standalone_mode=False)
         code = result if isinstance(result, int) else 0
         if code == INTERRUPTED:  # typer has caught Ctrl-C already
             raise KeyboardInterrupt
