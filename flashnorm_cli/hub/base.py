@@ -36,7 +36,7 @@ def find_base(
     known = recorded_base(record, has_proof)
     if known is not None:
         if wanted not in (None, known.repo_id):
-            raise UsageError(f"--base-model {wanted}: this checkpoint was made from {known.repo_id}")
+            raise UsageError(f"`base_model={wanted!r}`: this checkpoint was made from {known.repo_id}")
         return known
     if wanted is None and same_fold(record, held) and held.get("commit"):
         wanted = held["source"]
@@ -47,23 +47,23 @@ def _same_on_hub(api: HfApi, folded: str, record: dict[str, Any], name: str) -> 
     """The Hub repository of a local source, if it holds the very files that were folded."""
     theirs = open_checkpoint(Source(name, token=api.token), weights=False)
     if theirs.commit is None:
-        raise UsageError(f"--base-model {name}: is a folder; name a repository on the Hub")
+        raise UsageError(f"`base_model={name!r}`: is a folder; name a repository on the Hub")
     facts: dict[str, Any] = record.get("source_files") or {}
     on_hub = listed_ids(theirs.source, theirs.commit, list(theirs.shards))
     for shard, header in theirs.shards.items():
         fact, known = facts.get(shard, {}), on_hub.get(shard, ("",))[0]
         if fact.get("header_sha256") != hashlib.sha256(header.raw).hexdigest():
-            raise FlashNormError(f"--base-model {name}: its {shard} is not the one that was folded")
+            raise FlashNormError(f"`base_model={name!r}`: its {shard} is not the one that was folded")
         if "sha256" not in fact or len(known) != 64:
             raise FlashNormError(
-                f"--base-model {name}: whether its {shard} is the one that was folded cannot be told from hashes; "
-                f"flashnorm verify {folded} --source {name} compares them, and names it in the record"
+                f"`base_model={name!r}`: whether its {shard} is the one that was folded cannot be told from hashes; "
+                f"`verify({folded!r}, source={name!r})` compares them, and names it in the record"
             )
         if fact["sha256"] != known:
-            raise FlashNormError(f"--base-model {name}: its {shard} is not the one that was folded")
+            raise FlashNormError(f"`base_model={name!r}`: its {shard} is not the one that was folded")
     config = hashlib.sha256((theirs.folder / CONFIG).read_bytes()).hexdigest()
     if facts.get(CONFIG, {}).get("sha256") != config:
-        raise FlashNormError(f"--base-model {name}: its {CONFIG} is not the one that was folded")
+        raise FlashNormError(f"`base_model={name!r}`: its {CONFIG} is not the one that was folded")
     return Base(name, theirs.commit)
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from flashnorm_cli.checkpoint.names import pattern_of
 from flashnorm_cli.hub.published import Base
 from flashnorm_cli.hub.source_card import check_metadata, read_card
+from flashnorm_cli.plan import wording
 from flashnorm_cli.plan.model import Plan
 from flashnorm_cli.proof.result import Verification
 from flashnorm_cli.report import formats, page
@@ -111,7 +112,7 @@ def _template() -> Template:
 
     place = jinja2.PackageLoader("flashnorm_cli.hub", ".")
     environment = jinja2.Environment(loader=place, undefined=jinja2.StrictUndefined)
-    environment.filters.update(cell=_cell, code=_code, line=_line, sentence=_sentence, size=_size)
+    environment.filters.update(cell=_cell, code=_code, line=_line, sentence=_sentence, size=wording.size)
     return environment.get_template("card.md.jinja")
 
 
@@ -119,14 +120,17 @@ def _figures(facts: CardFacts) -> dict[str, Any]:
     """What the template shows of the fold and of its verification."""
     plan, result = Plan.from_json(facts.record), facts.verification
     before, after = facts.sizes
-    change = "the same" if before == after else f"{_size(abs(after - before))} {'more' if after > before else 'less'}"
+    change = (
+        "the same" if before == after else f"{wording.size(abs(after - before))} {'more' if after > before else 'less'}"
+    )
     if plan.bytes_added:
-        change += f"; {_size(plan.bytes_added)} are the output head's own copy of the embedding, scaled"
+        change += f"; {wording.size(plan.bytes_added)} are the output head's own copy of the embedding, scaled"
     found: dict[str, Any] = {
         "facts": facts,
         "plan": plan,
         "result": result,
         "page": page,
+        "wording": wording,
         "formats": formats,
         "count": _count,
         "name": facts.repo_id.rsplit("/", 1)[-1],
@@ -155,7 +159,7 @@ def _figures(facts: CardFacts) -> dict[str, Any]:
 
 def _rows(result: Verification) -> list[tuple[str, str, str]]:
     """The table of the verification: (what, how much, beside what)."""
-    rows = list(page.highlights(result))
+    rows = [(each.what, each.much, each.beside) for each in page.highlights(result)]
     logits = result.level("logits")
     figures = logits.figures if logits else {}
     folded, source = figures.get("folded"), figures.get("source")
@@ -208,10 +212,6 @@ def _source(facts: CardFacts, commit: bool = False) -> str:
         return f"the local checkpoint `{facts.record.get('source')}`" if commit else f"`{facts.record.get('source')}`"
     link = f"[{facts.base.repo_id}](https://huggingface.co/{facts.base.repo_id})"
     return f"{link} at commit `{facts.base.commit[:12]}`" if commit else link
-
-
-def _size(n: int) -> str:
-    return formats.size(n).replace(formats.SPACE, " ")
 
 
 def _count(n: int, what: str) -> str:

@@ -128,7 +128,7 @@ def file_hashes(checkpoint: Checkpoint, workers: int, report: Progress) -> dict[
         nonlocal done
         with lock:
             done += count
-            report(done, total, "Hashing")
+            report(done, total, "Hashing files")
 
     def digest(name: str) -> tuple[str, str]:
         found = content_id(checkpoint.folder / name, on_bytes)

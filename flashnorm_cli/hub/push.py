@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashnorm_cli.checkpoint.hub_errors import first_line, hub_errors, with_retry
+from flashnorm_cli.checkpoint.hub_ids import repository_id
 from flashnorm_cli.checkpoint.leftover import refuse_unfinished
 from flashnorm_cli.checkpoint.model import RECORD, Checkpoint, Progress, Source
 from flashnorm_cli.checkpoint.open import open_checkpoint
+from flashnorm_cli.checkpoint.progress import with_notebook_bar
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.hub.base import base_info, find_base
 from flashnorm_cli.hub.contents import Fold, file_hashes, make_contents
@@ -25,16 +26,17 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo
 
 NO_TOKEN = (
-    "there is no Hub token: log in with `hf auth login`, or pass --token (make one that may write at "
+    "there is no Hub token: log in with `hf auth login`, or pass `token` (make one that may write at "
     "https://huggingface.co/settings/tokens)"
 )
 NO_BASE = (
-    "its source is a local folder, so the card names no base model; --base-model <Hub id> names it if it is on the "
+    'its source is a local folder, so the card names no base model; `base_model="<Hub id>"` names it if it is on the '
     "Hub, too"
 )
 NOT_ASKED = "not logged in, so the Hub was not asked: neither the repository nor the source is known"
 
 
+@with_notebook_bar
 def push_to_hub(
     folded: str | Path,
     repo_id: str,
@@ -64,11 +66,14 @@ def push_to_hub(
         dry_run: check everything and make the card, but change nothing on the Hub.
         workers: threads that hash files; by default 4.
         on_progress: called with (bytes done, bytes in all, what is going on).
+    Returns:
+        What the repository holds now, or would (`dry_run`).
     Raises:
         UsageError: the call contradicts itself or the file system.
         FlashNormError: the checkpoint is not fit to be published, or the Hub said no; the message says what to do.
     """
     report = on_progress or (lambda done, total, what: None)
+    repo_id, base_model = repository_id(repo_id), repository_id(base_model) if base_model else None
     check_call(folded, repo_id, revision, create_pr, workers)
     report(0, 0, "Reading headers")
     checkpoint = _open_folded(Path(str(folded)).expanduser(), str(folded))
@@ -110,11 +115,11 @@ def _refusal(folded: str, standing: Standing) -> str:
     if standing.verdict == NOT_RUN:
         return (
             f"{folded}: {standing.why}, so nothing shows yet that it computes what its source does. Run them: "
-            f"flashnorm verify {shlex.quote(folded)} (or publish it with --unverified: the card says what was not run)"
+            f"`verify({folded!r})` (or publish it with `unverified=True`: the card says what was not run)"
         )
     return (
-        f"{folded}: {standing.why}. Verify it first: flashnorm verify {shlex.quote(folded)} (or publish it with "
-        "--unverified, which its card will say)"
+        f"{folded}: {standing.why}. Verify it first: `verify({folded!r})` (or publish it with "
+        "`unverified=True`, which its card will say)"
     )
 
 
@@ -127,7 +132,7 @@ def full_name(api: HfApi, repo_id: str) -> str:
 def check_private(info: ModelInfo | None, options: Options) -> None:
     """Raise FlashNormError where a private source would be published without a word about it."""
     if info is not None and info.private and options.private is None and not options.create_pr:
-        raise FlashNormError(f"the source {info.id} is private; say --private, or --no-private to publish it")
+        raise FlashNormError(f"the source {info.id} is private; say `private=True`, or `private=False` to publish it")
 
 
 def notes_on(base: Base | None, info: ModelInfo | None) -> tuple[str, ...]:
@@ -153,9 +158,9 @@ def check_call(folded: str | Path, repo_id: str, revision: str | None, create_pr
         why = first_line(" ".join(str(error).split()).split(". Use `repo_type`")[0])
         raise UsageError(f"{repo_id}: the Hub does not take this name; it looks like user/name ({why})") from None
     if create_pr and revision not in (None, "main"):
-        raise UsageError("--create-pr and --revision exclude each other: a pull request is made against main")
+        raise UsageError("`create_pr` and `revision` exclude each other: a pull request is made against main")
     if workers is not None and workers < 1:
-        raise UsageError(f"workers has to be at least 1, not {workers}")
+        raise UsageError(f"`workers` has to be at least 1, not {workers}")
 
 
 def _open_folded(folder: Path, name: str) -> Checkpoint:
@@ -175,7 +180,7 @@ def _open_folded(folder: Path, name: str) -> Checkpoint:
     checkpoint = open_checkpoint(Source(str(folder)))
     if not (folder / RECORD).exists():
         raise FlashNormError(
-            f"{name}: has no {RECORD}: it is no fold of flashnorm. Fold the model first: flashnorm fold {name}; a fold "
-            f"by another tool gets a record with: flashnorm verify {name} --source <its source> --adopt"
+            f"{name}: has no {RECORD}: it is no fold of flashnorm. Fold the model first: `fold({name!r})`; a fold "
+            f'by another tool gets a record with: `verify({name!r}, source="<its source>", adopt=True)`'
         )
     return checkpoint

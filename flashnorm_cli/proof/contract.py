@@ -63,7 +63,7 @@ def notes(pair: Pair) -> list[str]:
         if pair.record is not None:
             found.append("its record says that another tool folded it: rounding within two units is granted")
         if pair.gains and pair.record is None:
-            found.append("it has no record of flashnorm; `--adopt` writes one")
+            found.append("it has no record of flashnorm; `adopt=True` writes one")
     return found
 
 

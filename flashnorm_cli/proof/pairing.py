@@ -13,6 +13,7 @@ import torch
 
 from flashnorm_cli.checkpoint.model import RECORD, Checkpoint
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
+from flashnorm_cli.choices import FinalNorm
 from flashnorm_cli.errors import PlanError
 from flashnorm_cli.plan.model import Norm, Plan, Reader, rotation_from_json
 from flashnorm_cli.plan.planner import make_plan
@@ -83,7 +84,8 @@ def pair(source: Checkpoint, folded: Checkpoint, trust_remote_code: bool = False
     Raises FlashNormError if the source is folded itself, PlanError if its architecture cannot be planned.
     """
     record = FoldRecord.read(folded.folder / RECORD) if (folded.folder / RECORD).exists() else None
-    plan, chosen = make_plan(source, "auto", trust_remote_code), "auto"
+    chosen: FinalNorm = "auto"
+    plan = make_plan(source, chosen, trust_remote_code)
     states = _states(source, folded, plan)
     # The files decide about the final norm. Keeping and untying were the user's choice, or another tool's.
     if any(states[n.tensor] in (IDENTITY, DROPPED) for n in plan.kept):
@@ -161,8 +163,8 @@ def _state(source: Checkpoint, folded: Checkpoint, norm: Norm) -> str:
 
 
 def _better(
-    source: Checkpoint, folded: Checkpoint, plan: Plan, final_norm: str, trust_remote_code: bool
-) -> tuple[Plan, str]:
+    source: Checkpoint, folded: Checkpoint, plan: Plan, final_norm: FinalNorm, trust_remote_code: bool
+) -> tuple[Plan, FinalNorm]:
     """The plan with another decision about the final norm, if it explains more norms of the files; and the decision."""
     try:
         other = make_plan(source, final_norm, trust_remote_code)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from documents import document
 from hub_server import Fault, HubServer
 
 import flashnorm_cli
@@ -230,8 +231,8 @@ def test_round_trip(
 
     # Verified again, from the Hub id and in the downloaded copy: the published record is still a valid one.
     result = push.client.run("verify", TARGET, "--level", "weights", "--json", "--cache-dir", tmp_path / "cache")
-    said = json.loads(result.stdout)
-    assert (result.returncode, said["source"], said["verdict"]) == (4, SOURCE, "as planned, not run")
+    said = document(result.stdout)
+    assert (result.returncode, said["source"]["name"], said["verdict"]) == (4, SOURCE, "as planned, not run")
     assert said["notes"] == []
     levels = json.loads(expected["flashnorm.json"])["verify"]["levels"]
     assert {name: level["status"] for name, level in levels.items()} == dict.fromkeys(
@@ -266,7 +267,7 @@ def test_again_sends_nothing(hub: HubServer, push: Push, folded: Path) -> None:
     assert hub.received("PUT /lfs/") == sent
     assert len(hub.repos[TARGET].history) == 2
     # A new card alone: one commit with what changed, and the base model stays.
-    assert '"base_model": "jane/austen"' in push("--json").stdout
+    assert document(push("--json").stdout)["published"]["base_model"] == "jane/austen"
 
 
 def test_dry_run_changes_nothing(hub: HubServer, push: Push, expected: dict[str, bytes]) -> None:
@@ -295,14 +296,15 @@ def test_private_revision_message(hub: HubServer, push: Push, expected: dict[str
         "--private", "--revision", "folded", "--commit-message", "First", "--json", "--token", TOKEN, HF_TOKEN=""
     )
     done(result)
-    said, repo = json.loads(result.stdout), hub.repos[TARGET]
+    printed = document(result.stdout)
+    said, repo = printed["published"], hub.repos[TARGET]
     assert (said["revision"], said["private"], said["created"]) == ("folded", True, True)
     assert said["commit"] == repo.refs["folded"]
     assert repo.private
     assert visible(hub) == {}
     assert visible(hub, revision="folded") == expected
     assert repo.history[-1][2] == "First"
-    assert [file["path"] for file in said["sent"]] and said["unchanged"] == []
+    assert {file["name"] for file in printed["sent"]} == {*expected} and printed["unchanged"] == []
 
 
 def test_pull_request(hub: HubServer, push: Push, expected: dict[str, bytes]) -> None:
@@ -421,7 +423,7 @@ def _fail_layers(record: dict[str, Any]) -> None:
 
 
 UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
-    "never verified": (_record(lambda r: r.update(verify=None)), "has not been verified. Verify it first: flashnorm"),
+    "never verified": (_record(lambda r: r.update(verify=None)), "has not been verified. Verify it first: `verify"),
     "failed": (_record(_fail_layers), r"its verification failed \(level layers\)"),
     "not every tensor": (_record(lambda r: r["verify"]["levels"].pop("weights")), "left out level weights"),
     "a bit of a shard": (_flip, rf"its verification is void: {SHARDS[1]} changed since"),
@@ -438,7 +440,7 @@ def test_unfit(folded: Path, tmp_path: Path, case: str) -> None:
     damage(folder)
     with pytest.raises(FlashNormError, match=words) as error:
         push_to_hub(folder, TARGET)
-    assert f"flashnorm verify {folder} (or publish it with --unverified" in str(error.value)
+    assert f"`verify('{folder}')` (or publish it with `unverified=True`" in str(error.value)
 
 
 def test_unverified_is_said(hub: HubServer, push: Push, folded: Path, tmp_path: Path) -> None:
@@ -477,15 +479,15 @@ def test_no_folder_to_publish(folded: Path, tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "nowhere: no such folder; name one that `flashnorm fold` has written")
     refused(out / "config.json", "is a file; name the folder")
     refused(Path(TARGET), "is a folder; the folder comes first", repo=str(out))
-    refused(out, "--create-pr and --revision exclude each other", create_pr=True, revision="x")
-    refused(out, "workers has to be at least 1", workers=0)
+    refused(out, "`create_pr` and `revision` exclude each other", create_pr=True, revision="x")
+    refused(out, "`workers` has to be at least 1", workers=0)
     refused(tmp_path / ".out.partial" / "checkpoint", "out: its fold is not finished; run the same")
     with work_folder(tmp_path / "gone", "0", ()) as work:  # a fold that has begun
         refused(
             tmp_path / "gone", r"gone: its fold is not finished: .*/.gone.partial \([\d,]+ bytes\) is the work folder"
         )
         assert work.path.exists()
-    refused(MODEL, "has no flashnorm.json: it is no fold of flashnorm. Fold the model first: flashnorm fold")
+    refused(MODEL, "has no flashnorm.json: it is no fold of flashnorm. Fold the model first: `fold")
     (out / SHARDS[0]).unlink()
     refused(out, "names model-00001-of-00002.safetensors, which is not there")
 
@@ -721,7 +723,7 @@ def test_local_paths_in_configs(push: Push, hub: HubServer, tmp_path: Path) -> N
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_bytes(data)
     result = push.client.run("verify", copy, "--source", source, "--level", "weights", "--json")
-    assert (result.returncode, json.loads(result.stdout)["notes"]) == (4, [])  # this time nothing was run
+    assert (result.returncode, document(result.stdout)["notes"]) == (4, [])  # this time nothing was run
     done(push(folder=copy, repo="team/copy"))
 
 
@@ -795,8 +797,8 @@ def test_verify_on_the_hub(push: Push, hub: HubServer, folded: Path, tmp_path: P
     options = ["--token-ids", ids, "--cache-dir", cache, "--publish", "--json", *more]
     result = push.client.run("verify", TARGET, *options)
     assert (result.returncode, result.stderr) == (0, "")
-    said = json.loads(result.stdout)
-    assert said["folded"] == TARGET and said["published"].startswith(hub.url)
+    said = document(result.stdout)
+    assert said["folded"] == TARGET and said["published"]["url"].startswith(hub.url)
     assert hub.received("PUT /lfs/") == sent
     assert len(hub.repos[TARGET].history) == commits + 1
     files = visible(hub, revision="refs/pr/1" if way == "pull request" else "main")
@@ -813,7 +815,7 @@ def test_verify_on_the_hub(push: Push, hub: HubServer, folded: Path, tmp_path: P
     repo.commit({**repo.commits[repo.refs["main"]], SHARDS[0]: hub.store(SHARDS[0], bytes(shard))})
     commits = len(repo.history)
     result = push.client.run("verify", TARGET, "--level", "weights", *options)
-    assert (result.returncode, json.loads(result.stdout)["published"], len(repo.history)) == (3, None, commits)
+    assert (result.returncode, document(result.stdout)["published"], len(repo.history)) == (3, None, commits)
     # What cannot be published is said before the work.
     fails(push.client.run("verify", folder, "--publish"), rf"{folder}: is a folder; --publish is for .*", code=2)
     fails(push.client.run("verify", TARGET, "--create-pr"), "--create-pr needs --publish", code=2)

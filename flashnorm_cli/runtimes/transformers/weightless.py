@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from flashnorm_cli.adapters.files import adapter_warnings
+from flashnorm_cli.checkpoint.hub_ids import hub_id
 from flashnorm_cli.checkpoint.model import RECORD
 from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError, one_line
 from flashnorm_cli.modeling import build, disk_names
@@ -95,7 +96,13 @@ def deferred_modules(model: nn.Module) -> dict[str, str | None]:
 
 
 def weighted(model: AnyModel) -> AnyModel:
-    """Undo `weightless`: every norm is of its own class again, and reads its weight, which is trained if it was."""
+    """Undo `weightless`: every norm is of its own class again, and reads its weight, which is trained if it was.
+
+    Args:
+        model: the model that was passed to `weightless`, or that `from_pretrained` returned; any other stays as it is.
+    Returns:
+        The model.
+    """
     undefer(model)
     undefer(getattr(model, "_orig_mod", model))
     for module in list(model.modules()):
@@ -210,7 +217,8 @@ def from_pretrained(name: str | Path, *, deferred: bool = False, **arguments: An
             `weightless` raises. Other errors are those of transformers.
     """
     path = Path(name).expanduser()
-    where = str(path) if path.is_dir() else str(name)
+    where, revision = (str(path), None) if path.is_dir() else hub_id(str(name), arguments.get("revision"))
+    arguments |= {"revision": revision} if revision else {}
     trust = bool(arguments.get("trust_remote_code"))
     hub = {key: arguments[key] for key in HUB_ARGUMENTS if key in arguments}
     config = build.load_config(where, trust, **hub)
