@@ -21,7 +21,7 @@ import torch
 import transformers
 from cost import COMMANDS, SMALL, save
 
-ROUNDS = 3
+ROUNDS = 3  # startup.json was stopped in its first
 HERE = Path(__file__).parents[2]
 CHOSEN = ("plan", "fold", "verify weights")
 
