@@ -14,6 +14,7 @@ from flashnorm_cli.checkpoint.hub import listed_ids
 from flashnorm_cli.checkpoint.model import Checkpoint, Progress, Source, refuse_adapter, refuse_folded
 from flashnorm_cli.checkpoint.open import fetch_others, open_checkpoint
 from flashnorm_cli.checkpoint.tensors import read_tensors
+from flashnorm_cli.choices import FinalNorm
 from flashnorm_cli.folding.fold import give_back_memory, plan_fingerprint, plan_fold, read_gains
 from flashnorm_cli.folding.jobs import ShardEdits, shard_edits
 from flashnorm_cli.hub.journal import SHA256, Uploaded
@@ -53,7 +54,9 @@ class Planned:
         return dataclasses.replace(self, checkpoint=dataclasses.replace(self.checkpoint, sha256=sha256))
 
 
-def plan_from_hub(source: Source, final_norm: str, layout: str, trust_remote_code: bool, report: Progress) -> Planned:
+def plan_from_hub(
+    source: Source, final_norm: FinalNorm, layout: str, trust_remote_code: bool, report: Progress
+) -> Planned:
     """Plan the fold of a repository. Raises what `open_checkpoint`, `plan_fold` and `read_gains` raise."""
     report(0, 0, "Reading headers")
     checkpoint = open_checkpoint(source, weights=False)

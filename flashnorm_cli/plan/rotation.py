@@ -15,6 +15,7 @@ import torch
 from flashnorm_cli.checkpoint.load_time import quantizations
 from flashnorm_cli.checkpoint.model import Checkpoint
 from flashnorm_cli.checkpoint.names import pattern_of
+from flashnorm_cli.choices import FinalNorm
 from flashnorm_cli.errors import PlanError
 from flashnorm_cli.modeling import disk_names
 from flashnorm_cli.plan.disk import FOLDABLE_DTYPES
@@ -29,7 +30,9 @@ ROTATED_STATES = "all hidden states come out rotated, too: only the logits are t
 REFUSED = "the residual stream cannot be rotated: "
 
 
-def make_rotated_plan(checkpoint: Checkpoint, final_norm: str, trust_remote_code: bool, kind: str, seed: int) -> Plan:
+def make_rotated_plan(
+    checkpoint: Checkpoint, final_norm: FinalNorm, trust_remote_code: bool, kind: str, seed: int
+) -> Plan:
     """`make_plan`, with the residual stream rotated after the fold by the matrix that `kind` and `seed` stand for.
 
     Raises:

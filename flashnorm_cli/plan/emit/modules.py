@@ -140,7 +140,7 @@ def _fusion(tool: str, traced: TracedPlan, gain: str) -> Fusion:
     found = traced.trace.gains[gain]
     norm, _, leaf = gain.rpartition(".")
     if leaf != "weight" or found.scale != 1.0 or len(found.shape) != 1:
-        raise refusal(tool, f"`{pattern_of(gain)}` is no plain weight of a norm")
+        raise refusal(tool, f"`{pattern_of(gain)}` is not a plain weight of a norm")
     linears = []
     whole = torch.arange(found.first_id, found.first_id + found.size)
     for name, reader in traced.trace.readers.items():
