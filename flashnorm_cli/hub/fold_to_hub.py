@@ -25,6 +25,7 @@ from flashnorm_cli.checkpoint.output import work_folder
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.folding.engine import any_executor, dask_engine, overlapping
 from flashnorm_cli.folding.fold import check_options
+from flashnorm_cli.folding.planning import Planning, check_streamed
 from flashnorm_cli.hub.base import base_info
 from flashnorm_cli.hub.contents import Contents, Fold, file_hashes, make_contents
 from flashnorm_cli.hub.journal import UPLOADED, Uploaded, read_journal
@@ -83,6 +84,8 @@ def fold_to_hub(
     trust_remote_code: bool = False,
     final_norm: str = "auto",
     layout: str = "identity",
+    target: str | None = None,
+    leave_grid: bool = False,
     workers: int | None = None,
     overwrite: bool = False,
     private: bool | None = None,
@@ -99,7 +102,7 @@ def fold_to_hub(
         model: the Hub id of the source.
         repo_id: the Hub id of the result; made if it does not exist, `private` or not.
         revision, token, cache_dir: as in huggingface_hub; of the source, but the token has to be good for both.
-        trust_remote_code, final_norm, layout: as in `fold`.
+        trust_remote_code, final_norm, layout, target, leave_grid: as in `fold`; a target that is best rotated is refused.
         workers: threads that fold a shard.
         overwrite: replace what the repository holds.
         commit_message, create_pr: as in huggingface_hub's `create_commit`.
@@ -115,6 +118,7 @@ def fold_to_hub(
     from huggingface_hub import HfApi, get_token
 
     check_options(final_norm, layout, workers)
+    check_streamed(target)
     check_call(model, repo_id, None, create_pr, workers)
     if dask is not None and executor is not None:
         raise UsageError("dask and executor exclude each other")
@@ -133,7 +137,8 @@ def fold_to_hub(
         else:
             engine = any_executor(executor) if executor else overlapping(AT_ONCE)
         source = Source(model, revision, token, Path(cache_dir) if cache_dir else None)
-        planned = plan_from_hub(source, final_norm, layout, trust_remote_code, report)
+        planning = Planning(final_norm, trust_remote_code, target=target, leave_grid=leave_grid)
+        planned = plan_from_hub(source, planning, layout, report)
         stack.enter_context(quiet_hub())  # after the plan: transformers switches the bars on again
         planned_at = time.monotonic()
 
@@ -167,7 +172,7 @@ def fold_to_hub(
         resumed=resumed,
         left_out=planned.checkpoint.left_out,
         seconds=seconds,
-        notes=tuple(work.notes),
+        notes=(*planned.notes, *work.notes),
     )
 
 

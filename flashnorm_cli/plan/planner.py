@@ -17,6 +17,7 @@ from flashnorm_cli.checkpoint.names import grouped
 from flashnorm_cli.checkpoint.users import User, announced_users
 from flashnorm_cli.errors import PlanError
 from flashnorm_cli.plan import disk, load_time, readers, unseen
+from flashnorm_cli.plan.grid import grid_notes
 from flashnorm_cli.plan.model import Norm, Plan, Reader, Run
 from flashnorm_cli.plan.unseen import norm_modules
 
@@ -63,7 +64,7 @@ class TracedPlan:
 def make_plan(checkpoint: Checkpoint, final_norm: str = "auto", trust_remote_code: bool = False) -> Plan:
     """Derive the plan from the model's own forward, on the meta device.
 
-    Of the weights, a few kB are looked at where they are on this disk: a note says if they lie on a grid of 4 bits.
+    Of the weights, a few kB are looked at where they are on this disk: a note says if they lie on a quantizer's grid.
 
     Args:
         checkpoint: from `open_checkpoint`, with or without its weights.
@@ -182,8 +183,8 @@ class _Planner:
             lm_head = "kept"
         if lm_head in ("folded", "untied"):
             self.notes.append(HIDDEN_STATES)
-        folded = (name for name, _, ids in found if any(g not in self.kept for g in self.trace.gains_of(ids)))
-        self.notes += load_time.grid_notes(self.checkpoint, folded)
+        folded = [(n, dim) for n, dim, ids in found if any(g not in self.kept for g in self.trace.gains_of(ids))]
+        self.notes += grid_notes(self.checkpoint, folded)
         plan = self._assemble(found, lm_head)
         return TracedPlan(plan, self.model, self.trace, self.kept, self.untied, self.disk.places, tuple(users))
 
