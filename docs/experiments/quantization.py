@@ -9,9 +9,9 @@ MODEL is a checkpoint with a tokenizer. Its weights are moved off the grid of a 
 quantized to each format and compared with the source in float32 on pieces of the texts: perplexity, and KL divergence
 of the next token. Rows are added to OUT.json as they are measured; rows that are there are not measured again.
 
---llama-cpp is a folder with libllama.so and libggml-base.so (`npm pack @node-llama-cpp/linux-x64` has them), --converter
-llama.cpp's sources. Formats that begin with `llm-compressor` or `torchao` run these tools as their users do; they may
-need an environment of their own: run the script in it, with the same OUT.json and --work.
+--llama-cpp is a folder with libllama.so and libggml-base.so (`npm pack @node-llama-cpp/linux-x64` has them),
+--converter llama.cpp's sources. Formats that begin with `llm-compressor` or `torchao` run these tools as their users
+do; they may need an environment of their own: run the script in it with the same --work, and another OUT.json.
 """
 
 from __future__ import annotations

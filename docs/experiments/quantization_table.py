@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "docs" / "benchmarks"
 RAW = ("smollm2", "gemma3", "demo")
 FIGURES = ROOT / "flashnorm_cli" / "plan" / "quantized.json"
 PAGE = ROOT / "docs" / "quantization.md"
@@ -44,8 +45,16 @@ OTHERS = ("fold", "rotated")
 
 
 def models() -> list[dict[str, Any]]:
-    found = [ROOT / "docs" / "benchmarks" / f"quantization_{name}.json" for name in RAW]
-    return [json.loads(path.read_text(encoding="utf-8")) for path in found]
+    """The raw results, by model; those of tools that run in another environment lie in a file of their own."""
+    found = []
+    for name in RAW:
+        paths = sorted(BENCHMARKS.glob(f"quantization_{name}*.json"), key=lambda path: len(path.name))
+        model, *more = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        for each in more:
+            for variant, rows in each["rows"].items():
+                model["rows"].setdefault(variant, {}).update(rows)
+        found.append(model)
+    return found
 
 
 def row_of(model: dict[str, Any], variant: str, name: str) -> dict[str, Any] | None:
@@ -89,9 +98,8 @@ def table() -> str:
         plain = row_of(model, "source", "float32") or {}
         rotated = model["rows"].get("rotated", {})
         lines += [f"### {model['model']}", ""]
-        lines += [
-            f"Source in float32: perplexity {plain['perplexity']:.4g}. {len(model['texts'])} texts of {model['tokens']} tokens."
-        ]
+        pieces = f"{len(model['texts'])} pieces of {model['tokens']} tokens"
+        lines += [f"Source in float32: perplexity {plain['perplexity']:.4g}, on {pieces}."]
         if "refused" in rotated:
             lines += ["", f"`--rotate`: {rotated['refused'].rpartition('cannot be rotated: ')[2]}."]
         lines += ["", "| format | source: KL, perplexity | fold | fold and rotation |", "|--|--|--|--|"]

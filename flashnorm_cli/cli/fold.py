@@ -236,4 +236,5 @@ def _outcome(result: FoldResult | StreamResult) -> list[str]:
     lines += left_out_lines(result.left_out)
     if result.layout == "dropped":
         lines.append(DROPPED)
-    return lines + [f"Note: {note}." for note in result.notes]
+    notes = [*result.notes, *([result.caution] if result.caution else [])]
+    return lines + [f"Note: {note}." for note in notes]

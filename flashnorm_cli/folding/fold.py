@@ -43,7 +43,7 @@ class FoldResult:
 
     `flushed` counts, per tensor, products that became zero; `resumed` are shards that an earlier run had finished;
     `seconds` are those of planning, of writing, and of waiting until the disk has everything. `notes` say what else
-    happened: what an earlier run had left, and what could not be removed.
+    happened: what an earlier run had left, and what could not be removed; `caution` warns who may quantize the result.
     """
 
     output: Path
@@ -55,6 +55,7 @@ class FoldResult:
     left_out: tuple[LeftOut, ...]
     seconds: tuple[float, float, float]
     notes: tuple[str, ...] = ()
+    caution: str | None = None
 
 
 def fold(
@@ -182,7 +183,8 @@ def _fold(
         resumed=written.resumed,
         left_out=checkpoint.left_out,
         seconds=seconds,
-        notes=(*chosen, *work.notes, *caution(planning, gains.values())),
+        notes=(*chosen, *work.notes),
+        caution=caution(planning, gains.values()),
     )
 
 

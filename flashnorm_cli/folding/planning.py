@@ -51,7 +51,8 @@ def check_streamed(target: str | None) -> None:
     """Raises UsageError for a format that is best rotated, which a fold from Hub to Hub cannot do."""
     if target is not None and quantized.format_of(target).best() == quantized.ROTATE:
         raise UsageError(
-            f"--push-to does not rotate, as is best for {target}: fold with --for into a folder, then flashnorm push-to-hub"
+            f"--push-to does not rotate, as is best for {target}: fold with --for into a folder, then flashnorm "
+            "push-to-hub"
         )
 
 
@@ -113,8 +114,7 @@ def refuse_grid(checkpoint: Checkpoint, plan: Plan, leave: bool) -> None:
         raise FlashNormError(f"{checkpoint.source.name}: {found.line}; {LEAVE_GRID}")
 
 
-def caution(planning: Planning, gains: Iterable[np.ndarray]) -> list[str]:
+def caution(planning: Planning, gains: Iterable[np.ndarray]) -> str | None:
     """A line for who may quantize the fold, where its gains matter and nothing was chosen with that in mind."""
-    if planning.target is not None or planning.rotation is not None or not quantized.uneven(gains):
-        return []
-    return [quantized.CAUTION]
+    chosen = planning.target is not None or planning.rotation is not None
+    return None if chosen or not quantized.uneven(gains) else quantized.CAUTION

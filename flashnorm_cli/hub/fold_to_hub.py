@@ -72,6 +72,7 @@ class StreamResult:
     left_out: tuple[LeftOut, ...]
     seconds: tuple[float, float, float]
     notes: tuple[str, ...] = ()
+    caution: str | None = None
 
 
 def fold_to_hub(
@@ -102,7 +103,8 @@ def fold_to_hub(
         model: the Hub id of the source.
         repo_id: the Hub id of the result; made if it does not exist, `private` or not.
         revision, token, cache_dir: as in huggingface_hub; of the source, but the token has to be good for both.
-        trust_remote_code, final_norm, layout, target, leave_grid: as in `fold`; a target that is best rotated is refused.
+        trust_remote_code, final_norm, layout, leave_grid: as in `fold`.
+        target: as in `fold`; one that is best rotated is refused.
         workers: threads that fold a shard.
         overwrite: replace what the repository holds.
         commit_message, create_pr: as in huggingface_hub's `create_commit`.
@@ -173,6 +175,7 @@ def fold_to_hub(
         left_out=planned.checkpoint.left_out,
         seconds=seconds,
         notes=(*planned.notes, *work.notes),
+        caution=planned.caution,
     )
 
 

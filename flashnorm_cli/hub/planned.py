@@ -36,6 +36,7 @@ class Planned:
     gains: Mapping[str, np.ndarray]
     edits: tuple[ShardEdits, ...]
     notes: tuple[str, ...]
+    caution: str | None
 
     @cached_property
     def folded_shards(self) -> dict[str, Header]:
@@ -71,5 +72,5 @@ def plan_from_hub(source: Source, planning: Planning, layout: str, report: Progr
     refuse_grid(checkpoint, plan, planning.leave_grid)
     raw = read_tensors(checkpoint, [norm.tensor for norm in plan.folded])
     gains = read_gains(checkpoint, plan, raw)
-    edits, notes = tuple(shard_edits(checkpoint, plan, gains, layout)), (*chosen, *caution(planning, gains.values()))
-    return Planned(checkpoint, ids, plan, layout, raw, gains, edits, notes)
+    edits = tuple(shard_edits(checkpoint, plan, gains, layout))
+    return Planned(checkpoint, ids, plan, layout, raw, gains, edits, tuple(chosen), caution(planning, gains.values()))

@@ -20,8 +20,8 @@ from flashnorm_cli.proof.result import Finding
 from flashnorm_cli.record.read import FoldRecord
 
 SCALED_AGAIN = (
-    "AWQ and SmoothQuant put their scales there: such a checkpoint is not weightless any more, and an ordinary one without "
-    "flashnorm and flashnorm_folded in its config"
+    "AWQ and SmoothQuant put their scales there: such a checkpoint is not weightless any more, and an ordinary one "
+    "without flashnorm and flashnorm_folded in its config"
 )
 IDENTITY, DROPPED, SOURCE, OTHER = "identity", "dropped", "source", "other"
 
