@@ -85,22 +85,28 @@ def grid_notes(checkpoint: Checkpoint, readers: Iterable[tuple[str, int]]) -> li
 
 
 def _sample(checkpoint: Checkpoint, name: str, dim: int) -> Tensor | None:
-    """Rows of a reader along its input: float64 of shape (rows, values); None for what is too small or no float."""
+    """Some of a reader's values, of what is no float or too large nothing: a matrix, the first of a stack of them."""
     from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE, read_tensor
 
     entry = checkpoint.tensors[name]
-    shape, stack = entry.shape, len(entry.shape) == 3
-    if entry.dtype not in TORCH_DTYPE or len(shape) not in (2, 3) or shape[dim] < FEW[0][0]:
+    if entry.dtype not in TORCH_DTYPE or len(entry.shape) not in (2, 3):
         return None
-    if stack:
-        if dim == 0 or entry.nbytes // shape[0] > MOST_BYTES:
-            return None
-        values = read_tensor(checkpoint, name, (0, 1))[0].movedim(dim - 1, -1)
-    else:
-        most = ROWS if dim == 1 else ROWS * 8
-        values = read_tensor(checkpoint, name, (0, min(shape[0], most))).movedim(dim, -1)
-    rows = values[:ROWS, :COLUMNS].double()
-    return rows[rows.abs().amax(1) > SMALLEST_F16] if entry.dtype == "F16" else rows
+    rows = min(entry.shape[0], ROWS if dim == 1 else COLUMNS) if len(entry.shape) == 2 else 1
+    if rows * math.prod(entry.shape[1:]) * TORCH_DTYPE[entry.dtype].itemsize > MOST_BYTES:
+        return None
+    return rows_along(read_tensor(checkpoint, name, (0, rows)), dim)
+
+
+def rows_along(values: Tensor, dim: int) -> Tensor | None:
+    """Rows of a matrix, or of the first of a stack, along dimension `dim` of it, as `grid_in` takes them."""
+    import torch
+
+    if values.dim() == 3 and dim > 0:
+        values, dim = values[0], dim - 1
+    if values.dim() != 2 or values.shape[dim] < FEW[0][0]:
+        return None
+    rows = values.detach().movedim(dim, -1)[:ROWS, :COLUMNS].double().cpu()
+    return rows[rows.abs().amax(1) > SMALLEST_F16] if values.dtype == torch.float16 else rows
 
 
 def grid_in(rows: Tensor) -> str | None:
@@ -154,22 +160,28 @@ def _few_mantissas(rows: Tensor, size: int, most: int) -> bool:
 
 
 def _multiples(rows: Tensor) -> bool:
+    import torch
+
     for size in (*SIZES, rows.shape[1]):
         groups = _groups(rows, size)
         if groups is None:
             continue
         largest, span = groups.abs().amax(1, keepdim=True), groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True)
-        steps = [*(largest / q for q in LARGEST), *(span / q for q in SPAN)]
-        if any(_fits(groups / step) for step in steps):
+        off, near = zip(
+            *(_off(groups / s) for s in (*(largest / q for q in LARGEST), *(span / q for q in SPAN))), strict=True
+        )
+        means = torch.stack(off) / torch.stack(near).clamp(min=1)
+        mean, best = means.where(torch.stack(near) >= 4, math.inf).min(0)  # a group's grid is the one that fits best
+        count = torch.stack(near).gather(0, best[None])[0] * mean.isfinite()
+        if count.sum() >= SAMPLES and (mean.nan_to_num(posinf=0.0) * count).sum() < OFF * count.sum():
             return True
     smallest = rows.abs().where(rows != 0, math.inf).amin(1, keepdim=True)
     few = (rows.abs().amax(1) / smallest[:, 0]).le(MOST_STEPS)
-    return bool(few.sum() * 2 > len(rows)) and _fits((rows / smallest)[few], first=1.5)
+    off, near = _off((rows / smallest)[few], first=1.5)
+    return bool(few.sum() * 2 > len(rows) and near.sum() >= SAMPLES and off.sum() < OFF * near.sum())
 
 
-def _fits(steps: Tensor, first: float = 0.5) -> bool:
-    """Whether values, in steps of a grid, lie on it."""
-    near = steps.abs()[(steps.abs() >= first) & (steps.abs() <= NEAR + 0.5)]
-    if len(near) < SAMPLES or len(near.round().unique()) < 4:
-        return False
-    return bool((near - near.round()).abs().mean() < OFF)
+def _off(steps: Tensor, first: float = 0.5) -> tuple[Tensor, Tensor]:
+    """How far values, in steps of a grid, lie off it, in all, and how many tell; by row."""
+    near = (steps.abs() >= first) & (steps.abs() <= NEAR + 0.5)
+    return ((steps - steps.round()).abs() * near).sum(1), near.sum(1)
