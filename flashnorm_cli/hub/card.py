@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from flashnorm_cli.checkpoint.names import pattern_of
 from flashnorm_cli.hub.published import Base
 from flashnorm_cli.hub.source_card import check_metadata, read_card
+from flashnorm_cli.plan import quantized
 from flashnorm_cli.plan.model import Plan
 from flashnorm_cli.proof.result import Verification
 from flashnorm_cli.report import formats, page
@@ -141,6 +142,7 @@ def _figures(facts: CardFacts) -> dict[str, Any]:
         "paper": PAPER,
         "report": REPORT,
         "relation": RELATION,
+        "quantizing": quantized.card_line(plan.rotation is not None),
         "mark": SOURCE_CARD,
     }
     if result is not None:

@@ -31,7 +31,8 @@ CLEAR = 2.0**-9  # of a group's largest value: smaller ones may have lost their 
 SIZES, LARGEST, SPAN = (16, 32, 64, 128), (31, 32, 127, 127.5, 128), (31, 63, 254, 255)
 SMALLEST_F16 = 2.0**-14  # below it float16 is a grid itself
 # Where a value lies on a grid is told from steps 1 to 16, which bfloat16 moves by 0.03 of a step; at random it is 0.25.
-NEAR, OFF, SAMPLES = 16, 0.06, 200
+# Of groups with some such steps, most have to lie on it.
+NEAR, OFF, SAMPLES, MOST = 16, 0.06, 200, 0.7
 MOST_STEPS = 300  # of a row whose smallest value is taken for the step
 
 
@@ -171,9 +172,9 @@ def _multiples(rows: Tensor) -> bool:
             *(_off(groups / s) for s in (*(largest / q for q in LARGEST), *(span / q for q in SPAN))), strict=True
         )
         means = torch.stack(off) / torch.stack(near).clamp(min=1)
-        mean, best = means.where(torch.stack(near) >= 4, math.inf).min(0)  # a group's grid is the one that fits best
-        count = torch.stack(near).gather(0, best[None])[0] * mean.isfinite()
-        if count.sum() >= SAMPLES and (mean.nan_to_num(posinf=0.0) * count).sum() < OFF * count.sum():
+        best = means.where(torch.stack(near) >= 4, math.inf).amin(0)  # a group's grid is the one that fits best
+        told = best.isfinite().sum()
+        if told >= GROUPS and (best < OFF).sum() > MOST * told:
             return True
     smallest = rows.abs().where(rows != 0, math.inf).amin(1, keepdim=True)
     few = (rows.abs().amax(1) / smallest[:, 0]).le(MOST_STEPS)

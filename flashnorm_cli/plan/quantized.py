@@ -85,6 +85,23 @@ def keep_line(form: Format, why: str = "") -> str:
     )
 
 
+def card_line(rotated: bool) -> str:
+    """What a model card says of quantizing a fold further, in sentences."""
+    choice = ROTATE if rotated else FOLD
+    better = [name for name, form in formats().items() if form.largest(choice) <= 1]
+    worse = [name for name, form in formats().items() if 1 < form.largest(choice) < math.inf]
+    models = dict.fromkeys(model for form in formats().values() for model in form.ratios)
+    done = "rotated folds" if rotated else "folds"
+    return (
+        f"not measured on this model. On {_names(models)}, {done} lost more than their sources when quantized to "
+        f"{_names(worse)}: quantize the source for these. To {_names(better)} they lost no more on any of them."
+    )
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(names) or "nothing"
+
+
 def uneven(gains: Iterable[np.ndarray]) -> bool:
     """Whether gains, each of shape (elements,), differ so much within groups that quantizing gets worse by them."""
     import numpy as np
