@@ -204,8 +204,10 @@ def describe(results: Results, asked: argparse.Namespace, texts: list[tuple[str,
             versions[package] = sorted({*versions[package], version(package)})
         except PackageNotFoundError:
             versions[package] = sorted(versions[package])
-    about = {"model": asked.name or asked.model.name, "date": str(date.today()), "processor": platform.machine()}
-    results.content = {**about, "texts": [name for name, _ in texts], "tokens": asked.tokens, **results.content}
+    machine = f"{platform.machine()}, {os.cpu_count()} processors"
+    about: dict[str, Any] = {"model": asked.name or asked.model.name, "date": str(date.today()), "machine": machine}
+    about |= {"texts": [name for name, _ in texts], "tokens": asked.tokens}
+    results.content = {**about, **{key: value for key, value in results.content.items() if key not in about}}
     results.write()
 
 

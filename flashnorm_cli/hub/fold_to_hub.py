@@ -155,14 +155,14 @@ def fold_to_hub(
         api = HfApi(token=token)
         options = Options(private, create_pr, commit_message or MESSAGE, overwrite)
         before = {n: u for n, u in read_journal(journal).items() if u.compared or not verify}
-        target = _target(api, repo_id, planned, inside, before, options, verify)
-        uploads = still_there(api, target.repository.repo_id, before)
+        goal = _target(api, repo_id, planned, inside, before, options, verify)
+        uploads = still_there(api, goal.repository.repo_id, before)
         resumed = tuple(edit.name for edit in planned.edits if edit.name in uploads)
-        jobs = hub_jobs(planned, target.repository.repo_id, create_pr, engine, inside.parent, workers, verify)
+        jobs = hub_jobs(planned, goal.repository.repo_id, create_pr, engine, inside.parent, workers, verify)
         downloaded, uploaded = transfer(engine, jobs, uploads, journal, report)
         transferred_at = time.monotonic()
         check_copies(model, uploads, journal)
-        pushed = _publish(planned.as_read(uploads), target, inside, uploads, journal, verify, report)
+        pushed = _publish(planned.as_read(uploads), goal, inside, uploads, journal, verify, report)
         seconds = (planned_at - started, transferred_at - planned_at, time.monotonic() - transferred_at)
     return StreamResult(
         pushed=pushed,

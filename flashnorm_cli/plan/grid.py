@@ -168,11 +168,9 @@ def _multiples(rows: Tensor) -> bool:
         if groups is None:
             continue
         largest, span = groups.abs().amax(1, keepdim=True), groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True)
-        off, near = zip(
-            *(_off(groups / s) for s in (*(largest / q for q in LARGEST), *(span / q for q in SPAN))), strict=True
-        )
-        means = torch.stack(off) / torch.stack(near).clamp(min=1)
-        best = means.where(torch.stack(near) >= 4, math.inf).amin(0)  # a group's grid is the one that fits best
+        fits = [_off(groups / step) for step in (*(largest / q for q in LARGEST), *(span / q for q in SPAN))]
+        means = [(off / near.clamp(min=1)).where(near >= 4, math.inf) for off, near in fits]
+        best = torch.stack(means).amin(0)  # a group's grid is the one that fits best
         told = best.isfinite().sum()
         if told >= GROUPS and (best < OFF).sum() > MOST * told:
             return True
