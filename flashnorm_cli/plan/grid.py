@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from flashnorm_cli.plan.model import Plan
 
 KINDS, ROWS, COLUMNS = 8, 32, 1024  # how many kinds of readers, rows of each, and values of each row are looked at
-MOST_BYTES = 1 << 26  # of the first expert of a stack, which is read whole
+MOST_BYTES = 1 << 25  # of the first expert of a stack, which is read whole
 FEW = ((32, 16), (256, 64))  # so many values in a group of that size: 4 bits, 6 bits
 REPEATED = 0.6  # values other than zero that are distinct, at most: a pruned matrix has few that repeat
 GROUPS = 16  # groups that are looked at, at least
