@@ -10,6 +10,7 @@ import re
 import reprlib
 import unicodedata
 from pathlib import PurePath
+from typing import Any
 
 EXIT_OK = 0
 EXIT_ERROR = 1
@@ -80,6 +81,22 @@ class UsageError(FlashNormError):
     """The call itself is wrong: options that exclude each other, a path that cannot be what it is said to be."""
 
     exit_code = EXIT_USAGE
+
+
+class VerificationError(FlashNormError):
+    """A verification that did not end in "equivalent", raised by its `raise_for_failure`; `verification` is it."""
+
+    exit_code = EXIT_NOT_EQUIVALENT
+
+    def __init__(self, message: object = "", verification: Any = None) -> None:
+        super().__init__(message)
+        self.verification = verification
+
+
+class NotRunError(VerificationError):
+    """The files hold what the plan asks for, and no run of both models was compared."""
+
+    exit_code = EXIT_NOT_RUN
 
 
 class CheckpointError(FlashNormError):

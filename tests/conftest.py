@@ -1,5 +1,6 @@
 import os
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
+    """Where files or tensors differ, which ones: pytest would compare their bytes for minutes, and print them all."""
+    if (
+        op != "=="
+        or not (isinstance(left, dict) and isinstance(right, dict))
+        or max(_bytes(left), _bytes(right)) < 1000
+    ):
+        return None
+    differ = sorted(k for k in {*left, *right} if left.get(k, _bytes) != right.get(k, _bytes))
+    return [f"{len(differ)} of {len({*left, *right})} differ: {', '.join(map(str, differ[:20]))}"]
+
+
+def _bytes(values: dict[str, object]) -> int:
+    found = (v if isinstance(v, bytes) else getattr(v, "data", None) for v in values.values())
+    return sum(len(data) for data in found if isinstance(data, bytes))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None, None, None]:
+    """The names of what failed as the last lines: that is what is left of a long log."""
+    yield
+    for report in [r for kind in ("failed", "error") for r in terminalreporter.stats.get(kind, [])]:
+        terminalreporter.write_line(f"failed: {report.nodeid}")

@@ -17,7 +17,8 @@ ORDER = [
     {"modeling"},
     {"trace", "norms"},
     {"checkpoint", "cuda"},
-    {"errors", "_version"},
+    {"display"},
+    {"choices", "errors", "_version"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # What checks a fold may not share its arithmetic, nor the functions that write its config and index.

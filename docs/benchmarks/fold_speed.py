@@ -245,6 +245,18 @@ def machine(folder: Path) -> dict[str, Any]:
     }
 
 
+def summed_up(runs: dict[str, list[dict[str, float]]], way: str, base: str, over: str) -> dict[str, float]:
+    """The runs of one way in a few figures; `over` names its time in times of that of `base`."""
+    seconds, yardstick = (statistics.median(r["seconds"] for r in runs[name]) for name in (way, base))
+    return {
+        "median_s": round(seconds, 3),
+        over: round(seconds / yardstick, 3),
+        "median_cpu_s": round(statistics.median(r["cpu_seconds"] for r in runs[way]), 3),
+        "other_cores": round(statistics.median(r["other_cores"] for r in runs[way]), 2),
+        "added_mib": round(max(r.get("added_mib", 0.0) for r in runs[way]), 1),
+    }
+
+
 def measure(folder: Path, name: str, rounds: int, workers: int, patience: float) -> dict[str, Any]:
     source, target = folder / name, folder / f"{name}-out"
     if not source.exists():
@@ -264,14 +276,7 @@ def measure(folder: Path, name: str, rounds: int, workers: int, patience: float)
     shutil.rmtree(target)
     summary = {}
     for way in WAYS:
-        seconds, base = ([result["seconds"] for result in runs[name]] for name in (way, "cp"))
-        summary[way] = {
-            "median_s": round(statistics.median(seconds), 3),
-            "over_cp": round(statistics.median(seconds) / statistics.median(base), 3),
-            "median_cpu_s": round(statistics.median(result["cpu_seconds"] for result in runs[way]), 3),
-            "other_cores": round(statistics.median(result["other_cores"] for result in runs[way]), 2),
-            "added_mib": round(max(result.get("added_mib", 0.0) for result in runs[way]), 1),
-        }
+        summary[way] = summed_up(runs, way, "cp", "over_cp")
         if way == "fold":
             for key in ("plan_s", "flush_s"):
                 summary[way][key] = round(statistics.median(result[key] for result in runs[way]), 3)

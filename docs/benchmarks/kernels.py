@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from flashnorm_cli.bench import kernels, report
-from flashnorm_cli.bench.kernels import EPS, Buffers
+from flashnorm_cli.bench.contenders import EPS, Buffers
+from flashnorm_cli.cli.tables import text_table
 from flashnorm_cli.cuda import driver
 
 
@@ -79,8 +80,8 @@ def main() -> None:
             lines = ",\n".join(f"  {json.dumps(asdict(r))}" for r in results)  # a line each, so that diffs can be read
             options.output.write_text(f"{json.dumps(record, indent=1)[:-5]}[\n{lines}\n ]\n}}\n")
     for operation in ("rms_norm", "fused_add_rms_norm"):
-        print(operation, *report.text_table(*report.rows_of(results, operation)), sep="\n")
-    print(*report.text_table(*report.host_rows(results)), *report.words(results), sep="\n")
+        print(operation, *text_table(*report.rows_of(results, operation)), sep="\n")
+    print(*text_table(*report.host_rows(results)), *report.words(results), sep="\n")
     print(*(f"{r.contender} {r.hidden}x{r.tokens}: {r.error}" for r in results if r.error), sep="\n")
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -139,14 +138,7 @@ def main() -> None:
                 runs[way].append(run(way, source, folded, args.workers, state == "cold"))
         summary = {}
         for way in WAYS:
-            seconds, base = ([r["seconds"] for r in runs[name]] for name in (way, "read"))
-            summary[way] = {
-                "median_s": round(statistics.median(seconds), 3),
-                "over_reading": round(statistics.median(seconds) / statistics.median(base), 3),
-                "median_cpu_s": round(statistics.median(r["cpu_seconds"] for r in runs[way]), 3),
-                "other_cores": round(statistics.median(r["other_cores"] for r in runs[way]), 2),
-                "added_mib": round(max(r["added_mib"] for r in runs[way]), 1),
-            }
+            summary[way] = fold_speed.summed_up(runs, way, "read", "over_reading")
             print(f"{state} {way:10}", " ".join(f"{key} {value:<8}" for key, value in summary[way].items()))
         result[state] = {"summary": summary, "runs": runs}
     if args.json:

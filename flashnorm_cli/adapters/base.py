@@ -15,7 +15,7 @@ from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE, read_tensor
 from flashnorm_cli.errors import PlanError
 from flashnorm_cli.modeling import build, disk_names
 from flashnorm_cli.plan.model import REMEDY, Plan, Reader
-from flashnorm_cli.plan.planner import traced
+from flashnorm_cli.plan.traced import traced
 
 TASK_HEADS = {
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flashnorm_cli.adapters.context import Context
 from flashnorm_cli.adapters.edits import Edit, Ratio
-from flashnorm_cli.adapters.kinds import INSTEAD, AdapterError
+from flashnorm_cli.adapters.kinds import MERGE_HINT, AdapterError
 
 
 def edit_copy(context: Context, key: str, name: str) -> Edit | None:
@@ -20,7 +20,7 @@ def edit_copy(context: Context, key: str, name: str) -> Edit | None:
             return None
         raise AdapterError(f"{key}: the model {context.model_name} has no such weight{context.hint()}")
     if leaf == "bias" and f"{module}.weight" in folded.norms:
-        raise AdapterError(f"{key}: is the bias of a norm that is folded; {INSTEAD}")
+        raise AdapterError(f"{key}: is the bias of a norm that is folded; {MERGE_HINT}")
     if target.norm is not None:
         norm, shape = target.norm, context.tensors[key].shape
         if shape != tuple(norm.gain.shape):

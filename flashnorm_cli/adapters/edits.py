@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flashnorm_cli.adapters.kinds import INSTEAD, AdapterError
+from flashnorm_cli.adapters.kinds import MERGE_HINT, AdapterError
 from flashnorm_cli.errors import GainOverflowError
 
 
@@ -60,7 +60,7 @@ def apply(name: str, values: torch.Tensor, edit: Edit) -> tuple[torch.Tensor, in
     try:
         result = edit.apply(values)
     except AdapterError as error:
-        raise AdapterError(f"{name}: {error}; {INSTEAD}") from None
+        raise AdapterError(f"{name}: {error}; {MERGE_HINT}") from None
     if not bool(result.isfinite().all()):
         raise GainOverflowError(
             f"{name}: a weight times its gain is beyond the largest {values.dtype} value, "

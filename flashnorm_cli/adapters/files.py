@@ -160,8 +160,8 @@ def adapter_warnings(model: Any) -> list[str]:
             continue
         found.append(
             f"adapter {name!r} was made for {made_for}, and this model is {mine}, a folded checkpoint: what it learned "
-            f"reads norm weights that are gone from here. Unless the two are one model under two names, run: flashnorm "
-            f"fold-adapter <the adapter> --base {mine}"
+            f"reads norm weights that are gone from here. Unless the two are one model under two names, run "
+            f'`fold_adapter("<the adapter>", base={mine!r})`'
         )
     return found
 

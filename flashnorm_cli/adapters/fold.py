@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from flashnorm_cli.adapters.files import CONFIG, Adapter, open_adapter, refuse_folded_adapter, same_model
 from flashnorm_cli.adapters.kinds import refuse_unfoldable
 from flashnorm_cli.checkpoint.carry import check_names
-from flashnorm_cli.checkpoint.model import Checkpoint, LeftOut, Progress, Source
+from flashnorm_cli.checkpoint.model import Checkpoint, LeftOut, Progress, Source, folder_name
 from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.checkpoint.output import check_output
+from flashnorm_cli.checkpoint.progress import with_notebook_bar
+from flashnorm_cli.display import Shown
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.record.read import FoldRecord, record_of_base, recorded_source
 
@@ -23,13 +25,13 @@ if TYPE_CHECKING:
     from flashnorm_cli.adapters.check import AdapterCheck
 
 
-@dataclass(frozen=True)
-class AdapterResult:
+@dataclass(frozen=True, repr=False)
+class AdapterResult(Shown):
     """What folding an adapter did.
 
     `changed` counts tensors by what was done: "gain" (the input dimension was scaled), "ratio" (a norm's own copy),
-    "magnitude" (DoRA). `added` are new tensors, `flushed` counts products that became zero, by tensor. `check` is what
-    the comparison on random activations found. `notes` are for the user.
+    "magnitude" (DoRA). `added` are new tensors, `flushed` counts products that became zero, by tensor. `commit` is the
+    source's on the Hub. `check` is what the comparison on random activations found. `notes` are for the user.
     """
 
     output: Path
@@ -45,6 +47,11 @@ class AdapterResult:
     check: AdapterCheck
     notes: tuple[str, ...]
     bytes_written: int
+    commit: str | None = None
+
+    def _facts(self) -> dict[str, Any]:
+        said = {"output": str(self.output), "base": self.base, "peft_type": self.peft_type, "tensors": self.tensors}
+        return {**said, "changed": sum(self.changed.values()), "bytes_written": self.bytes_written}
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -52,11 +59,10 @@ class AdapterResult:
             "output": str(self.output),
             "adapter": self.adapter,
             "base": self.base,
-            "source": self.source,
+            "source": {"name": self.source, "commit": self.commit},
             "peft_type": self.peft_type,
-            "tensors": self.tensors,
-            "changed": self.changed,
-            "added": list(self.added),
+            "counts": {"tensors": self.tensors, **self.changed},
+            "tensors_added": list(self.added),
             "left_out": [asdict(each) for each in self.left_out],
             "flushed_to_zero": self.flushed,
             "check": self.check.to_json(),
@@ -65,6 +71,7 @@ class AdapterResult:
         }
 
 
+@with_notebook_bar
 def fold_adapter(
     adapter: str | Path,
     base: str | Path,
@@ -99,6 +106,8 @@ def fold_adapter(
         overwrite: replace an output folder that holds an adapter.
         follow_links: follow links of local folders also where they lead out of them.
         on_progress: called with (done, all, what is going on).
+    Returns:
+        The folder, what was changed, and what the comparison on random activations found.
     Raises:
         UsageError: the call contradicts itself or the file system.
         AdapterError: the adapter cannot be folded exactly; the message says why and what to do instead.
@@ -107,7 +116,7 @@ def fold_adapter(
     report = on_progress or (lambda done, total, what: None)
     where = Path(cache_dir) if cache_dir else None
     if source is None and source_revision is not None:
-        raise UsageError("--source-revision needs --source")
+        raise UsageError("`source_revision` needs `source`")
     report(0, 0, "Reading headers")
     opened = open_adapter(Source(str(adapter), revision, token, where, local_files_only, follow_links))
     folded = open_checkpoint(
@@ -155,6 +164,7 @@ def fold_adapter(
         check=written.check,
         notes=(*_about_names(opened, unfolded, folded), *plan.notes, *written.notes),
         bytes_written=written.bytes,
+        commit=unfolded.commit,
     )
 
 
@@ -165,7 +175,7 @@ def _output_folder(
     adapter: Adapter, base: Checkpoint, output: str | Path | None, source: str | Path | None, overwrite: bool
 ) -> Path:
     """Where the folded adapter goes. Raises UsageError where that could lose something."""
-    name = adapter.source.name.rsplit("/", 1)[-1] if adapter.commit else adapter.folder.resolve().name
+    name = adapter.source.name.rsplit("/", 1)[-1] if adapter.commit else folder_name(adapter.source.name)
     wanted = Path(output) if output else Path(f"{name}-FlashNorm")
     check_names(wanted, adapter.others)
     target = check_output(wanted, overwrite, adapter.folder, config=CONFIG, what="an adapter")

@@ -59,7 +59,7 @@ REFUSED_VARIANTS = {
 MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-INSTEAD = "merge it into the source (merge_and_unload of peft) and fold the merged model instead"
+MERGE_HINT = "merge it into the source (merge_and_unload of peft) and fold the merged model instead"
 
 
 MOST_LAYERS = 10_000  # that layer_replication may speak of
@@ -117,15 +117,15 @@ def refuse_unfoldable(config: dict[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind not in (*LINEAR_TYPES, *OTHER_TYPES, *PROMPT_TYPES):
         why = REFUSED_TYPES.get(str(kind), "how it reads the norms' output is not known here")
-        raise AdapterError(f"peft type {kind} cannot be folded: {why}; {INSTEAD}")
+        raise AdapterError(f"peft type {kind} cannot be folded: {why}; {MERGE_HINT}")
     for key, why in REFUSED_VARIANTS.items():
         if config.get(key):
-            raise AdapterError(f"{key} is set in adapter_config.json: {why}; {INSTEAD}")
+            raise AdapterError(f"{key} is set in adapter_config.json: {why}; {MERGE_HINT}")
     init = config.get("init_lora_weights")
     if kind == "LORA" and isinstance(init, str) and init.lower().startswith(MUTATING_INITS):
         raise AdapterError(
             f"init_lora_weights is {init!r}: such an adapter belongs to what its initialisation left of the source's "
             "weights, and peft would derive that afresh from the folded ones; convert it to plain LoRA first, with "
             "save_pretrained(..., path_initial_model_for_weight_conversion=<the adapter as it was initialised>), or "
-            f"{INSTEAD}"
+            f"{MERGE_HINT}"
         )

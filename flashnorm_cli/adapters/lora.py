@@ -13,6 +13,7 @@ from flashnorm_cli.adapters.base import FoldedModel, Target
 from flashnorm_cli.adapters.context import Context
 from flashnorm_cli.adapters.edits import Edit, Scale
 from flashnorm_cli.adapters.kinds import AdapterError
+from flashnorm_cli.checkpoint.progress import Steps
 from flashnorm_cli.checkpoint.tensors import read_tensor
 
 
@@ -125,7 +126,7 @@ def magnitude_edits(
     edits = {}
     with_magnitude = [(module, module.magnitude) for module in modules if module.magnitude]
     for i, (module, key) in enumerate(with_magnitude):
-        report(i, len(with_magnitude), "Reading weights for DoRA")
+        report(i, len(with_magnitude), Steps("Reading weights for DoRA"))
         if module.target.disk is None:
             raise AdapterError(f"{key}: DoRA's magnitude depends on the weight, which lies on disk in other pieces")
         a, b = read(module.a), read(module.b)

@@ -27,7 +27,7 @@ from flashnorm_cli.adapters.base import FoldedModel
 from flashnorm_cli.adapters.context import PREFIX, Context
 from flashnorm_cli.adapters.copies import edit_copy, edit_tokens
 from flashnorm_cli.adapters.edits import Edit, Ratio
-from flashnorm_cli.adapters.kinds import INSTEAD, PROMPT_TYPES, AdapterError
+from flashnorm_cli.adapters.kinds import MERGE_HINT, PROMPT_TYPES, AdapterError
 from flashnorm_cli.adapters.lora import LoraModule, lora_module, magnitude_edits
 from flashnorm_cli.adapters.untied_head import untie
 from flashnorm_cli.checkpoint.header import Header
@@ -101,7 +101,7 @@ def _check_prompts(context: Context) -> None:
     if context.kind == "PREFIX_TUNING" and inner:
         raise AdapterError(
             f"peft type PREFIX_TUNING: it supplies keys and values, and {inner}, which is folded, may stand "
-            f"between what the model caches and the layer that reads it; {INSTEAD}"
+            f"between what the model caches and the layer that reads it; {MERGE_HINT}"
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from flashnorm_cli.adapters.context import PREFIX, Context
 from flashnorm_cli.adapters.edits import Edit, Scale
-from flashnorm_cli.adapters.kinds import INSTEAD, AdapterError
+from flashnorm_cli.adapters.kinds import MERGE_HINT, AdapterError
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def untie(context: Context) -> Untied:
     if context.kind == "TRAINABLE_TOKENS":
         raise AdapterError(
             "peft type TRAINABLE_TOKENS: the source ties its output head to the embedding, so the tokens count in "
-            f"both, and the base has a head of its own; {INSTEAD}"
+            f"both, and the base has a head of its own; {MERGE_HINT}"
         )
     target = folded.target(f"{head}.weight")
     edit = Scale(target.dim, target.factor) if target is not None and target.factor is not None else None

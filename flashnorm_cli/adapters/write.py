@@ -109,7 +109,7 @@ def _write_weights(adapter: Adapter, plan: AdapterPlan, path: Path, report: Prog
             else:
                 source.seek(adapter.header.data_start + tensors[origin].start)
                 file.write(source.read(tensors[origin].nbytes))
-            report(file.tell(), header.file_size, path.name)
+            report(file.tell(), header.file_size, "Folding the adapter")
     return flushed, header.file_size
 
 

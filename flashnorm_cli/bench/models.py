@@ -16,6 +16,8 @@ from torch import Tensor
 
 from flashnorm_cli.bench.timing import spread
 from flashnorm_cli.bench.ways import COMPILED_WAYS, TUNED_INDUCTOR, WAYS, swapped
+from flashnorm_cli.checkpoint.hub_ids import hub_id
+from flashnorm_cli.checkpoint.progress import Steps
 from flashnorm_cli.errors import FlashNormError
 from flashnorm_cli.modeling.quiet import first_line, quiet_transformers
 from flashnorm_cli.norms.detect import plain_norms
@@ -53,23 +55,25 @@ CLOSE = 0.05  # of the logits' own size: bf16 models differ by their rounding
 def load(name: str, config_only: bool, device: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     """A model to time: a named shape or, with `config_only`, a config with random weights; else a whole checkpoint.
 
+    A Hub id may be its page's address, with a revision.
+
     Raises:
         FlashNormError: transformers cannot read or build it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+    where, revision = hub_id(name)
+    hub: dict[str, Any] = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
     try:
         with quiet_transformers():
             if not config_only and name not in SHAPES:
-                model = AutoModelForCausalLM.from_pretrained(
-                    name, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
-                )
+                model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, device_map=device, **hub)
                 return model.eval()
             config: PretrainedConfig
             if name in SHAPES:
                 config = LlamaConfig(**SHAPES[name], max_position_embeddings=8192, rms_norm_eps=1e-5)
             else:
-                config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+                config = AutoConfig.from_pretrained(where, **hub)
             torch.manual_seed(0)
             with torch.device(device):
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -197,23 +201,33 @@ def bench(
     batch: int = 1,
     modes: tuple[str, ...] = MODES,
     ways: tuple[str, ...] = (*WAYS, TUNED_INDUCTOR),
-    on_progress: Callable[[str], None] = lambda _: None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    seconds: float | None = None,
 ) -> list[dict[str, Any]]:
     """Time the model in every mode and way. Ways take turns; gains are medians over pairs of one turn.
 
     Args:
         model: on the device that it is timed on. On a CPU, only "decode" and "prefill" are.
         tokens: to decode; also the position of the step that is captured in a graph.
+        on_progress: called with (turns done, turns in all, what is going on).
+        on_row: called with each row as soon as it is known, also with those of turns that Ctrl-C has ended.
+        seconds: for each mode; after them no turn is begun, but the first.
     Returns:
         A row per mode and way: tok_per_s and sequence (median), spread (10th and 90th percentile), trials (each),
         gain_percent over stock; or error.
     """
     gpu = model.device.type == "cuda"
     rows: list[dict[str, Any]] = []
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        on_row(row)
+
     good = []
     for way in ways:
         if error := check(model, way):
-            rows.append({"mode": "all", "way": way, "error": error})
+            add({"mode": "all", "way": way, "error": error})
         else:
             good.append(way)
     for mode in modes:
@@ -223,21 +237,39 @@ def bench(
         mine = [way for way in good if (way in COMPILED_WAYS if compiled else way != TUNED_INDUCTOR)]
         timers: dict[str, Callable[[], float]] = {}
         for way in mine:
-            on_progress(f"{mode}: {way}")
+            on_progress(0, 0, f"Preparing {mode}: {way}")
             try:
                 timers[way] = _timer(model, mode, way, tokens, batch)
                 timers[way]()
             except Exception as problem:  # a model of any kind, under a compiler or in a graph
                 timers.pop(way, None)
-                rows.append({"mode": mode, "way": way, "error": first_line(problem)})
+                add({"mode": mode, "way": way, "error": first_line(problem)})
         speeds: dict[str, list[float]] = {way: [] for way in timers}
-        for trial in range(trials):
-            on_progress(f"{mode}: turn {trial + 1} of {trials}")
-            turn = list(timers)
-            for way in turn[trial % len(turn) :] + turn[: trial % len(turn)]:  # nobody always follows the same one
-                speeds[way].append(timers[way]())
-        rows += [_row(mode, way, each, speeds.get("stock")) for way, each in speeds.items()]
+        try:
+            _take_turns(mode, timers, speeds, trials, on_progress, seconds)
+        finally:  # Ctrl-C, too
+            for way, each in speeds.items():
+                if each:
+                    add(_row(mode, way, each, speeds.get("stock")))
     return rows
+
+
+def _take_turns(
+    mode: str,
+    timers: dict[str, Callable[[], float]],
+    speeds: dict[str, list[float]],
+    trials: int,
+    on_progress: Callable[[int, int, str], None],
+    seconds: float | None,
+) -> None:
+    over = time.perf_counter() + (seconds or float("inf"))
+    for trial in range(trials):
+        if trial and time.perf_counter() > over:
+            return
+        on_progress(trial, trials, Steps(f"Timing {mode}"))
+        turn = list(timers)
+        for way in turn[trial % len(turn) :] + turn[: trial % len(turn)]:  # nobody always follows the same one
+            speeds[way].append(timers[way]())
 
 
 def _timer(model: PreTrainedModel, mode: str, way: str, tokens: int, batch: int) -> Callable[[], float]:
@@ -262,7 +294,9 @@ def _row(mode: str, way: str, speeds: list[float], stock: list[float] | None) ->
         "trials": [round(s, 2) for s in speeds],
     }
     if stock is not None:
-        row["gain_percent"] = round(median(100 * (a / b - 1) for a, b in zip(speeds, stock, strict=True)), 2)
+        pairs = list(zip(speeds, stock, strict=False))  # the last turn may have been cut short
+        if pairs:
+            row["gain_percent"] = round(median(100 * (a / b - 1) for a, b in pairs), 2)
     return row
 
 

@@ -1,17 +1,11 @@
-"""Measurements as text, Markdown and a picture. All of them are of one run and one dtype."""
+"""Measurements as tables and in words. All of them are of one run and one dtype."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from importlib import import_module
-from itertools import groupby, pairwise
-from math import log2
-from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
-
-from flashnorm_cli.errors import FlashNormError, UsageError
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flashnorm_cli.bench.kernels import Measurement
@@ -20,9 +14,10 @@ Shape = tuple[int, int]  # hidden, tokens
 
 FUSED = "fused_add_rms_norm"
 OURS = {"rms_norm": "flashnorm", FUSED: "flashnorm fused"}
+ON_A_CPU = "where flashnorm's own norm is torch's and is not timed apart"
+TORCHS = "F.rms_norm(None)"
 LIMITS = ("copy", "PDL copy", "empty launch")
 FEW = 256  # tokens up to which a norm is about latency; with more, about bandwidth
-WIDTH = 100  # of text, in characters
 PDL = "programmatic dependent launch"
 
 # What `words` takes apart: operation, what is gained, who lacks it, as a contender, and what it is compared with.
@@ -36,34 +31,18 @@ GAINS = (
     (FUSED, "Launch alone", f"our kernel without {PDL}", "flashnorm fused, no PDL", "flashnorm fused"),
 )
 
-# Okabe and Ito's colours, which colour-blind people tell apart, without their yellow, which is lost on white.
-# A family is the same contender in both operations. Ours stands out; the slow ones that everybody has are grey.
-COLORS = {
-    "flashnorm": "#D55E00",
-    "torch": "#0072B2",
-    "notebook": "#999999",
-    "transformers": "#5A5A5A",
-    "Inductor": "#009E73",
-    "Liger": "#CC79A7",
-    "quack": "#56B4E9",
-    "FlashInfer": "#E69F00",
-    "vLLM": "#000000",
-}
-# Kinds of picture, and the metadata without which the same data give the same bytes.
-PICTURES: dict[str, dict[str, None]] = {".svg": {"Date": None}, ".png": {}, ".pdf": {"CreationDate": None}}
-MARKERS = "osv^DPX*<"  # a second way to tell the families apart
-
 
 def rows_of(results: Sequence[Measurement], operation: str) -> tuple[list[str], list[list[str]]]:
     """One operation as a table, a line a shape.
 
     Returns:
         Head and lines: our time, bandwidth and share of the copy, then for each other contender how many times as
-        long it takes, `wrong`, or `failed`. Where ours has no time, the others' own times are shown.
+        long it takes, `wrong`, or `failed`. Where ours has no time, the others' own times are shown. On a CPU our norm
+        is torch's, which stands in its place.
     """
     shapes = _by_shape(results, operation)
-    ours = OURS[operation]
     names = dict.fromkeys(name for found in shapes.values() for name in found)
+    ours = base_of(results, operation)
     others = [name for name in names if name not in (ours, *LIMITS)]
     lines = []
     for (hidden, tokens), found in shapes.items():
@@ -85,69 +64,28 @@ def rows_of(results: Sequence[Measurement], operation: str) -> tuple[list[str], 
     return [head[i] for i in kept], [[line[i] for i in kept] for line in lines]
 
 
+def line_of(measured: Sequence[Measurement]) -> str:
+    """One operation on one shape in a line."""
+    head, lines = rows_of(measured, measured[0].operation)
+    hidden, tokens, us, *others = lines[0]
+    beside = ", ".join(f"{name} {cell}" for name, cell in zip(head[3:], others, strict=True) if cell)
+    base = base_of(measured, measured[0].operation)
+    time = f"{us} us" if us[:1].isdigit() else us
+    return f"{measured[0].operation} {hidden} x {tokens}: {base} {time}" + (f"; {beside}" if beside else "")
+
+
+def base_of(results: Sequence[Measurement], operation: str) -> str:
+    """The contender that all others are compared with: ours, or torch's where ours would be torch's."""
+    names = {r.contender for r in results if r.operation == operation}
+    return TORCHS if OURS[operation] not in names and TORCHS in names else OURS[operation]
+
+
 def host_rows(results: Sequence[Measurement]) -> tuple[list[str], list[list[str]]]:
     """Host time per call, on the smallest shape that has it: there the GPU waits for the host."""
     timed = [r for r in results if r.host_us is not None and not r.error]
     smallest = min(((r.hidden * r.tokens, r.hidden) for r in timed), default=None)
     lines = [[r.contender, f"{r.host_us:.1f}"] for r in timed if (r.hidden * r.tokens, r.hidden) == smallest]
     return (["call", "host us"], lines) if lines else ([], [])
-
-
-def text_table(head: Sequence[str], lines: Sequence[Sequence[str]], width: int = WIDTH, keys: int = 2) -> list[str]:
-    """A table for a terminal; one that is too wide gets heads of several lines, then goes on below.
-
-    Lines that begin alike stand together, with an empty one behind them.
-
-    Args:
-        head: names of the columns.
-        lines: cells.
-        width: characters in a line.
-        keys: how many columns, from the left, say what a line is about: they are repeated in each part.
-    Returns:
-        Lines, with an empty one between parts.
-    """
-    if not head:
-        return []
-    cells = [max((len(line[i]) for line in lines), default=0) for i in range(len(head))]
-    numeric = _numeric(head, lines)
-    heads = [[name] for name in head]
-    if sum(max(len(n), c) + 2 for n, c in zip(head, cells, strict=True)) - 2 > width:
-        heads = [_wrapped(name, cell) for name, cell in zip(head, cells, strict=True)]
-    widths = [max(cell, *map(len, h)) for h, cell in zip(heads, cells, strict=True)]
-    parts = [list(range(min(keys, len(head))))]
-    for i in range(keys, len(head)):
-        if len(parts[-1]) > keys and sum(widths[j] + 2 for j in (*parts[-1], i)) - 2 > width:
-            parts.append(list(range(keys)))
-        parts[-1].append(i)
-
-    firsts = [line[0] for line in lines]
-    grouped = any(a == b for a, b in pairwise(firsts))
-    text: list[str] = []
-    for columns in parts:
-        tall = max(len(heads[i]) for i in columns)
-        above = [[""] * (tall - len(h)) + h for h in heads]  # heads stand on the rule
-        shown = [[above[i][n] for i in columns] for n in range(tall)]
-        shown.append(["-" * widths[i] for i in columns])
-        for n, line in enumerate(lines):
-            if grouped and n and line[0] != lines[n - 1][0]:
-                shown.append([""] * len(columns))
-            shown.append([line[i] for i in columns])
-        text += [""] if text else []
-        for row in shown:
-            fitted = [
-                c.rjust(widths[i]) if numeric[i] else c.ljust(widths[i]) for c, i in zip(row, columns, strict=True)
-            ]
-            text.append("  ".join(fitted).rstrip())
-    return text
-
-
-def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    """A table for Markdown, numbers to the right."""
-    if not head:
-        return []
-    rule = ["--:" if numeric else ":--" for numeric in _numeric(head, lines)]
-    rows = [[cell.replace("|", "\\|") for cell in line] for line in (head, *lines)]
-    return [f"| {' | '.join(line)} |" for line in (rows[0], rule, *rows[1:])]
 
 
 def words(results: Sequence[Measurement]) -> list[str]:
@@ -182,77 +120,6 @@ def words(results: Sequence[Measurement]) -> list[str]:
     return lines + _host_words(results)
 
 
-def require_matplotlib() -> None:
-    """Raise an error that says what to install, for callers with a long way to go before they plot."""
-    try:
-        import_module("matplotlib")
-    except ImportError as error:
-        raise FlashNormError("a picture takes matplotlib: pip install 'flashnorm-cli[plot]'") from error
-
-
-def plot(results: Sequence[Measurement], path: Path) -> None:
-    """Draw each contender's share of the copy over tokens: a panel a hidden size, a row of panels an operation.
-
-    The same measurements and the same matplotlib give the same bytes.
-
-    Args:
-        path: file to write; the suffix decides on .svg, .png or .pdf.
-    """
-    # Dates are left out, ids do not depend on chance.
-    metadata = PICTURES.get(path.suffix.lower())
-    if metadata is None:
-        raise UsageError(f"{path}: pictures are .svg, .png or .pdf")
-    require_matplotlib()
-    drawn = [r for r in results if r.of_copy is not None and not r.error and r.contender not in LIMITS]
-    if not drawn:
-        raise FlashNormError("nothing to draw: no norm was timed beside a copy, which takes a GPU")
-    matplotlib, figures = import_module("matplotlib"), import_module("matplotlib.figure")
-    operations = [operation for operation in OURS if any(r.operation == operation for r in drawn)]
-    hiddens = sorted({r.hidden for r in drawn})
-    top = max(1.0, *(r.of_copy or 0 for r in drawn)) * 106
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever the user's own settings are
-        matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "flashnorm", "font.size": 9})
-        # Not pyplot, which would choose a backend for the whole process: savefig takes Agg, SVG or PDF by the suffix.
-        wide = max(2.3 * len(hiddens) + 0.6, 7.0)  # inches
-        names = [list(dict.fromkeys(r.contender for r in drawn if r.operation == o)) for o in operations]
-        columns = [max(1, int(wide / (0.75 + 0.07 * max(map(len, each))))) for each in names]  # of the legends
-        tall = [3.1 + 0.2 * -(-len(each) // n) for each, n in zip(names, columns, strict=True)]
-        figure = figures.Figure(figsize=(wide, sum(tall)), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-        rows = figure.subfigures(len(operations), 1, squeeze=False, height_ratios=tall)[:, 0]
-        for operation, row, labels, n in zip(operations, rows, names, columns, strict=True):
-            mine = [r for r in drawn if r.operation == operation]
-            axes = row.subplots(1, len(hiddens), sharex=True, sharey=True, squeeze=False)[0]
-            for hidden, ax in zip(hiddens, axes, strict=True):
-                _panel(ax, [r for r in mine if r.hidden == hidden], operation)
-                ax.set_title(f"hidden {hidden}", fontsize=9)
-                ax.set_ylim(0, top)
-            tokens = _spaced(sorted({r.tokens for r in mine}))
-            axes[0].set_xscale("log", base=2)
-            axes[0].set_xticks(tokens, [_short(t) for t in tokens])
-            axes[0].set_ylabel("% of a copy of the same bytes")
-            axes[len(axes) // 2].set_xlabel("tokens")
-            row.suptitle(
-                f"{operation}: speed beside a plainly launched copy",
-                fontsize=11,
-                fontweight="bold",
-            )
-            # A contender may be missing from some panels.
-            shown = {
-                label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
-            }
-            row.legend(
-                [shown[label] for label in labels],
-                labels,
-                loc="outside lower center",
-                ncols=min(len(labels), n),
-                frameon=False,
-                handlelength=3.2,
-            )
-        figure.savefig(path, dpi=150, metadata=metadata)
-
-
 def _by_shape(results: Sequence[Measurement], operation: str) -> dict[Shape, dict[str, Measurement]]:
     shapes: dict[Shape, dict[str, Measurement]] = {}
     for r in results:
@@ -272,24 +139,6 @@ def _why(measurement: Measurement | None) -> str:
     return "wrong" if (measurement.error or "").startswith("wrong") else "failed"
 
 
-def _numeric(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[bool]:
-    """Which columns hold numbers, and so are set to the right."""
-    return [any(re.match(r"[-+]?\d", line[i]) for line in lines) for i in range(len(head))]
-
-
-def _wrapped(name: str, width: int) -> list[str]:
-    """A head in lines, broken at spaces and before brackets, no wider than its longest piece or `width`."""
-    pieces = re.findall(r" ?[^ (]+| ?\([^)]*\)?", name) or [""]
-    width = max(width, *(len(piece.strip()) for piece in pieces))
-    lines = [pieces[0]]
-    for piece in pieces[1:]:
-        if len(lines[-1] + piece) <= width:
-            lines[-1] += piece
-        else:
-            lines.append(piece.strip())
-    return lines
-
-
 def _times(shapes: dict[Shape, dict[str, Measurement]], contender: str) -> dict[Shape, float]:
     times = {shape: _time(found.get(contender)) for shape, found in shapes.items()}
     return {shape: us for shape, us in times.items() if us}
@@ -299,7 +148,7 @@ def _best_peers(shapes: dict[Shape, dict[str, Measurement]]) -> dict[Shape, floa
     """The least time of those that are not ours, whoever that is on a shape."""
     best: dict[Shape, float] = {}
     for name in {name for found in shapes.values() for name in found}:
-        if _family(name) != "flashnorm" and name not in LIMITS:
+        if family_of(name) != "flashnorm" and name not in LIMITS:
             for shape, us in _times(shapes, name).items():
                 best[shape] = min(us, best.get(shape, us))
     return best
@@ -334,42 +183,7 @@ def _host_words(results: Sequence[Measurement]) -> list[str]:
     return lines
 
 
-def _family(contender: str) -> str:
+def family_of(contender: str) -> str:
+    """Whose norm a contender is."""
     first = re.split(r"[ ,(]", contender)[0]
     return "torch" if first in ("F.rms_norm", "add") else first
-
-
-def _panel(ax: Any, mine: Sequence[Measurement], operation: str) -> None:
-    ax.axhline(100, color="#444444", linewidth=0.8)
-    ax.grid(color="#E4E4E4", linewidth=0.6)
-    ax.set_axisbelow(True)
-    families = list(COLORS)
-    for name, group in groupby(sorted(mine, key=lambda r: (r.contender, r.tokens)), key=lambda r: r.contender):
-        points = [(r.tokens, 100 * (r.of_copy or 0)) for r in group]
-        family = _family(name)
-        ours = name == OURS[operation]
-        style = "--" if "weight" in name else ":" if "no PDL" in name else "-"
-        ax.plot(
-            *zip(*points, strict=True),
-            label=name,
-            color=COLORS.get(family, "#8C6D31"),
-            marker=MARKERS[families.index(family)] if family in families else ".",
-            linestyle=style,
-            linewidth=3 if ours else 1.2,
-            markersize=5 if ours else 3.2,
-            zorder=4 if ours else 3 if family == "flashnorm" else 2,
-        )
-
-
-def _spaced(tokens: Sequence[int]) -> list[int]:
-    """Those that leave their labels room beside each other."""
-    apart = log2(tokens[-1] / tokens[0]) / 9
-    kept = [tokens[0]]
-    for each in tokens[1:]:
-        if log2(each / kept[-1]) >= apart:
-            kept.append(each)
-    return kept
-
-
-def _short(tokens: int) -> str:
-    return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)

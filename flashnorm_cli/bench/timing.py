@@ -72,11 +72,19 @@ def graph_times(
     return times, failed
 
 
-def host_times(contenders: dict[str, Call], calls: int = 200, trials: int = 15) -> dict[str, float]:
-    """Microseconds of host time per call: the median over turns of the mean of `calls` calls, none of which waits."""
+def host_times(
+    contenders: dict[str, Call], calls: int = 200, trials: int = 15, seconds: float | None = None
+) -> dict[str, float]:
+    """Microseconds of host time per call: the median over turns of the mean of `calls` calls, none of which waits.
+
+    After `seconds` no turn is begun, but the first that counts.
+    """
+    over = time.perf_counter() + (seconds or float("inf"))
     times: dict[str, list[float]] = {name: [] for name in contenders}
     order = list(contenders.items())
     for trial in range(-1, trials):  # the first turn warms up
+        if trial > 0 and time.perf_counter() > over:
+            break
         for name, call in order[trial % len(order) :] + order[: trial % len(order)]:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()

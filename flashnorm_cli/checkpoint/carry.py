@@ -54,8 +54,8 @@ def _check_link(path: str, root: str) -> None:
     real = os.path.realpath(path)
     if not _admitted(root, real):
         raise FolderError(
-            f"{shown(path)}: is a link out of the folder, to {shown(real)}; remove it, or add --follow-links to carry "
-            "over what it leads to"
+            f"{shown(path)}: is a link out of the folder, to {shown(real)}; remove it, or add "
+            "`follow_links=True` to carry over what it leads to"
         )
 
 

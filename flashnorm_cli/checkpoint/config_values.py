@@ -55,16 +55,21 @@ def _check_level(config: dict[str, Any], limits: tuple[Any, ...], where: str, at
             raise refuse(key, "an object of class names")
         if isinstance(value, dict):
             _check_level(value, limits, where, f"{at}{key}.")
-        for number in value if isinstance(value, list) else [value]:
-            if type(number) is not int:
-                continue
-            if key in _POSITIVE and number < 1 and number is value:  # in a list, a layer may have none
-                raise refuse(key, "at least 1")
-            if number < 0 and (key == "num_hidden_layers" or (key.endswith("_size") and _CHANNELS.fullmatch(key))):
-                raise refuse(key, "at least 0")
-            for names, most, why in limits:
-                if number > most and names.fullmatch(key):
-                    raise refuse(key, f"at most {most}: {why}")
+        numbers = [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
+        if numbers and (wanted := _out_of_range(key, numbers, limits, single=numbers[0] is value)):
+            raise refuse(key, wanted)
+
+
+def _out_of_range(key: str, numbers: list[int], limits: tuple[Any, ...], single: bool) -> str | None:
+    """What the numbers of a key have to be and are not; None if they are."""
+    if single and key in _POSITIVE and numbers[0] < 1:  # in a list, a layer may have none
+        return "at least 1"
+    if min(numbers) < 0 and (key == "num_hidden_layers" or (key.endswith("_size") and _CHANNELS.fullmatch(key))):
+        return "at least 0"
+    for names, most, why in limits:
+        if max(numbers) > most and names.fullmatch(key):
+            return f"at most {most}: {why}"
+    return None
 
 
 def _is_reference(value: Any) -> bool:

@@ -147,11 +147,11 @@ def _why_not_read(error: Exception) -> str | None:
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
-        return "is gated; accept its terms on the Hub and pass --token"
+        return "is gated; accept its terms on the Hub and pass `token`"
     if isinstance(error, errors.RevisionNotFoundError):
         return "has no such revision"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return "neither a local folder nor a repository on the Hub (a private one needs --token)"
+        return "neither a local folder nor a repository on the Hub (a private one needs `token`)"
     if isinstance(error, errors.LocalEntryNotFoundError):
         # Not in the cache: either the network was not to be used, or it failed and the cache was the way out.
         cause = error.__cause__
@@ -191,11 +191,11 @@ def _why_not_written(error: Exception) -> str | None:
 def _refusal(status: int, said: str) -> str:
     words = f": {said}" if said else ""
     if status == 401:
-        return f"the Hub does not accept the token{words}; log in again with `hf auth login`, or pass another --token"
+        return f"the Hub does not accept the token{words}; log in again with `hf auth login`, or pass another `token`"
     if status == 403:
         return (
             f"the Hub forbids it{words}. The token needs the role `write` and the right to that namespace ({TOKENS}); "
-            "--create-pr proposes the files to a repository of somebody else"
+            "`create_pr=True` proposes the files to a repository of somebody else"
         )
     if status == 404:
         return f"the Hub does not find it{words}; is the name right, and may this token see it?"

@@ -11,7 +11,9 @@ from typing import Any
 from flashnorm_cli.checkpoint.files import Seen
 from flashnorm_cli.checkpoint.folded import flags_of, in_words, is_ours
 from flashnorm_cli.checkpoint.header import Header, TensorEntry
+from flashnorm_cli.checkpoint.hub_ids import hub_id
 from flashnorm_cli.checkpoint.json_files import read_object
+from flashnorm_cli.display import Shown
 from flashnorm_cli.errors import CheckpointError, FlashNormError
 
 CONFIG = "config.json"
@@ -36,20 +38,29 @@ OTHER_WEIGHTS = (
 ).split()
 
 
-# done bytes, all bytes, what is going on
+# done, all (0 where nothing is counted), what is going on: bytes are counted, or steps where that is a `Steps`
 Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a checkpoint comes from, and how to reach it."""
+    """Where a checkpoint comes from, a folder or a Hub id, and how to reach it, as in huggingface_hub.
+
+    The address of a page on the Hub becomes its id. `follow_links`: links of a folder are followed also where they lead
+    out of it.
+    """
 
     name: str
     revision: str | None = None
-    token: str | bool | None = None
+    token: str | bool | None = field(default=None, repr=False)
     cache_dir: Path | None = None
     local_files_only: bool = False
-    follow_links: bool = False  # also out of the folder
+    follow_links: bool = False
+
+    def __post_init__(self) -> None:
+        name, revision = hub_id(self.name, self.revision)
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "revision", revision)
 
 
 @dataclass(frozen=True)
@@ -61,8 +72,8 @@ class LeftOut:
     reason: str
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+@dataclass(frozen=True, repr=False)
+class Checkpoint(Shown):
     """A checkpoint whose headers, index and files hold together.
 
     `folder` holds the small files (and the shards too, unless only the headers of a Hub repository were read).
@@ -84,6 +95,10 @@ class Checkpoint:
     seen: dict[str, Seen] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
 
+    def _facts(self) -> dict[str, Any]:
+        where = {"source": self.source.name} | ({"commit": self.commit} if self.commit else {})
+        return {**where, "shards": len(self.shards), "tensors": len(self.tensors), "other_files": len(self.others)}
+
     @cached_property
     def tensors(self) -> dict[str, TensorEntry]:
         """Every tensor's header entry, in file order."""
@@ -97,9 +112,18 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """The last part of the folder's or repository's name."""
-        if self.commit is not None:
-            return self.source.name.rsplit("/", 1)[-1]
-        return Path(self.source.name).expanduser().resolve().name
+        return self.source.name.rsplit("/", 1)[-1] if self.commit is not None else folder_name(self.source.name)
+
+
+def folder_name(path: str | Path) -> str:
+    """What a folder is called: a link by its own name, a snapshot in the Hub's cache by its repository's."""
+    here = Path(path).expanduser()
+    if here.name in ("", ".."):
+        here = here.resolve()
+    repository = here.absolute().parent.parent.name
+    if here.absolute().parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rsplit("--", 1)[-1]
+    return here.name
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -118,7 +142,7 @@ def refuse_adapter(checkpoint: Checkpoint) -> None:
         raise FlashNormError(
             f"{checkpoint.source.name}: holds an adapter ({ADAPTER_CONFIG}) beside the model, and transformers applies "
             "it at once; it would not fit the folded weights. Move the adapter's files into a folder of their own, "
-            "fold the model, then: flashnorm fold-adapter <that folder> --base <the folded model>"
+            'fold the model, then: `fold_adapter("<that folder>", base="<the folded model>")`'
         )
 
 
@@ -135,5 +159,5 @@ def refuse_folded(checkpoint: Checkpoint) -> None:
     if flags:
         raise FlashNormError(
             f"{name}: is folded already, by another tool ({CONFIG} has {in_words(flags)}); fold its source instead, or "
-            f"check this one and give it a record: flashnorm verify {name} --source <its source> --adopt"
+            f'check this one and give it a record: `verify({name!r}, source="<its source>", adopt=True)`'
         )

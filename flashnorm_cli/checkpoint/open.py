@@ -50,6 +50,8 @@ def open_checkpoint(source: Source, weights: bool = True, on_progress: Progress 
         weights: whether the shards themselves have to be on this disk; without, a Hub repository costs its small
             files and one ranged request per shard.
         on_progress: called with (bytes done, bytes in all, what is going on) while shards are downloaded.
+    Returns:
+        What the files say, for `make_plan` and for looking at: no weight is in memory.
     Raises:
         UsageError: the name is neither a folder nor a Hub id.
         CheckpointError: the files do not hold together, or a link leads out of the folder.

@@ -58,7 +58,7 @@ def check_output(
         _check_names(output, target, sources)
         if target.exists() and any(target.iterdir()):
             if not overwrite:
-                raise UsageError(f"{output}: exists already; add --overwrite to replace it")
+                raise UsageError(f"{output}: exists already; add `overwrite=True` to replace it")
             folder = disk.open_folder(target)
             try:
                 why = not_an_output(folder, config, what)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+import threading
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 
@@ -15,6 +17,24 @@ from flashnorm_cli.errors import CheckpointError
 
 # What can be scaled or filled, and the integers that show its bits.
 TORCH_DTYPE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+_thread_setting = threading.Lock()
+_at_work: list[int] = []  # torch's setting as each job that is at work in this process found it
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Keep torch from starting threads where ours are the parallelism. Several jobs may be under way at a time."""
+    with _thread_setting:
+        _at_work.append(torch.get_num_threads() if not _at_work else _at_work[0])
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _thread_setting:
+            before = _at_work.pop()
+            if not _at_work:
+                torch.set_num_threads(before)
 
 
 def read_bytes(checkpoint: Checkpoint, tensor: str, start: int, end: int) -> bytearray:

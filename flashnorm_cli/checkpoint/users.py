@@ -324,7 +324,7 @@ def _own_code(files: _Files, traced_here: bool) -> Iterator[User]:
         if traced_here:
             line += "it stands beside the class that was traced"
         else:
-            line += "transformers' own class was traced, not this; --trust-remote-code traces it"
+            line += "transformers' own class was traced, not this; `trust_remote_code=True` traces it"
         yield User(CODE, f"{CONFIG}: auto_map", LAST if last else ANY, line)
     if files.config.get("custom_pipelines"):
         line = f"{CONFIG} names pipelines with code of their own (custom_pipelines), which may read hidden states"

@@ -76,6 +76,35 @@ def _unlike(folder: int) -> str | None:
     return f"is not the work folder of a fold (no {MARK_FILE} of flashnorm's in it)"
 
 
+def _write_mark(folder: int, source: str, output: str) -> None:
+    text = MARK + (
+        "The same command goes on from here when it is run again; or remove this folder.\n"
+        f"source: {' '.join(source.split())}\noutput: {' '.join(output.split())}\n"
+    )
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    fd = os.open(MARK_FILE, flags, 0o666, dir_fd=folder)
+    try:
+        os.ftruncate(fd, 0)
+        disk.write_all(fd, text.encode("utf-8", "surrogateescape"))
+        os.fsync(fd)  # without it this folder is nobody's
+    finally:
+        os.close(fd)
+    disk.sync_folder(folder)
+
+
+def _locked(journal: int) -> bool:
+    """Lock a journal, or wait for whoever holds it, a moment long; False if they still do."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+
+
 class WorkFolder:
     """A work folder that this process holds; `path` it is, `inside` what gets filled, `notes` what a user should know.
 
@@ -121,7 +150,7 @@ class WorkFolder:
         before = os.pread(self._journal, 1 << 10, 0)
         same = before.decode(errors="replace") == fingerprint
         if MARK_FILE not in disk.names_in(self._folder) or not before:
-            self._write_mark(source)
+            _write_mark(self._folder, source, self.target.name)
         with contextlib.suppress(FileExistsError):
             os.mkdir(INSIDE, dir_fd=self._folder)
         self._inside = disk.open_folder(INSIDE, self._folder)
@@ -164,15 +193,8 @@ class WorkFolder:
 
     def _lock(self) -> None:
         """Hold the journal, and make sure that it is still the one that another process would find."""
-        deadline = time.monotonic() + _PATIENCE
-        while True:
-            try:
-                fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise self._taken() from None
-                time.sleep(0.05)
+        if not _locked(self._journal):
+            raise self._taken()
         held = os.fstat(self._journal)
         try:
             named = os.stat(JOURNAL, dir_fd=self._folder, follow_symlinks=False)
@@ -192,21 +214,6 @@ class WorkFolder:
         except OSError:
             return False
         return (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino)
-
-    def _write_mark(self, source: str) -> None:
-        text = MARK + (
-            "The same command goes on from here when it is run again; or remove this folder.\n"
-            f"source: {' '.join(source.split())}\noutput: {' '.join(self.target.name.split())}\n"
-        )
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        fd = os.open(MARK_FILE, flags, 0o666, dir_fd=self._folder)
-        try:
-            os.ftruncate(fd, 0)
-            disk.write_all(fd, text.encode("utf-8", "surrogateescape"))
-            os.fsync(fd)  # without it this folder is nobody's
-        finally:
-            os.close(fd)
-        disk.sync_folder(self._folder)
 
     def _write_journal(self, text: str) -> None:
         os.ftruncate(self._journal, 0)

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashnorm_cli.cli import options
-from flashnorm_cli.cli.output import Output, size
+from flashnorm_cli.cli.fold import fold_json
+from flashnorm_cli.cli.output import Output
+from flashnorm_cli.cli.tables import aligned
 from flashnorm_cli.errors import EXIT_NOT_EQUIVALENT, EXIT_OK
+from flashnorm_cli.plan.wording import size
 
 if TYPE_CHECKING:
     from flashnorm_cli.demo import DemoResult
@@ -21,12 +24,14 @@ def demo(
         Path | None,
         typer.Argument(help="Keep the folded model in this folder.", show_default="a temporary folder"),
     ] = None,
+    to: options.OutputOpt = None,
     json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
     debug: options.DebugOpt = False,
 ) -> None:
     """Fold the small trained Llama that comes with flashnorm, offline, and compare it with its source."""
     out = Output(json, quiet)
+    output = options.one_output(output, to)
     with TemporaryDirectory() as scratch, out.progress() as report:
         report(0, 0, "Folding and comparing the demo model")
         from flashnorm_cli.demo import run_demo
@@ -34,17 +39,17 @@ def demo(
         result = run_demo(output or Path(scratch) / "demo-FlashNorm")
     out.data(
         {
-            **result.verification.to_json(),
+            **fold_json(result.fold, result.verification),
             "text_source": result.text_source,
             "text_folded": result.text_folded,
             "output": str(output) if output else None,
         }
     )
-    out.text(*_story(result, output))
+    out.text(*_lines(result, output))
     raise typer.Exit(EXIT_OK if result.verification.equivalent else EXIT_NOT_EQUIVALENT)
 
 
-def _story(result: DemoResult, output: Path | None) -> list[str]:
+def _lines(result: DemoResult, output: Path | None) -> list[str]:
     plan = result.fold.plan
     low, high = result.gains
     weights, logits = (level.figures for level in result.verification.levels if level.level != "layers")
@@ -53,6 +58,13 @@ def _story(result: DemoResult, output: Path | None) -> list[str]:
         "the same text"
         if result.text_source == result.text_folded
         else "different texts (a near tie went the other way)"
+    )
+    table = aligned(
+        [
+            ("On text it was not trained on:", "source", "folded"),
+            ("perplexity per byte", f"{source['perplexity']:.4f}", f"{folded['perplexity']:.4f}"),
+        ],
+        right=[1, 2],
     )
     where = f"{output}" if output else "a temporary folder (give one to keep it: flashnorm demo ./demo-FlashNorm)"
     lines = [
@@ -64,8 +76,7 @@ def _story(result: DemoResult, output: Path | None) -> list[str]:
         f"         {size(result.fold.bytes_written)} in {sum(result.fold.seconds):.1f} s, written to {where}",
         "",
         f"Checked  all {weights['tensors']} tensors hold the very bits that source and plan ask for.",
-        "         On text it was not trained on:        source   folded",
-        f"         perplexity per byte               {source['perplexity']:9.4f}{folded['perplexity']:9.4f}",
+        *(f"         {line}" for line in table),
         f"         In float32 the logits agree to {logits['algebra_error']:.0e} (relative): the algebra is exact.",
         f"         Running the folded model in bfloat16 moves them by {logits['rounding_error']:.2e}; running the",
         f"         source in bfloat16 moves them by {logits['noise_floor']:.2e}, the noise floor.",

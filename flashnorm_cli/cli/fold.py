@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from flashnorm_cli.checkpoint.hub_ids import hub_id
 from flashnorm_cli.cli import options
-from flashnorm_cli.cli.output import Output, size
-from flashnorm_cli.cli.plan import left_out_lines, plan_lines, plan_summary
+from flashnorm_cli.cli.output import Output
+from flashnorm_cli.cli.plan import left_out_lines, norm_lines
 from flashnorm_cli.cli.push_to_hub import done
-from flashnorm_cli.cli.verify import exit_code, summary
+from flashnorm_cli.cli.summary import summary
+from flashnorm_cli.cli.verify import exit_code
 from flashnorm_cli.errors import EXIT_NOT_RUN, EXIT_OK, UsageError
+from flashnorm_cli.plan.wording import sentences, size
 
 if TYPE_CHECKING:
     from flashnorm_cli.folding.fold import FoldResult
@@ -33,6 +35,7 @@ def fold(
         Path | None,
         typer.Argument(help="The folder to write; by default ./<name>-FlashNorm.", show_default=False),
     ] = None,
+    to: options.OutputOpt = None,
     layout: Annotated[
         options.Layout,
         typer.Option(
@@ -110,6 +113,7 @@ def fold(
     fold goes on where it stopped when the same command is run again.
     """
     out = Output(json, quiet)
+    output, (model, revision) = options.one_output(output, to), hub_id(model, revision)
     if push_to is None and (private is not None or commit_message is not None or create_pr):
         raise UsageError("--private, --commit-message and --create-pr need --push-to")
     if seed is not None and rotate is None and for_ is None:
@@ -159,16 +163,29 @@ def _fold_to_hub(out: Output, model: str, push_to: str, verify: bool, **more: An
     raise typer.Exit(EXIT_NOT_RUN if verify and not streamed.pushed.verified else EXIT_OK)
 
 
+def fold_json(result: FoldResult | StreamResult, verification: Verification | None) -> dict[str, Any]:
+    """The result of every fold, with the same fields; what does not belong to one is null."""
+    absent = dict.fromkeys(("output", "published", "bytes_written", "bytes_downloaded", "bytes_uploaded"))
+    found = {**absent, "verdict": "not verified", **result.to_json(), "verification": None}
+    if verification is not None:
+        found |= {"verdict": verification.verdict, "verification": verification.to_json()}
+    dropped = [DROPPED] if result.layout == "dropped" else []
+    return {**found, "notes": [*found["notes"], *dropped]}
+
+
 def _show(out: Output, result: FoldResult, verification: Verification | None) -> None:
-    out.data(
-        {
-            "output": str(result.output),
-            **_facts(result),
-            "bytes_written": result.bytes_written,
-            "seconds": dict(zip(("plan", "write", "flush"), (round(s, 3) for s in result.seconds), strict=True)),
-            **({"verification": verification.to_json()} if verification else {}),
-        }
-    )
+    out.data(fold_json(result, verification))
+    if result.already_done:
+        out.text(f"Already done: {result.output} holds this fold. Nothing was written.")
+    else:
+        _show_written(out, result)
+    if verification is None:
+        out.next(f"flashnorm verify {shlex.quote(str(result.output))}")
+    else:
+        out.text("", *summary(verification))
+
+
+def _show_written(out: Output, result: FoldResult) -> None:
     out.text(*_outcome(result))
     planning, writing, flushing = result.seconds
     out.text(
@@ -176,56 +193,24 @@ def _show(out: Output, result: FoldResult, verification: Verification | None) ->
         f"{flushing:.1f} s more:",
         str(result.output),
     )
-    if verification is None:
-        out.text(f"Next: flashnorm verify {shlex.quote(str(result.output))}")
-    else:
-        out.text("", *summary(verification))
 
 
 def show_streamed(out: Output, result: StreamResult) -> None:
     """What a fold from Hub to Hub did."""
-    pushed, facts = result.pushed.to_json(), _facts(result)
-    out.data(
-        {
-            **{key: value for key, value in pushed.items() if key not in ("card", "sent", "unchanged")},
-            **facts,
-            "notes": [*facts["notes"], *pushed["notes"]],
-            "bytes_downloaded": result.downloaded,
-            "bytes_uploaded": result.uploaded,
-            "seconds": dict(zip(("plan", "shards", "commit"), (round(s, 3) for s in result.seconds), strict=True)),
-        }
-    )
+    out.data(fold_json(result, None))
     planning, moving, committing = result.seconds
     out.text(
         *_outcome(result),
         f"Planned in {planning:.1f} s; {size(result.downloaded)} came in and {size(result.uploaded)} went out in "
         f"{moving:.1f} s; published in {committing:.1f} s:",
         *done(result.pushed),
-        *(() if result.pushed.verified else (f"To verify it: flashnorm verify {result.pushed.repo_id} --publish",)),
     )
-
-
-def _facts(result: FoldResult | StreamResult) -> dict[str, Any]:
-    plan = result.plan
-    return {
-        "layout": result.layout,
-        "flashnorm_folded": plan.folded_flag,
-        "folded": len(plan.folded),
-        "kept": len(plan.kept),
-        "readers": len(plan.readers),
-        "lm_head": plan.lm_head,
-        **({"rotation": {**plan.rotation.to_json(), "tensors": len(plan.rotation.tensors)}} if plan.rotation else {}),
-        "bytes_added": plan.bytes_added,
-        "flushed_to_zero": result.flushed,
-        "resumed_shards": list(result.resumed),
-        "left_out": [asdict(each) for each in result.left_out],
-        "notes": [*plan.notes, *result.notes, *([DROPPED] if result.layout == "dropped" else [])],
-    }
+    if not result.pushed.verified:
+        out.next(f"flashnorm verify {result.pushed.repo_id} --publish")
 
 
 def _outcome(result: FoldResult | StreamResult) -> list[str]:
-    kept = (line for line in plan_lines(result.plan) if line.startswith("kept"))
-    lines = [*kept, *plan_summary(result.plan)]
+    lines = [*norm_lines(result.plan, kept_only=True), *sentences(result.plan)]
     if result.resumed:
         lines.append(f"Went on after an interruption: {len(result.resumed)} shards were finished already.")
     if result.flushed:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashnorm_cli.cli import options
-from flashnorm_cli.cli.output import Output, size
+from flashnorm_cli.cli.output import Output
 from flashnorm_cli.cli.plan import left_out_lines
+from flashnorm_cli.plan.wording import size
 
 if TYPE_CHECKING:
     from flashnorm_cli.adapters.fold import AdapterResult
@@ -21,6 +22,7 @@ def fold_adapter(
         Path | None,
         typer.Argument(help="The folder to write; by default ./<name>-FlashNorm.", show_default=False),
     ] = None,
+    to: options.OutputOpt = None,
     base: Annotated[
         str, typer.Option(help="The folded checkpoint that it is to run on: a folder or a Hub id.", show_default=False)
     ] = ...,  # type: ignore[assignment]
@@ -54,7 +56,7 @@ def fold_adapter(
         result = run(
             adapter,
             base,
-            output,
+            options.one_output(output, to),
             source=source,
             revision=revision,
             base_revision=base_revision,

@@ -5,14 +5,17 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-FinalNorm = Literal["auto", "keep", "untie"]
-Layout = Literal["identity", "dropped"]
+from flashnorm_cli.choices import FinalNorm
+from flashnorm_cli.choices import Layout as Layout
+from flashnorm_cli.errors import UsageError
 
-ModelArg = Annotated[str, typer.Argument(help="A local folder or a Hub id.", show_default=False)]
+ModelArg = Annotated[
+    str, typer.Argument(help="A local folder, a Hub id, or the address of its page.", show_default=False)
+]
 RevisionOpt = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
 TokenOpt = Annotated[str | None, typer.Option(help="Hub token; by default the one you logged in with.")]
 CacheDirOpt = Annotated[Path | None, typer.Option(help="Where Hub files are cached.")]
@@ -31,9 +34,17 @@ WorkersOpt = Annotated[int | None, typer.Option(min=1, help="Threads.", show_def
 FollowLinksOpt = Annotated[
     bool, typer.Option("--follow-links", help="Follow links of a local folder also where they lead out of it.")
 ]
+OutputOpt = Annotated[Path | None, typer.Option("--output", "-o", help="The same folder, as an option.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 DebugOpt = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def one_output(argument: Path | None, option: Path | None) -> Path | None:
+    """The output folder, which may be named either way. Raises UsageError where both name one."""
+    if argument is not None and option is not None:
+        raise UsageError(f"the output folder is named twice, as {argument} and as --output {option}")
+    return option if argument is None else argument
 
 
 def examples(*commands: str) -> str:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flashnorm_cli.errors import MOST_OF_A_NAME, FlashNormError, UsageError, one_line
+from flashnorm_cli.cli import session
+from flashnorm_cli.cli.text import coloured, columns, fitted, printable, shown_on
+from flashnorm_cli.cli.wording import in_flags
+from flashnorm_cli.errors import FlashNormError, UsageError, one_line
 
-
-def printable(text: str, stream: Any) -> str:
-    """Text in what the stream can encode: under LANG=C, everything beyond ASCII is escaped."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+if TYPE_CHECKING:
+    from flashnorm_cli.checkpoint.model import Progress
 
 
 @contextmanager
@@ -26,8 +25,9 @@ def stdout_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        with suppress(OSError, ValueError, AttributeError):  # what is left in the buffer would fail again at the exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in (session.current().stream, sys.stdout):  # what is left in a buffer would fail again at the exit
+            with suppress(OSError, ValueError, AttributeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
         raise FlashNormError(f"standard output: {error.strerror or error}") from error
 
 
@@ -35,75 +35,68 @@ class Output:
     """Commands hand over a result twice, as data and as text; the options decide which one is shown."""
 
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
-        from rich.console import Console
-
         self.as_json, self.quiet = as_json, quiet
-        self._err = Console(stderr=True)
+        self._session = session.current()
+        self._session.as_json = as_json
 
-    def text(self, *lines: str) -> None:
-        """Print for people, whatever files say fit for a terminal; nothing under --json or --quiet."""
+    def text(self, *lines: str, verbatim: bool = False) -> None:
+        """Print for people, whatever files say fit for a terminal; nothing under --json or --quiet.
+
+        Arguments are named as options, but where a file is shown (`verbatim`).
+        """
         if not self.as_json and not self.quiet:
-            safe = "\n".join(one_line(line) for text in lines for line in text.split("\n"))
+            stream = self._session.stream
+            width = columns(stream)
+            each = [line for text in lines for line in (text.split("\n") if "\n" in text else [text])]
+            safe = [printable(fitted(one_line(line if verbatim else in_flags(line)), width), stream) for line in each]
+            shown = [coloured(text, line, stream) for text, line in zip(safe, each, strict=True)]
             with stdout_errors():
-                print(printable(safe, sys.stdout), flush=True)
+                print("\n".join(shown), file=stream, flush=True)
+
+    def keep_stdout(self) -> None:
+        """From here on, nothing but what this object prints comes to stdout."""
+        self._session.keep_stdout(self.quiet)
+
+    def verbatim(self, text: str) -> None:
+        """Print a document for another program, under --quiet too."""
+        with stdout_errors():
+            print(text, file=self._session.stream, end="", flush=True)
 
     def remark(self, *lines: str) -> None:
-        """Print beside the result, on stderr, what a user should know that is no part of it; nothing under --quiet."""
+        """Say beside the result, on stderr, what a user should know that is no part of it; nothing under --quiet."""
+        self._session.notes += lines
         if not self.quiet:
             for line in lines:
-                print(printable(f"flashnorm: note: {one_line(line)}", sys.stderr), file=sys.stderr)
+                print(shown_on(sys.stderr, f"flashnorm: note: {one_line(in_flags(line))}"), file=sys.stderr)
+
+    def meanwhile(self, line: str) -> None:
+        """Say on stderr, above the bar where there is one, what is known before the result; nothing under --quiet."""
+        if not self.quiet:
+            with suppress(OSError, ValueError):  # nobody is listening
+                print(shown_on(sys.stderr, one_line(in_flags(line))), file=sys.stderr, flush=True)
+
+    def width(self, most: int) -> int:
+        """How wide a table may be: as the terminal is, at most `most`."""
+        return min(columns(self._session.stream) or most, most)
+
+    def next(self, *commands: str) -> None:
+        """Print which commands go on from here, one a line."""
+        self._session.next += commands
+        if not self.as_json and not self.quiet:
+            with stdout_errors():  # in one piece, however long, so that it can be copied
+                for command in commands:
+                    line = printable(f"Next: {one_line(in_flags(command))}", self._session.stream)
+                    print(line, file=self._session.stream, flush=True)
 
     def data(self, value: dict[str, Any]) -> None:
-        """Print for scripts, as it is (ASCII, escaped as JSON has it), under --json only."""
-        if self.as_json:
-            with stdout_errors():
-                print(json.dumps(value, indent=2), flush=True)
+        """Keep for scripts: `main` prints it under --json when the command has ended. `notes` in it come first."""
+        self._session.body = value
 
-    @contextmanager
-    def progress(self) -> Iterator[Callable[[int, int, str], None]]:
-        """A bar with bytes and rate while shards are written, a line with a spinner before that.
+    def progress(self) -> AbstractContextManager[Progress]:
+        """Shows on stderr, of what long work says to the function that this gives, what there is room for."""
+        from flashnorm_cli.cli.progress import shown
 
-        Yields a function of (bytes done, bytes in all, what is going on). Shown on a terminal only.
-        """
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            ProgressColumn,
-            SpinnerColumn,
-            Task,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-        from rich.text import Text
-
-        class WhileCounting(ProgressColumn):
-            """Another column, shown only while bytes are counted."""
-
-            def __init__(self, inner: ProgressColumn) -> None:
-                super().__init__()
-                self.inner = inner
-
-            def render(self, task: Task) -> Any:
-                return self.inner(task) if task.fields.get("counting") else Text()
-
-        counters = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), *map(WhileCounting, counters))
-        hidden = self.quiet or not self._err.is_terminal
-        with Progress(*columns, console=self._err, transient=True, disable=hidden) as bar:
-            task = bar.add_task("", total=None)
-
-            def update(done: int, total: int, what: str) -> None:
-                bar.update(
-                    task,
-                    completed=done,
-                    total=total or None,
-                    description=one_line(what, MOST_OF_A_NAME),
-                    counting=bool(total),
-                )
-
-            yield update
+        return shown(self.quiet)
 
 
 def check_writable(path: Path) -> None:
@@ -134,12 +127,3 @@ def written(path: Path, write: Callable[[], object], problems: list[str]) -> boo
         problems.append(reason if str(path) in reason else f"{path}: cannot be written: {reason}")
         return False
     return True
-
-
-def size(n: float) -> str:
-    """Bytes for people: 1.2 GB, decimal as disks are sold and `ls --si` prints."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000 or unit == "GB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return ""

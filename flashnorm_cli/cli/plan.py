@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict
+from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
+import typer
+
+from flashnorm_cli.checkpoint.hub_ids import hub_id
 from flashnorm_cli.cli import options
-from flashnorm_cli.cli.output import Output, size
+from flashnorm_cli.cli.output import Output, check_writable
+from flashnorm_cli.cli.tables import aligned
+from flashnorm_cli.errors import UsageError
+from flashnorm_cli.plan import wording
+from flashnorm_cli.plan.wording import size
 
 if TYPE_CHECKING:
-    from flashnorm_cli.checkpoint.model import LeftOut
-    from flashnorm_cli.plan.model import Norm, Plan
+    from flashnorm_cli.checkpoint.model import Checkpoint, LeftOut, Source
+    from flashnorm_cli.choices import FinalNorm
+    from flashnorm_cli.plan.model import Plan
+    from flashnorm_cli.plan.planner import TracedPlan
 
 
+Tool = Literal["llm-compressor", "auto-round", "quark"]
 # Of files in one line; --json and the record name all.
 MOST_NAMES = 10
+STDOUT = Path("-")
 
 
 def plan(
@@ -29,81 +40,111 @@ def plan(
     local_files_only: options.LocalFilesOnlyOpt = False,
     trust_remote_code: options.TrustRemoteCodeOpt = False,
     follow_links: options.FollowLinksOpt = False,
+    svg: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw the plan, as plan.svg say; - prints the picture alone."),
+    ] = None,
+    emit: Annotated[
+        Tool | None,
+        typer.Option(
+            help="Write what this tool reads to fuse the norms and rotate the residual stream: JSON, see "
+            "docs/plan_as_data.md."
+        ),
+    ] = None,
+    emit_to: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FILE", help="The file for --emit.", show_default="standard output"),
+    ] = STDOUT,
     json: options.JsonOpt = False,
     quiet: options.QuietOpt = False,
     debug: options.DebugOpt = False,
 ) -> None:
     """Show which norms a fold would fold, which it keeps, and why. Reads headers, never weights."""
-    output = Output(json, quiet)
+    alone = _document_alone(svg, emit, emit_to, json)
+    output, (model, revision) = Output(json, quiet), hub_id(model, revision)
+    if alone:
+        output.keep_stdout()
     with output.progress() as report:
         report(0, 0, "Reading headers")
-        from flashnorm_cli.checkpoint.leftover import leftovers, refuse_unfinished
-        from flashnorm_cli.checkpoint.model import Source, refuse_adapter
-        from flashnorm_cli.checkpoint.open import open_checkpoint
-        from flashnorm_cli.plan.planner import plan_checkpoint
+        from flashnorm_cli.checkpoint.leftover import leftovers
+        from flashnorm_cli.checkpoint.model import Source
 
         source = Source(model, revision, token, cache_dir, local_files_only, follow_links)
-        refuse_unfinished(Path(model))
-        checkpoint = open_checkpoint(source, weights=False)
-        refuse_adapter(checkpoint)
-        report(0, 0, "Tracing the model")
-        traced = plan_checkpoint(checkpoint, final_norm, trust_remote_code)
-        result, stream = traced.plan, {}
+        checkpoint, traced = _traced(source, final_norm, trust_remote_code, lambda: report(0, 0, "Tracing the model"))
+        result, stream = traced.plan, None
         if json:
             from flashnorm_cli.plan.rotation import stream_json
 
-            stream = {"stream": stream_json(checkpoint, traced)}
-    output.data({**result.to_json(), **stream, "left_out": [asdict(each) for each in checkpoint.left_out]})
+            stream = stream_json(checkpoint, traced)
+        if emit is not None:
+            from flashnorm_cli.plan.emit import emit as emitted
+
+            settings = dumps(emitted(emit, checkpoint, traced), indent=2) + "\n"
+    if svg is not None:
+        from flashnorm_cli.report.plan_svg import plan_svg
+
+        _hand_over(output, plan_svg(result), svg)
+    if emit is not None:
+        _hand_over(output, settings, emit_to)
+    if alone:
+        return
+    left_out = [asdict(each) for each in checkpoint.left_out]
+    output.data({**result.summary(), "left_out": left_out, "plan": result.to_json(), "stream": stream})
     output.text(f"{result.architecture} ({model}), {size(result.bytes_total)}", "")
-    output.text(*plan_lines(result), "", *plan_summary(result), *left_out_lines(checkpoint.left_out))
+    output.text(*norm_lines(result), "", *wording.sentences(result), *left_out_lines(checkpoint.left_out))
+    if svg is not None:
+        output.text(f"Picture: {svg}")
     output.remark(*leftovers(None, model))
 
 
-def plan_lines(plan: Plan) -> list[str]:
+def _traced(
+    source: Source, final_norm: FinalNorm, trust_remote_code: bool, on_trace: Callable[[], None]
+) -> tuple[Checkpoint, TracedPlan]:
+    from flashnorm_cli.checkpoint.leftover import refuse_unfinished
+    from flashnorm_cli.checkpoint.model import refuse_adapter
+    from flashnorm_cli.checkpoint.open import open_checkpoint
+    from flashnorm_cli.plan.planner import plan_checkpoint
+
+    refuse_unfinished(Path(source.name))
+    checkpoint = open_checkpoint(source, weights=False)
+    refuse_adapter(checkpoint)
+    on_trace()
+    return checkpoint, plan_checkpoint(checkpoint, final_norm, trust_remote_code)
+
+
+def _document_alone(svg: Path | None, emit: Tool | None, emit_to: Path, json: bool) -> bool:
+    """Whether standard output holds a document for another program instead of the plan.
+
+    Raises UsageError where it would hold two, and before anything is read where a file cannot be written.
+    """
+    if emit is None and emit_to != STDOUT:
+        raise UsageError("--output needs --emit")
+    if emit is not None and json:
+        raise UsageError("--emit and --json exclude each other")
+    if svg == STDOUT and json:
+        raise UsageError("--svg - and --json exclude each other: both print to standard output")
+    if svg == STDOUT and emit is not None and emit_to == STDOUT:
+        raise UsageError("--svg - and --emit exclude each other: both print to standard output; add --output FILE")
+    for path in (svg, emit_to):
+        if path is not None and path != STDOUT:
+            check_writable(path)
+    return svg == STDOUT or emit is not None
+
+
+def _hand_over(output: Output, text: str, to: Path) -> None:
+    """Print a document, or write it: the file is replaced in one step, or left as it was."""
+    from flashnorm_cli.checkpoint.disk import write_text
+
+    if to == STDOUT:
+        output.verbatim(text)
+    else:
+        write_text(to, text)
+
+
+def norm_lines(plan: Plan, kept_only: bool = False) -> list[str]:
     """One line for each kind of norm: what happens, its name with `*` for numbers, how many, and into what or why."""
-    from flashnorm_cli.checkpoint.names import pattern_of
-
-    kinds: dict[tuple[str, str, str], list[Norm]] = {}
-    for norm in plan.norms:
-        name = pattern_of(norm.tensor).removesuffix(".weight")
-        gain = {0.0: "", 1.0: " (1 + w)"}.get(norm.offset, f" (w + {norm.offset:g})")
-        kinds.setdefault((name, gain, re.sub(r"\.\d+\b", ".*", norm.reason or "")), []).append(norm)
-    width = max((len(name + gain) for name, gain, _ in kinds), default=0)
-    lines = []
-    for (name, gain, reason), norms in kinds.items():
-        readers = dict.fromkeys(pattern_of(r).removesuffix(".weight") for norm in norms for r in norm.readers)
-        short = ", ".join(dict.fromkeys(r.rsplit(".", 1)[-1] for r in readers))
-        what, why = ("kept  ", reason) if reason else ("folded", f"into {short}")
-        lines.append(f"{what}  {name + gain:{width}}  {len(norms):4} x  {why}")
-    return lines
-
-
-def plan_summary(plan: Plan) -> list[str]:
-    """The sentences below the table."""
-    from flashnorm_cli.checkpoint.names import grouped
-
-    head = {
-        "folded": "the final norm is folded into the output head",
-        "untied": "the final norm is folded into an output head of its own (tie_word_embeddings becomes false)",
-        "kept": "the final norm keeps its weight",
-        "none": "no norm feeds an output head",
-    }[plan.lm_head]
-    lines = [
-        f"{len(plan.folded)} of {len(plan.norms)} norms are folded into {len(plan.readers)} tensors; {head}.",
-        f"{size(plan.bytes_changed)} change, {size(plan.bytes_added)} are added; "
-        f"flashnorm_folded: {str(plan.folded_flag).lower()}.",
-    ]
-    if plan.rotation:
-        lines.append(
-            f"The residual stream ({plan.rotation.size} channels) is rotated in {len(plan.rotation.tensors)} tensors: "
-            f"{plan.rotation.kind}, seed {plan.rotation.seed}."
-        )
-    if plan.not_traced:
-        names = ", ".join(p for p, _ in grouped(plan.not_traced))
-        lines.append(f"Not reached by a text forward, left alone: {names}")
-    if plan.unread:
-        lines.append(f"On disk but not read by the model, left alone: {', '.join(p for p, _ in grouped(plan.unread))}")
-    return lines + [f"Note: {note}." for note in plan.notes]
+    rows = [row for row in wording.rows(plan) if row[0] == "kept" or not kept_only]
+    return aligned(rows, right=[2], least=[6, 0, 6])
 
 
 def left_out_lines(left_out: Collection[LeftOut]) -> list[str]:

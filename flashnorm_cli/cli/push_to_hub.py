@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashnorm_cli.cli import options
-from flashnorm_cli.cli.output import Output, size
+from flashnorm_cli.cli.output import Output
+from flashnorm_cli.cli.tables import aligned
+from flashnorm_cli.plan.wording import size
 
 if TYPE_CHECKING:
     from flashnorm_cli.hub.publish import PushResult
@@ -77,20 +79,21 @@ def push_to_hub(
             dry_run=dry_run,
             on_progress=report,
         )
-    out.data(result.to_json())
+    out.data({"folded": str(folded), **result.to_json()})
     out.text(*(_plan_of(result) if result.dry_run else done(result)))
+    if result.dry_run:
+        out.text(result.card.rstrip(), verbatim=True)
     out.remark(*leftovers(folded, str(base_model or folded)))
 
 
 def _plan_of(result: PushResult) -> list[str]:
     """For --dry-run: files, what becomes of the repository, the card."""
-    lines = [f"Would upload to {result.url}{_branch(result)}:", ""]
-    for upload in result.sent:
-        lines.append(f"  {size(upload.size):>9}  {upload.path}")
+    rows = [(size(upload.size), upload.path) for upload in result.sent]
+    rows += [("deleted", path) for path in result.deleted]
+    lines = [f"Would upload to {result.url}{_branch(result)}:", "", *aligned(rows, right=[0], least=[9])]
     if result.unchanged:
-        lines.append(f"  {len(result.unchanged)} more files are there already")
-    lines += [f"  deleted    {path}" for path in result.deleted]
-    return [*lines, "", *_page(result), "", "The card:", "", result.card.rstrip()]
+        lines.append(f"{len(result.unchanged)} more files are there already")
+    return [*lines, "", *_page(result), "", "The card:", ""]
 
 
 def done(result: PushResult) -> list[str]:

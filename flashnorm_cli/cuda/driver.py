@@ -14,10 +14,9 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,14 +26,12 @@ from flashnorm_cli.cuda.variants import Device, Launch, Operation
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order of variants.DTYPES
 MIN_ARCH = 75
 
-_CONFIG = "<7I4xQQI4x"  # CUlaunchConfig of cuda.h
-_ARGUMENTS = "QQQQfIqq"  # struct Args of row.cuh up to its arrays
-ROWS_APART = struct.Struct(_CONFIG + _ARGUMENTS + "Qqq")  # with DIMS = 1
-_ATTRIBUTE = struct.pack("<IiI60x", 6, 0, 1)  # CUlaunchAttribute: PROGRAMMATIC_STREAM_SERIALIZATION, allowed
-_STREAM, _A, _B, _GAIN = 4, 7, 8, 9  # where those lie, in units of 8 bytes
+CONFIG = "<7I4xQQI4x"  # CUlaunchConfig of cuda.h
+ARGUMENTS = "QQQQfIqq"  # struct Args of row.cuh up to its arrays
+ROWS_APART = struct.Struct(CONFIG + ARGUMENTS + "Qqq")  # with DIMS = 1
+ATTRIBUTE = struct.pack("<IiI60x", 6, 0, 1)  # CUlaunchAttribute: PROGRAMMATIC_STREAM_SERIALIZATION, allowed
 _BUFFER = 1024
-_PLANS_KEPT = 4096
-_REFUSED = "cuLaunchKernelEx failed with CUresult {}, which cuda.h explains"
+REFUSED = "cuLaunchKernelEx failed with CUresult {}, which cuda.h explains"
 
 
 class Plan(NamedTuple):
@@ -64,12 +61,8 @@ def guard_of(tensors: Sequence[torch.Tensor]) -> Any:
 
 
 _lock = threading.Lock()
-# Of each thread: `buffer`, for launches packed anew; and `ready`, launches packed before. These are, by what they
-# depend on: a guard of the tensors; 64 bit words that lack those at _STREAM, _A, _B and _GAIN; what starts it; the GPU,
-# and whether there are others; what that must keep alive.
-_local = threading.local()
+_local = threading.local()  # of each thread: `buffer`, for launches packed anew
 _kernels: dict[Any, Any] = {}  # (operation, launch, dtype, gain, hidden, device) -> (RawKernel, handle)
-_plans: dict[Any, Plan] = {}  # what a call depends on -> Plan
 _broken: list[str] = []  # why compiling failed, once it has
 
 get_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: torch.cuda.current_device())
@@ -127,143 +120,6 @@ def why_not(index: int) -> str | None:
     return unavailable(index) or (_broken[0] if _broken else None)
 
 
-def again(
-    operation: Operation,
-    a: torch.Tensor,
-    b: torch.Tensor | None,
-    eps: float,
-    gain: torch.Tensor | None,
-    offset: float,
-) -> torch.Tensor | None:
-    """Launch a kernel if this thread launched it for just such tensors before; else do nothing and return None.
-
-    The short way of a norm. What torch has kept for guarding compiled code, one call into C++, says whether tensors
-    are like those that were checked in full: class, dtype, device, sizes, strides, who differentiates or traces.
-
-    Args:
-        a, b: x and out, or x and residual. Without b, an output is made.
-    Returns:
-        b, or the output.
-    """
-    new = b is None
-    try:
-        guard, words, start, index, several, _ = _local.ready[
-            operation, a.shape, a.dtype, eps, offset, new, gain is None
-        ]
-    except (AttributeError, KeyError, TypeError):
-        return None
-    if b is None:
-        if not (guard.check(a) if gain is None else guard.check(a, gain)):
-            return None
-        b = torch.empty_like(a)
-    elif not (guard.check(a, b) if gain is None else guard.check(a, b, gain)):
-        return None
-    words[_A] = a_at = a.data_ptr()
-    words[_B] = b_at = b.data_ptr()
-    if gain is not None:
-        words[_GAIN] = gain_at = gain.data_ptr()
-        if gain_at & 15:
-            return None
-    if (a_at | b_at) & 15 or a_at == b_at or (several and get_device() != index):
-        return None
-    words[_STREAM] = get_stream(index)
-    if error := start():
-        raise RuntimeError(_REFUSED.format(error))
-    return b
-
-
-def run(
-    operation: Operation,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    eps: float,
-    gain: torch.Tensor | None,
-    offset: float,
-    remember: Literal["b", "new b"] | None = None,
-) -> bool:
-    """Launch a kernel on two CUDA tensors alike in shape, dtype and device: x and y, or x and residual.
-
-    Rows may lie anywhere: strides and storage offsets are the kernel's business. `gain` is contiguous.
-    `remember` lets `again` do the next call like this one, with a b or without, which is "new b".
-
-    Returns:
-        False if nothing was launched: there is no kernel for this dtype, GPU or machine, or more rows than a grid has
-        blocks.
-    """
-    if a.numel() == 0:
-        return True
-    hidden, size, index = a.size(-1), a.element_size(), a.get_device()
-    gain_at, code = (0, 0) if gain is None else (gain.data_ptr(), 2 if offset else 1)
-    sizes, a_strides, b_strides = collapse(a.shape[:-1], a.stride()[:-1], b.stride()[:-1])
-    a_bytes, b_bytes = [s * size for s in a_strides], [s * size for s in b_strides]
-    steps = a.stride(-1), b.stride(-1)
-    if steps == (1, 1) or hidden == 1:
-        width = variants.width_of(hidden * size, a.data_ptr(), b.data_ptr(), gain_at, *a_bytes, *b_bytes)
-    else:
-        width = size
-    inside = _meet(a, b)  # blocks that share a row would read what others have written
-    key = (operation, a.dtype, a.shape, index, code, width, len(sizes), inside)
-    plan = _plans.get(key) or _plan(operation, a, code, width, len(sizes), inside, key)
-    if plan is None:
-        return False
-    whole = width == variants.width_of(hidden * size) and not inside
-    if remember and whole and a.is_contiguous() and b.is_contiguous():
-        _make_ready(plan, index, operation, a, b if remember == "b" else None, eps, gain, offset)
-    layout = struct.Struct(f"{_CONFIG}{_ARGUMENTS}{len(sizes)}Q{2 * len(sizes)}q")
-    more = (steps[0] * size, steps[1] * size, *sizes, *a_bytes, *b_bytes)
-    return launch_plan(plan, index, a.data_ptr(), b.data_ptr(), gain_at, eps, layout, more)
-
-
-def collapse(
-    shape: Sequence[int], a_strides: Sequence[int], b_strides: Sequence[int]
-) -> tuple[list[int], list[int], list[int]]:
-    """The fewest dimensions that visit the same rows in the same order; one at least."""
-    sizes, a_out, b_out = [1], [0], [0]
-    for n, a, b in zip(shape, a_strides, b_strides, strict=True):
-        if n == 1:
-            continue
-        if sizes[-1] == 1:
-            sizes[-1], a_out[-1], b_out[-1] = n, a, b
-        elif a_out[-1] == a * n and b_out[-1] == b * n:
-            sizes[-1], a_out[-1], b_out[-1] = sizes[-1] * n, a, b
-        else:
-            sizes.append(n)
-            a_out.append(a)
-            b_out.append(b)
-    return sizes, a_out, b_out
-
-
-def _meet(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether the stretches of memory that two tensors span have anything in common."""
-    ends = [
-        (
-            t.data_ptr(),
-            t.data_ptr() + t.element_size() * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))),
-        )
-        for t in (a, b)
-    ]
-    return ends[0][0] < ends[1][1] and ends[1][0] < ends[0][1]
-
-
-def _plan(
-    operation: Operation, a: torch.Tensor, code: int, width: int, dims: int, inside: bool, key: Any
-) -> Plan | None:
-    """Choose and compile, and remember it under `key`. None where there is no kernel."""
-    index, hidden, size = a.get_device(), a.size(-1), a.element_size()
-    rows = a.numel() // hidden
-    if a.dtype not in DTYPES or why_not(index):
-        return None
-    choice = variants.choose(operation, hidden, size, width, rows, device(index), dims, weighted=code > 0)
-    if inside and operation == "rms_norm":
-        choice = replace(choice, split=1)
-    plan = plan_of(operation, choice, DTYPES.index(a.dtype), code, hidden, rows, index)
-    if plan is not None:
-        if len(_plans) >= _PLANS_KEPT:  # a server that sees every number of tokens once
-            _plans.clear()
-        _plans[key] = plan
-    return plan
-
-
 def plan_of(
     operation: Operation, choice: Launch, dtype: int, gain: int, hidden: int, rows: int, index: int
 ) -> Plan | None:
@@ -301,15 +157,15 @@ def kernel(
         return found
 
 
-class _Buffer:
+class Buffer:
     """A launch, packed for the driver, which has read it before it returns."""
 
     def __init__(self, size: int) -> None:
         self.block = ctypes.create_string_buffer(size)
         at = ctypes.addressof(self.block)
-        self._attribute = ctypes.create_string_buffer(_ATTRIBUTE, len(_ATTRIBUTE))
+        self._attribute = ctypes.create_string_buffer(ATTRIBUTE, len(ATTRIBUTE))
         self.attribute = ctypes.addressof(self._attribute)
-        self._pointers = (ctypes.c_void_p * 1)(at + struct.calcsize(_CONFIG))
+        self._pointers = (ctypes.c_void_p * 1)(at + struct.calcsize(CONFIG))
         self.before, self.after = at, ctypes.addressof(self._pointers)  # what the driver takes around the function
 
     def pack(
@@ -324,40 +180,13 @@ class _Buffer:
         # fmt: on
 
 
-def _follow_on(plan: Plan) -> tuple[int, ...]:
+def contiguous_args(plan: Plan) -> tuple[int, ...]:
     """What follows eps in struct Args (row.cuh) where rows follow one another."""
     return plan.size, plan.size, 0, plan.row, plan.row
 
 
-def _make_ready(
-    plan: Plan,
-    index: int,
-    operation: Operation,
-    a: torch.Tensor,
-    b: torch.Tensor | None,
-    eps: float,
-    gain: torch.Tensor | None,
-    offset: float,
-) -> None:
-    """Pack a launch but for its addresses and stream, and let `again` find it in this thread."""
-    if driver_launch() is None or TensorGuards is None:
-        return
-    if not hasattr(_local, "ready") or len(_local.ready) >= _PLANS_KEPT:
-        _enter()
-    guard = guard_of([t for t in (a, b, gain) if t is not None])
-    buffer = _Buffer(ROWS_APART.size)
-    buffer.pack(plan, 0, ROWS_APART, 0, 0, 0, eps, _follow_on(plan))
-    # Arguments that ctypes need not convert.
-    before, handle, after = map(ctypes.c_void_p, (buffer.before, plan.handle, buffer.after))
-    start = partial(driver_launch(), before, handle, after, None)
-    words = memoryview(buffer.block).cast("B").cast("Q")
-    key = operation, a.shape, a.dtype, eps, offset, b is None, gain is None
-    _local.ready[key] = guard, words, start, index, torch.cuda.device_count() > 1, buffer
-
-
-def _enter() -> None:
-    """Set up this thread, which has no CUDA context yet if it never used the GPU: the driver's calls need one."""
-    _local.ready, _local.buffer = {}, _Buffer(_BUFFER)
+def init_thread() -> None:
+    """Give this thread a CUDA context, which it has not if it never used the GPU: the driver's calls need one."""
     torch.cuda.set_device(torch.cuda.current_device())
 
 
@@ -382,17 +211,18 @@ def launch_plan(
         with torch.cuda.device(index):
             return launch_plan(plan, index, a, b, gain, eps, layout, more)
     if more is None:
-        more = _follow_on(plan)
+        more = contiguous_args(plan)
     call = driver_launch()
     if call is None or layout.size > _BUFFER:
         arguments = (a, b, gain, plan.rows, eps, 0, *more)
         return _launch_by_cupy(plan.kernel, plan.blocks, plan.threads, index, layout, arguments)
     if not hasattr(_local, "buffer"):
-        _enter()
+        _local.buffer = Buffer(_BUFFER)
+        init_thread()
     buffer = _local.buffer
     buffer.pack(plan, get_stream(index), layout, a, b, gain, eps, more)
     if error := call(buffer.before, plan.handle, buffer.after, None):
-        raise RuntimeError(_REFUSED.format(error))
+        raise RuntimeError(REFUSED.format(error))
     return True
 
 
@@ -410,7 +240,7 @@ def _launch_by_cupy(
 ) -> bool:
     import numpy
 
-    packed = struct.pack("<" + layout.format.removeprefix(_CONFIG), *arguments)
+    packed = struct.pack("<" + layout.format.removeprefix(CONFIG), *arguments)
     stream = get_stream(index)
     come_in = getattr(cupy().cuda.Stream, "from_external", None)  # what came before it is deprecated since CuPy 14
     with come_in(_Stream(stream)) if come_in else cupy().cuda.ExternalStream(stream, index):

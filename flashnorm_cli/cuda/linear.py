@@ -19,9 +19,7 @@ from flashnorm_cli.cuda.linear_variants import MAX_ROWS, Kernel, Variant, source
 
 DTYPES = (torch.bfloat16, torch.float16)
 MIN_ARCH = 80
-_CONFIG = "<7I4xQQI4x"  # CUlaunchConfig of cuda.h
-_LAUNCH = struct.Struct(_CONFIG + "QQQQQqqqIIfI")  # and struct Args of shared.cuh
-_ATTRIBUTE = struct.pack("<IiI60x", 6, 0, 1)  # CUlaunchAttribute: PROGRAMMATIC_STREAM_SERIALIZATION, allowed
+_LAUNCH = struct.Struct(driver.CONFIG + "QQQQQqqqIIfI")  # and struct Args of shared.cuh
 # Where things lie in a launch: in units of 8 bytes, and `early` of 4.
 STREAM, X, W, Y, BIAS, RESIDUAL, EARLY = 4, 7, 8, 9, 10, 11, 33
 _KEPT = 4096
@@ -96,8 +94,8 @@ class Launch:
     ) -> None:
         self.block = ctypes.create_string_buffer(_LAUNCH.size)
         at = ctypes.addressof(self.block)
-        self._attribute = ctypes.create_string_buffer(_ATTRIBUTE, len(_ATTRIBUTE))
-        self._pointers = (ctypes.c_void_p * 1)(at + struct.calcsize(_CONFIG))
+        self._attribute = ctypes.create_string_buffer(driver.ATTRIBUTE, len(driver.ATTRIBUTE))
+        self._pointers = (ctypes.c_void_p * 1)(at + struct.calcsize(driver.CONFIG))
         self.before, self.after = ctypes.c_void_p(at), ctypes.c_void_p(ctypes.addressof(self._pointers))
         self._config = variant.threads, variant.shared_bytes
         # fmt: off
@@ -134,7 +132,7 @@ def ready() -> dict[Any, Ready]:
     found: dict[Any, Ready] | None = getattr(_local, "ready", None)
     if found is None or len(found) >= _KEPT:
         found = _local.ready = {}
-        torch.cuda.set_device(torch.cuda.current_device())
+        driver.init_thread()
     return found
 
 

@@ -183,7 +183,7 @@ def dask_engine(address: str, report: Progress) -> Iterator[Engine]:
     try:
         import distributed
     except ImportError:
-        raise FlashNormError("--dask needs dask: pip install 'flashnorm-cli[cluster]'") from None
+        raise FlashNormError("`dask` needs dask: pip install 'flashnorm-cli[cluster]'") from None
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # its errors arrive here as exceptions
     report(0, 0, f"Connecting to {address}")
     try:

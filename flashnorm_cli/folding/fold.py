@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,28 +22,34 @@ from flashnorm_cli.checkpoint.carry import check_names
 from flashnorm_cli.checkpoint.model import Checkpoint, LeftOut, Progress, Source, refuse_adapter, refuse_folded
 from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.checkpoint.output import check_output, flush, not_an_output, work_folder
+from flashnorm_cli.checkpoint.progress import with_notebook_bar
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE, read_tensors
 from flashnorm_cli.checkpoint.work import source_name
+from flashnorm_cli.choices import FinalNorm, Layout, Rotation
+from flashnorm_cli.display import Shown
 from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
 from flashnorm_cli.folding.engine import Engine, any_executor, dask_engine, in_turn, processors
+from flashnorm_cli.folding.finished import not_this_fold, older_fold
 from flashnorm_cli.folding.jobs import shard_edits
 from flashnorm_cli.folding.planning import Planning, caution, check_rotation, plan_for, refuse_grid
 from flashnorm_cli.folding.writing import Writing
 from flashnorm_cli.plan.model import Plan
 from flashnorm_cli.plan.planner import FINAL_NORM_CHOICES
 from flashnorm_cli.record import write as record
+from flashnorm_cli.record.read import FoldRecord
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-@dataclass(frozen=True)
-class FoldResult:
+@dataclass(frozen=True, repr=False)
+class FoldResult(Shown):
     """What a fold did.
 
     `flushed` counts, per tensor, products that became zero; `resumed` are shards that an earlier run had finished;
     `seconds` are those of planning, of writing, and of waiting until the disk has everything. `notes` say what else
-    happened: what an earlier run had left, and what could not be removed; `caution` warns who may quantize the result.
+    happened: what an earlier run had left, and what could not be removed. `already_done` says that an earlier run had
+    finished this very fold, and that nothing was written. `caution` warns who may quantize the result.
     """
 
     output: Path
@@ -55,9 +61,32 @@ class FoldResult:
     left_out: tuple[LeftOut, ...]
     seconds: tuple[float, float, float]
     notes: tuple[str, ...] = ()
+    already_done: bool = False
     caution: str | None = None
 
+    def _facts(self) -> dict[str, Any]:
+        folded, kept = len(self.plan.folded), len(self.plan.kept)
+        counts = {"norms_folded": folded, "norms_kept": kept, "readers": len(self.plan.readers)}
+        return {"output": str(self.output), "layout": self.layout, **counts, "bytes_written": self.bytes_written}
 
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values, with the plan's summary instead of the plan."""
+        summary = self.plan.summary()
+        return {
+            **summary,
+            "output": str(self.output),
+            "layout": self.layout,
+            "already_done": self.already_done,
+            "bytes_written": self.bytes_written,
+            "flushed_to_zero": self.flushed,
+            "resumed_shards": list(self.resumed),
+            "left_out": [dataclasses.asdict(each) for each in self.left_out],
+            "phases": dict(zip(("plan", "write", "flush"), (round(s, 3) for s in self.seconds), strict=True)),
+            "notes": [*summary["notes"], *self.notes],
+        }
+
+
+@with_notebook_bar
 def fold(
     model: str | Path,
     output: str | Path | None = None,
@@ -67,9 +96,9 @@ def fold(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     trust_remote_code: bool = False,
-    final_norm: str = "auto",
-    layout: str = "identity",
-    rotate: str | None = None,
+    final_norm: FinalNorm = "auto",
+    layout: Layout = "identity",
+    rotate: Rotation | None = None,
     seed: int = 0,
     target: str | None = None,
     leave_grid: bool = False,
@@ -100,11 +129,15 @@ def fold(
         leave_grid: fold also weights that lie on a quantizer's grid already (trained or made for few bits).
         workers: threads per shard; by default the number of processors, 8 at most, and one where several shards are
             folded at a time elsewhere.
-        overwrite: replace an output folder that holds a folded checkpoint.
+        overwrite: replace an output folder that holds a folded checkpoint. Without it, a folder that holds this very
+            fold already is left as it is.
         follow_links: carry over also what links of the source lead to that lead out of its folder.
         dask: address of a dask scheduler whose workers share source and output folder with this machine.
         executor: any other concurrent.futures executor; its workers share both folders, too.
-        on_progress: called with (bytes done, bytes in all, what is going on).
+        on_progress: called with (done, all, what is going on): bytes, or steps where that is a `Steps`. In a notebook a
+            bar is shown where there is none.
+    Returns:
+        The folder, the plan, and what was written. `verify(result.output)` proves that it is the same model.
     Raises:
         UsageError: the call contradicts itself or the file system.
         FlashNormError: the checkpoint is broken, folded already, has nothing to fold, cannot be planned or rotated, is
@@ -113,7 +146,7 @@ def fold(
     check_options(final_norm, layout, workers)
     check_rotation(rotate, seed, target)
     if dask is not None and executor is not None:
-        raise UsageError("dask and executor exclude each other")
+        raise UsageError("`dask` and `executor` exclude each other")
     report = on_progress or (lambda done, total, what: None)
     source = Source(str(model), revision, token, Path(cache_dir) if cache_dir else None, local_files_only, follow_links)
 
@@ -144,8 +177,13 @@ def _fold(
     refuse_adapter(checkpoint)
     wanted = Path(output) if output else Path(f"{checkpoint.name}-FlashNorm")
     check_names(wanted, (*checkpoint.shards, *checkpoint.others))
-    target = check_output(wanted, overwrite, checkpoint.folder)
+    older = None if overwrite else older_fold(wanted)
+    target = check_output(wanted, overwrite or older is not None, checkpoint.folder)
     plan, chosen = plan_for(checkpoint, planning, report)
+    if older is not None:
+        if why := not_this_fold(checkpoint, plan, layout, target, older):
+            raise UsageError(f"{wanted}: exists already, and {why}; `overwrite=True` replaces it")
+        return _already_done(target, plan, layout, older, checkpoint.left_out, time.monotonic() - started)
     if checkpoint.commit is not None:
         report(0, 0, f"Downloading {source.name}")
         headers, checkpoint = (
@@ -188,14 +226,31 @@ def _fold(
     )
 
 
+def _already_done(
+    target: Path, plan: Plan, layout: str, older: FoldRecord, left_out: tuple[LeftOut, ...], seconds: float
+) -> FoldResult:
+    flushed = older.content.get("flushed_to_zero")
+    return FoldResult(
+        output=target,
+        plan=plan,
+        layout=layout,
+        bytes_written=0,
+        flushed=flushed if isinstance(flushed, dict) else {},
+        resumed=(),
+        left_out=left_out,
+        seconds=(seconds, 0.0, 0.0),
+        already_done=True,
+    )
+
+
 def check_options(final_norm: str, layout: str, workers: int | None) -> None:
     """Raises UsageError."""
     if final_norm not in FINAL_NORM_CHOICES:
-        raise UsageError(f"final_norm is one of {', '.join(FINAL_NORM_CHOICES)}, not {final_norm!r}")
+        raise UsageError(f"`final_norm` is one of {', '.join(FINAL_NORM_CHOICES)}, not {final_norm!r}")
     if layout not in record.LAYOUTS:
-        raise UsageError(f"layout is one of {', '.join(record.LAYOUTS)}, not {layout!r}")
+        raise UsageError(f"`layout` is one of {', '.join(record.LAYOUTS)}, not {layout!r}")
     if workers is not None and workers < 1:
-        raise UsageError(f"workers has to be at least 1, not {workers}")
+        raise UsageError(f"`workers` has to be at least 1, not {workers}")
 
 
 def give_back_memory() -> None:

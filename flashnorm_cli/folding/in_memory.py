@@ -16,6 +16,7 @@ from flashnorm_cli.checkpoint.header import Header, TensorEntry
 from flashnorm_cli.checkpoint.model import Checkpoint, Source
 from flashnorm_cli.checkpoint.names import layer_of, pattern_of
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
+from flashnorm_cli.choices import FinalNorm
 from flashnorm_cli.errors import FlashNormError, GainOverflowError, GainUnderflowError, UsageError
 from flashnorm_cli.folding.jobs import FLUSH_LIMIT
 from flashnorm_cli.modeling import build, disk_names
@@ -31,7 +32,7 @@ Model = TypeVar("Model", bound="PreTrainedModel")
 CHUNK_ELEMENTS = 1 << 24  # that are widened to float32 at a time
 
 
-def fold_model_(model: Model, final_norm: str = "auto", leave_grid: bool = False) -> Model:
+def fold_model_(model: Model, final_norm: FinalNorm = "auto", leave_grid: bool = False) -> Model:
     """Fold the norm gains of a loaded model into the linear layers that read them, in place.
 
     What `fold` does to a checkpoint, for a model that is in memory: the same plan, the same products (float32, rounded
@@ -57,9 +58,11 @@ def fold_model_(model: Model, final_norm: str = "auto", leave_grid: bool = False
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        raise UsageError(f"{type(model).__name__} is no transformers model; pass the model inside (a PreTrainedModel)")
+        raise UsageError(
+            f"{type(model).__name__} is not a transformers model; pass the model inside (a PreTrainedModel)"
+        )
     if final_norm not in FINAL_NORM_CHOICES:
-        raise UsageError(f"final_norm is one of {', '.join(FINAL_NORM_CHOICES)}, not {final_norm!r}")
+        raise UsageError(f"`final_norm` is one of {', '.join(FINAL_NORM_CHOICES)}, not {final_norm!r}")
     _refuse(model)
     traced = trace_plan(_as_checkpoint(model), model.config, type(model), final_norm)
     if not traced.plan.folded:
@@ -118,7 +121,7 @@ def _refuse(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise FlashNormError(
-                f"{name} is not in memory (offloaded, or never loaded); fold the checkpoint instead: flashnorm fold"
+                f"{name} is not in memory (offloaded, or never loaded); fold the checkpoint instead: `fold`"
             )
         if type(parameter.data) is not Tensor:
             raise FlashNormError(f"{name} is a {type(parameter.data).__name__}; fold before sharding or quantizing")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flashnorm_cli.checkpoint.model import Checkpoint, Progress
+from flashnorm_cli.choices import FinalNorm
 from flashnorm_cli.errors import FlashNormError, PlanError, UsageError
 from flashnorm_cli.plan import quantized
 from flashnorm_cli.plan.grid import plan_on_grid
@@ -27,7 +28,7 @@ class Planning:
     `seed`. `leave_grid` folds weights that lie on a quantizer's grid.
     """
 
-    final_norm: str
+    final_norm: FinalNorm
     trust_remote_code: bool
     rotation: tuple[str, int] | None = None
     target: str | None = None
@@ -38,9 +39,9 @@ class Planning:
 def check_rotation(rotate: str | None, seed: int, target: str | None = None) -> None:
     """Raises UsageError."""
     if rotate is not None and rotate not in ROTATIONS:
-        raise UsageError(f"rotate is one of {', '.join(ROTATIONS)}, not {rotate!r}")
+        raise UsageError(f"`rotate` is one of {', '.join(ROTATIONS)}, not {rotate!r}")
     if not 0 <= seed < 2**63:
-        raise UsageError(f"seed is a whole number from 0 on, not {seed}")
+        raise UsageError(f"`seed` is a whole number from 0 on, not {seed}")
     if target is not None:
         quantized.format_of(target)
         if rotate is not None:
@@ -82,7 +83,7 @@ def plan_for(checkpoint: Checkpoint, planning: Planning, report: Progress) -> tu
 
 def plan_fold(
     checkpoint: Checkpoint,
-    final_norm: str,
+    final_norm: FinalNorm,
     trust_remote_code: bool,
     report: Progress,
     rotate: tuple[str, int] | None = None,

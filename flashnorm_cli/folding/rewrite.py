@@ -28,14 +28,14 @@ import stat
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from flashnorm_cli.checkpoint.header import Header, build_header
-from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
+from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE, one_thread_each
 from flashnorm_cli.errors import GainOverflowError, GainUnderflowError, PlanError
 from flashnorm_cli.folding.edits import _BITS, Edit, Fill, Rotate, Scale, _Scaling, any_zero_or_inf
 from flashnorm_cli.folding.rotating import Panel, Rotating, panels, rotate_panel
@@ -236,7 +236,7 @@ def _run(ranges: list[_Range], target: int, workers: int, on_bytes: Callable[[in
             stop.set()
             raise
 
-    with _one_thread_each(), ThreadPoolExecutor(workers) as pool:
+    with one_thread_each(), ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(work) for _ in range(workers)]
         try:
             for future in futures:
@@ -244,25 +244,6 @@ def _run(ranges: list[_Range], target: int, workers: int, on_bytes: Callable[[in
         except BaseException:  # KeyboardInterrupt too: leaving the pool waits for its threads
             stop.set()
             raise
-
-
-_thread_setting = threading.Lock()
-_rewriting: list[int] = []  # torch's setting as each shard that is being rewritten in this process found it
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Keep torch from starting threads: the ranges are the parallelism. Several shards may be under way at a time."""
-    with _thread_setting:
-        _rewriting.append(torch.get_num_threads() if not _rewriting else _rewriting[0])
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        with _thread_setting:
-            before = _rewriting.pop()
-            if not _rewriting:
-                torch.set_num_threads(before)
 
 
 class _Worker:

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from flashnorm_cli.checkpoint import disk
 from flashnorm_cli.checkpoint.carry import carry_over
-from flashnorm_cli.checkpoint.header import Header
 from flashnorm_cli.checkpoint.model import Checkpoint, Progress
 from flashnorm_cli.checkpoint.output import FLUSHED
+from flashnorm_cli.checkpoint.progress import shard_of
 from flashnorm_cli.checkpoint.work import WorkFolder
 from flashnorm_cli.errors import FlashNormError
 from flashnorm_cli.folding.engine import Engine, results
+from flashnorm_cli.folding.finished import is_shard
 from flashnorm_cli.folding.jobs import FolderJob, ShardEdits, do_folder_job
 from flashnorm_cli.plan.model import Plan
 from flashnorm_cli.record import write as record
@@ -58,7 +59,7 @@ class Writing:
                 f"{self.work.path.parent}: {self.total - self.done:,} bytes are to be written, but only {free:,} are "
                 "free there"
             )
-        self.report(self.done, self.total, "Waiting for shards")
+        self.report(self.done, self.total, "Folding shards")
         jobs = [self._job(edit, engine, workers) for edit in self.edits if edit.name not in finished]
         for job, written in results(engine, do_folder_job, jobs, self._arguments(engine)):
             name = job.edits.name
@@ -72,7 +73,7 @@ class Writing:
                 left.unlink(missing_ok=True)
             if not engine.in_process:
                 self.done += self.headers[name].file_size
-                self.report(self.done, self.total, name)
+                self.report(self.done, self.total, f"Folding shards, {len(finished)} of {len(self.edits)} done")
         self.flushed = {tensor: n for name in self.headers for tensor, n in finished[name].items()}
         self._small_files()
 
@@ -87,7 +88,7 @@ class Writing:
         for name, header in self.headers.items():
             path = self.work.inside / name
             if not path.is_symlink() and path.exists():
-                if name in listed and _is_shard(path, header):
+                if name in listed and is_shard(path, header):
                     finished[name] = listed[name]
                 else:
                     self.work.discard(name)
@@ -103,10 +104,14 @@ class Writing:
         return FolderJob(edit, folder, files, self.work.path, fingerprint, threads, fsync)
 
     def _arguments(self, engine: Engine) -> Callable[[FolderJob], tuple[Callable[[int], None], ...]]:
+        names = list(self.headers)
+
         def arguments(job: FolderJob) -> tuple[Callable[[int], None], ...]:
+            what = shard_of(names.index(job.edits.name), len(names), "Folding")
+
             def on_bytes(n: int) -> None:
                 self.done += n
-                self.report(self.done, self.total, job.edits.name)
+                self.report(self.done, self.total, what)
 
             return (on_bytes,) if engine.in_process else ()
 
@@ -133,17 +138,6 @@ def _read_finished(path: Path) -> dict[str, dict[str, int]]:
         for name, flushed in value.items()
         if isinstance(flushed, dict) and all(type(n) is int and n >= 0 for n in flushed.values())
     }
-
-
-def _is_shard(path: Path, header: Header) -> bool:
-    """Whether a file has the size and the header that a shard is to have."""
-    try:
-        with path.open("rb") as file:
-            return (
-                file.seek(0, 2) == header.file_size and file.seek(0) == 0 and file.read(len(header.raw)) == header.raw
-            )
-    except OSError:
-        return False
 
 
 def _arrived(part: Path, size: int) -> Path:

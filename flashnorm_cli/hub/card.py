@@ -17,12 +17,14 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from flashnorm_cli.checkpoint.names import pattern_of
+from flashnorm_cli.hub.headings import below
 from flashnorm_cli.hub.published import Base
 from flashnorm_cli.hub.source_card import check_metadata, read_card
-from flashnorm_cli.plan import quantized
+from flashnorm_cli.plan import quantized, wording
 from flashnorm_cli.plan.model import Plan
 from flashnorm_cli.proof.result import Verification
 from flashnorm_cli.report import formats, page
+from flashnorm_cli.report.project import INSTALL
 
 if TYPE_CHECKING:
     from huggingface_hub import CardData
@@ -30,12 +32,27 @@ if TYPE_CHECKING:
 
 RELATION = "quantized"
 TAGS = ("weightless-rmsnorm", "flashnorm")  # the first one is that of the collection of such models
-REPORT = "flashnorm-verification.html"
+REPORT, PICTURE = "flashnorm-verification.html", "flashnorm-plan.svg"
 # Between our words and the source's card, so that a card of ours can be made again from itself.
 SOURCE_CARD = "<!-- The source's own card begins here. -->"
+SOURCE_HEADINGS = 3  # the level of its highest ones: the card has one title, and "The source's card" is above them
 # Classes that transformers' AutoModelForCausalLM does not know, whatever they are called.
 NOT_AUTO = ("Mistral4ForCausalLM",)
 PAPER = "https://arxiv.org/abs/2407.09577"
+# Of a repository that AutoTokenizer can load something from.
+TOKENIZERS = frozenset(
+    (
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+        "vocab.txt",
+        "spiece.model",
+        "tekken.json",
+    )
+)
+# Classes by the ends of their names that write text with `generate`.
+WRITE = ("ForCausalLM", "ForSeq2SeqLM", "ForConditionalGeneration", "ForImageTextToText", "LMHeadModel")
 
 
 @dataclass(frozen=True)
@@ -46,7 +63,8 @@ class CardFacts:
     valid one. `ran` says that both models were run in it, and came out equivalent; else `unverified` says why nobody
     knows that. `sizes` are the bytes of all shards, of source and fold. `source_card` is
     the text of the source's README.md, or an earlier card of ours; `source_data` are the source's own metadata as the
-    Hub or its folder gives them, as far as they are known.
+    Hub or its folder gives them, as far as they are known. `files` are the names of all files, `chat` says that the
+    tokenizer has a chat template, and `project` is the address of this project, if it has one.
     """
 
     repo_id: str
@@ -59,6 +77,9 @@ class CardFacts:
     source_card: str | None
     source_data: dict[str, Any]
     ran: bool = True
+    files: frozenset[str] = TOKENIZERS
+    chat: bool = False
+    project: str | None = None
 
     @property
     def equivalent(self) -> bool:
@@ -77,7 +98,7 @@ def build_card(facts: CardFacts) -> str:
         card.data = known
     elif SOURCE_CARD not in card.text:  # the source's own card, not one of ours
         known = card.data
-    data, text = card.data, card.text.split(SOURCE_CARD)[-1].strip()
+    data, text = card.data, below(card.text.split(SOURCE_CARD)[-1].strip(), SOURCE_HEADINGS)
     parents, results = known.get("base_model"), _results(known)
     for claim in ("eval_results", "model_name", "model-index", "new_version"):
         data[claim] = None
@@ -112,7 +133,7 @@ def _template() -> Template:
 
     place = jinja2.PackageLoader("flashnorm_cli.hub", ".")
     environment = jinja2.Environment(loader=place, undefined=jinja2.StrictUndefined)
-    environment.filters.update(cell=_cell, code=_code, line=_line, sentence=_sentence, size=_size)
+    environment.filters.update(cell=_cell, code=_code, line=_line, sentence=_sentence, size=wording.size)
     return environment.get_template("card.md.jinja")
 
 
@@ -120,14 +141,17 @@ def _figures(facts: CardFacts) -> dict[str, Any]:
     """What the template shows of the fold and of its verification."""
     plan, result = Plan.from_json(facts.record), facts.verification
     before, after = facts.sizes
-    change = "the same" if before == after else f"{_size(abs(after - before))} {'more' if after > before else 'less'}"
+    change = (
+        "the same" if before == after else f"{wording.size(abs(after - before))} {'more' if after > before else 'less'}"
+    )
     if plan.bytes_added:
-        change += f"; {_size(plan.bytes_added)} are the output head's own copy of the embedding, scaled"
+        change += f"; {wording.size(plan.bytes_added)} are the output head's own copy of the embedding, scaled"
     found: dict[str, Any] = {
         "facts": facts,
         "plan": plan,
         "result": result,
         "page": page,
+        "wording": wording,
         "formats": formats,
         "count": _count,
         "name": facts.repo_id.rsplit("/", 1)[-1],
@@ -139,7 +163,9 @@ def _figures(facts: CardFacts) -> dict[str, Any]:
         "not_traced": list(dict.fromkeys(map(pattern_of, plan.not_traced))),
         "change": change,
         "transformers": "\n".join(_transformers(facts, plan)),
+        "install": INSTALL,
         "paper": PAPER,
+        "picture": PICTURE,
         "report": REPORT,
         "relation": RELATION,
         "quantizing": quantized.card_line(plan.rotation is not None),
@@ -157,7 +183,7 @@ def _figures(facts: CardFacts) -> dict[str, Any]:
 
 def _rows(result: Verification) -> list[tuple[str, str, str]]:
     """The table of the verification: (what, how much, beside what)."""
-    rows = list(page.highlights(result))
+    rows = [(each.what, each.much, each.beside) for each in page.highlights(result)]
     logits = result.level("logits")
     figures = logits.figures if logits else {}
     folded, source = figures.get("folded"), figures.get("source")
@@ -172,26 +198,47 @@ def _rows(result: Verification) -> list[tuple[str, str, str]]:
 
 
 def _transformers(facts: CardFacts, plan: Plan) -> list[str]:
-    """The class that loads this architecture; an auto class where there is one."""
-    tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{facts.repo_id}"'
+    """Load it with the class of this architecture, an auto class where there is one, and use it."""
+    trust = ", trust_remote_code=True" if _own_code(facts) else ""
+    names = [_model_class(facts, plan), *(["AutoTokenizer"] if facts.files & TOKENIZERS else [])]
+    lines = [f"from transformers import {', '.join(sorted(names))}", ""]
+    lines.append(f'model = {names[0]}.from_pretrained("{facts.repo_id}", dtype="auto"{trust})')
+    return [*lines, *_use(facts, plan)]
+
+
+def _model_class(facts: CardFacts, plan: Plan) -> str:
     auto_map = facts.config.get("auto_map")
     if isinstance(auto_map, dict):
-        auto = next((key for key in auto_map if key.startswith("AutoModelFor")), "AutoModel")
-        trust = ", trust_remote_code=True)"
-        return [
-            f"from transformers import {auto}, AutoTokenizer",
-            "",
-            f'model = {auto}.from_pretrained("{facts.repo_id}", dtype="auto"{trust}',
-            f"{tokenizer}{trust}",
-        ]
+        return next((key for key in auto_map if key.startswith("AutoModelFor")), "AutoModel")
     causal = plan.architecture.endswith("ForCausalLM") and plan.architecture not in NOT_AUTO
-    cls = "AutoModelForCausalLM" if causal else plan.architecture
-    return [
-        f"from transformers import {', '.join(sorted((cls, 'AutoTokenizer')))}",
-        "",
-        f'model = {cls}.from_pretrained("{facts.repo_id}", dtype="auto")',
-        f"{tokenizer})",
-    ]
+    return "AutoModelForCausalLM" if causal else plan.architecture
+
+
+def _own_code(facts: CardFacts) -> bool:
+    return isinstance(facts.config.get("auto_map"), dict)
+
+
+def _use(facts: CardFacts, plan: Plan) -> list[str]:
+    """What to do with `model`: let it write where it can, else call it."""
+    writes = _model_class(facts, plan).endswith(WRITE)
+    if not facts.files & TOKENIZERS:
+        ids = ["import torch", "", "input_ids = torch.tensor([[1, 2, 3]])  # of your tokenizer: none is in here"]
+        return [*ids, "print(model.generate(input_ids, max_new_tokens=40))" if writes else "print(model(input_ids))"]
+    trust = ", trust_remote_code=True" if _own_code(facts) else ""
+    lines = [f'tokenizer = AutoTokenizer.from_pretrained("{facts.repo_id}"{trust})']
+    if writes and facts.chat:
+        lines += [
+            'messages = [{"role": "user", "content": "What is a norm?"}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+            ")",
+        ]
+    else:
+        lines.append('inputs = tokenizer("It was a truth", return_tensors="pt")')
+    if not writes:
+        return [*lines, "print(model(**inputs))"]
+    lines.append("output = model.generate(**inputs, max_new_tokens=40)")
+    return [*lines, "print(tokenizer.decode(output[0], skip_special_tokens=True))"]
 
 
 def _licence(data: CardData) -> str:
@@ -210,10 +257,6 @@ def _source(facts: CardFacts, commit: bool = False) -> str:
         return f"the local checkpoint `{facts.record.get('source')}`" if commit else f"`{facts.record.get('source')}`"
     link = f"[{facts.base.repo_id}](https://huggingface.co/{facts.base.repo_id})"
     return f"{link} at commit `{facts.base.commit[:12]}`" if commit else link
-
-
-def _size(n: int) -> str:
-    return formats.size(n).replace(formats.SPACE, " ")
 
 
 def _count(n: int, what: str) -> str:

@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Any
 from flashnorm_cli.checkpoint.hub import content_id
 from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, LeftOut, Progress
 from flashnorm_cli.checkpoint.places import local_paths, without_places
-from flashnorm_cli.hub.card import REPORT, CardFacts, build_card
+from flashnorm_cli.hub.card import PICTURE, REPORT, CardFacts, build_card
 from flashnorm_cli.hub.licence import check_licence, gate_of, terms
 from flashnorm_cli.hub.published import Base, dump, published_record
 from flashnorm_cli.hub.repository import Upload
 from flashnorm_cli.hub.source_card import read_card
 from flashnorm_cli.hub.standing import Standing
-from flashnorm_cli.proof.files import CLAIMS
+from flashnorm_cli.plan.model import Plan
+from flashnorm_cli.proof.files import EVAL_RESULTS_DIR
 from flashnorm_cli.proof.result import Verification
 from flashnorm_cli.report.page import render
+from flashnorm_cli.report.plan_svg import plan_svg
+from flashnorm_cli.report.project import address
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -98,10 +101,14 @@ def make_contents(fold: Fold, repo_id: str, base: Base | None, info: ModelInfo |
             ),
             source_card=text,
             source_data=theirs,
+            files=frozenset(fold.checkpoint.others),
+            chat=_chats(fold.checkpoint),
+            project=address(),
         )
     )
     record["card_sha256"] = hashlib.sha256(card.encode()).hexdigest()
-    made = {**cleaned, README: card.encode(), RECORD: dump(record)}
+    picture = plan_svg(Plan.from_json(record)).encode()
+    made = {**cleaned, README: card.encode(), RECORD: dump(record), PICTURE: picture}
     if result is not None:
         made[REPORT] = render(result).encode()
     return Contents(
@@ -118,6 +125,14 @@ def make_contents(fold: Fold, repo_id: str, base: Base | None, info: ModelInfo |
     )
 
 
+def _chats(checkpoint: Checkpoint) -> bool:
+    """Whether the tokenizer has a chat template, in a file of its own or in its config."""
+    if {"chat_template.jinja", "chat_template.json"} & {*checkpoint.others}:
+        return True
+    path = checkpoint.folder / "tokenizer_config.json"
+    return path.name in checkpoint.others and b'"chat_template"' in path.read_bytes()
+
+
 def file_hashes(checkpoint: Checkpoint, workers: int, report: Progress) -> dict[str, tuple[str, str]]:
     """(sha256, id in git) of every file of the checkpoint."""
     names = [CONFIG, *([checkpoint.index_name] if checkpoint.index else []), *checkpoint.shards, *checkpoint.others]
@@ -128,7 +143,7 @@ def file_hashes(checkpoint: Checkpoint, workers: int, report: Progress) -> dict[
         nonlocal done
         with lock:
             done += count
-            report(done, total, "Hashing")
+            report(done, total, "Hashing files")
 
     def digest(name: str) -> tuple[str, str]:
         found = content_id(checkpoint.folder / name, on_bytes)
@@ -142,7 +157,7 @@ def _own_files(checkpoint: Checkpoint, hashes: Hashes, made: Collection[str]) ->
     """The checkpoint's files, byte for byte."""
     found = []
     for name, (sha256, oid) in hashes.items():
-        if name not in (*made, REPORT, ATTRIBUTES) and not name.startswith(CLAIMS):
+        if name not in (*made, REPORT, ATTRIBUTES) and not name.startswith(EVAL_RESULTS_DIR):
             shard, path = checkpoint.shards.get(name), checkpoint.folder / name
             found.append(Upload(name, path, shard.file_size if shard else path.stat().st_size, sha256, oid))
     return found

@@ -20,8 +20,12 @@ from typing import TYPE_CHECKING, Any
 from flashnorm_cli.checkpoint.carry import carry_over
 from flashnorm_cli.checkpoint.disk import write_text
 from flashnorm_cli.checkpoint.hub_errors import hub_errors
+from flashnorm_cli.checkpoint.hub_ids import hub_id, repository_id
 from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, LeftOut, Progress, Source, read_json
 from flashnorm_cli.checkpoint.output import work_folder
+from flashnorm_cli.checkpoint.progress import with_notebook_bar
+from flashnorm_cli.choices import FinalNorm, Layout
+from flashnorm_cli.display import Shown
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.folding.engine import any_executor, dask_engine, overlapping
 from flashnorm_cli.folding.fold import check_options
@@ -54,8 +58,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo
 
 
-@dataclass(frozen=True)
-class StreamResult:
+@dataclass(frozen=True, repr=False)
+class StreamResult(Shown):
     """What a fold from Hub to Hub did.
 
     `pushed` says what the repository holds now; `resumed` are shards that an earlier run had uploaded; `downloaded` and
@@ -74,7 +78,29 @@ class StreamResult:
     notes: tuple[str, ...] = ()
     caution: str | None = None
 
+    def _facts(self) -> dict[str, Any]:
+        moved = {"downloaded": self.downloaded, "uploaded": self.uploaded}
+        return {"repo_id": self.pushed.repo_id, "url": self.pushed.url, "verdict": self.pushed.verdict, **moved}
 
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values, with the plan's summary instead of the plan."""
+        summary = self.plan.summary()
+        return {
+            **summary,
+            "published": self.pushed.published(),
+            "verdict": self.pushed.verdict,
+            "layout": self.layout,
+            "bytes_downloaded": self.downloaded,
+            "bytes_uploaded": self.uploaded,
+            "flushed_to_zero": self.flushed,
+            "resumed_shards": list(self.resumed),
+            "left_out": [dataclasses.asdict(each) for each in self.left_out],
+            "phases": dict(zip(("plan", "shards", "commit"), (round(s, 3) for s in self.seconds), strict=True)),
+            "notes": [*summary["notes"], *self.notes, *self.pushed.notes],
+        }
+
+
+@with_notebook_bar
 def fold_to_hub(
     model: str,
     repo_id: str,
@@ -83,8 +109,8 @@ def fold_to_hub(
     token: str | None = None,
     cache_dir: str | Path | None = None,
     trust_remote_code: bool = False,
-    final_norm: str = "auto",
-    layout: str = "identity",
+    final_norm: FinalNorm = "auto",
+    layout: Layout = "identity",
     target: str | None = None,
     leave_grid: bool = False,
     workers: int | None = None,
@@ -113,6 +139,8 @@ def fold_to_hub(
         dask: address of a dask scheduler whose workers reach the Hub. They get the token.
         executor: any other concurrent.futures executor. Its workers get the token, too.
         on_progress: called with (bytes done, bytes in all, what is going on); bytes count coming in and going out.
+    Returns:
+        What the repository holds now, the plan, and how many bytes came in and went out.
     Raises:
         UsageError: the call contradicts itself.
         FlashNormError: as `fold`, or the Hub said no. After most of them the same call goes on where it was.
@@ -121,12 +149,13 @@ def fold_to_hub(
 
     check_options(final_norm, layout, workers)
     check_streamed(target)
+    (model, revision), repo_id = hub_id(model, revision), repository_id(repo_id)
     check_call(model, repo_id, None, create_pr, workers)
     if dask is not None and executor is not None:
-        raise UsageError("dask and executor exclude each other")
+        raise UsageError("`dask` and `executor` exclude each other")
     if Path(model).expanduser().exists():
         raise UsageError(
-            f"{model}: is no Hub id; a local checkpoint is published in steps: flashnorm fold, verify, push-to-hub"
+            f"{model}: is no Hub id; a local checkpoint is published in steps: `fold`, `verify`, `push_to_hub`"
         )
     report = on_progress or (lambda done, total, what: None)
     with contextlib.ExitStack() as stack:

@@ -17,6 +17,8 @@ from typing import Any
 
 from flashnorm_cli.checkpoint.hub_errors import RETRY_STATUS, WAITS, first_line, status_of, wait_after, with_retry
 from flashnorm_cli.checkpoint.model import LeftOut, Progress
+from flashnorm_cli.checkpoint.progress import shard_of
+from flashnorm_cli.display import Shown
 from flashnorm_cli.errors import FlashNormError
 from flashnorm_cli.hub.card import REPORT
 from flashnorm_cli.hub.contents import ATTRIBUTES, README, Contents
@@ -55,8 +57,8 @@ class Published:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class PushResult:
+@dataclass(frozen=True, repr=False)
+class PushResult(Shown):
     """What was published, or would be (`dry_run`).
 
     `sent` are the files that the Hub did not have, `unchanged` those that it had, `deleted` those that were removed
@@ -85,15 +87,27 @@ class PushResult:
     card: str
     notes: tuple[str, ...]
 
+    def _facts(self) -> dict[str, Any]:
+        said = {"repo_id": self.repo_id, "url": self.url, "commit": self.commit, "verdict": self.verdict}
+        return {**said, "sent": len(self.sent), "unchanged": len(self.unchanged), "dry_run": self.dry_run}
+
+    def published(self) -> dict[str, Any]:
+        """As plain JSON values: the repository, what was committed to it, and what a reader of the page sees."""
+        names = "repo_id url revision commit pull_request created private gated base_model licence".split()
+        return {**{name: getattr(self, name) for name in names}, "deleted": list(self.deleted)}
+
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        plain = {name: value for name, value in self.__dict__.items() if name not in ("sent", "unchanged")}
-        files = {
-            what: [{"path": upload.path, "size": upload.size, "sha256": upload.sha256} for upload in uploads]
-            for what, uploads in (("sent", self.sent), ("unchanged", self.unchanged))
+        """As plain JSON values: `published`, and every file."""
+        return {
+            "published": self.published(),
+            "dry_run": self.dry_run,
+            "verdict": self.verdict,
+            "sent": [upload.to_json() for upload in self.sent],
+            "unchanged": [upload.to_json() for upload in self.unchanged],
+            "left_out": [asdict(each) for each in self.left_out],
+            "card": self.card,
+            "notes": list(self.notes),
         }
-        left_out = [asdict(each) for each in self.left_out]
-        return {**plain, **files, **{name: list(plain[name]) for name in ("deleted", "notes")}, "left_out": left_out}
 
 
 def push_result(contents: Contents, done: Published, private: bool | None, notes: tuple[str, ...]) -> PushResult:
@@ -144,13 +158,13 @@ def deletions(
         if not overwrite:
             shown = ", ".join(sorted(theirs)[:SHOWN_FILES]) + (", ..." if len(theirs) > SHOWN_FILES else "")
             what = "another fold" if held is not None else "something else"
-            raise FlashNormError(f"{where} holds {what} ({shown}); --overwrite replaces it")
+            raise FlashNormError(f"{where} holds {what} ({shown}); `overwrite=True` replaces it")
         return tuple(sorted(theirs - {upload.path for upload in contents.uploads}))
     deleted: tuple[str, ...] = ()
     if not (contents.standing.has_proof or will_be_proven) and isinstance(held.get("verify"), dict):
         if not overwrite:
             raise FlashNormError(
-                f"{where} holds this fold with its verification; --overwrite replaces it by an unverified one"
+                f"{where} holds this fold with its verification; `overwrite=True` replaces it by an unverified one"
             )
         deleted = tuple(theirs & {REPORT})
     readme = state.files.get(README)
@@ -159,7 +173,8 @@ def deletions(
         now = hashlib.sha256(repository.read(README, state.head)).hexdigest()
         if now != held.get("card_sha256"):
             raise FlashNormError(
-                f"{where}: README.md was edited on the Hub since it was pushed; --overwrite replaces it with a new card"
+                f"{where}: README.md was edited on the Hub since it was pushed; "
+                "`overwrite=True` replaces it with a new card"
             )
     return deleted
 
@@ -277,9 +292,9 @@ def _send(plan: _Commit, report: Progress, stored: Mapping[str, Any]) -> list[An
     small = [upload for upload in to_send if upload.path not in plan.contents.shards]
     groups = [[upload] for upload in to_send if upload.path in plan.contents.shards] + ([small] if small else [])
     total, done = sum(upload.size for upload in to_send), 0
-    for group in groups:
+    for i, group in enumerate(groups):
         first = group[0]
-        shown = "Uploading other files" if group is small else f"Uploading {first.path}"
+        shown = "Uploading other files" if group is small else shard_of(i, len(to_send) - len(small), "Uploading")
 
         def so_far(n: int, start: int = done, shown: str = shown) -> None:
             report(start + n, total, shown)

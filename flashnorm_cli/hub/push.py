@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashnorm_cli.checkpoint.hub_errors import first_line, hub_errors, with_retry
+from flashnorm_cli.checkpoint.hub_ids import repository_id
 from flashnorm_cli.checkpoint.leftover import refuse_unfinished
 from flashnorm_cli.checkpoint.model import RECORD, Checkpoint, Progress, Source
 from flashnorm_cli.checkpoint.open import open_checkpoint
+from flashnorm_cli.checkpoint.progress import with_notebook_bar
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.hub.base import base_info, find_base
 from flashnorm_cli.hub.contents import Fold, file_hashes, make_contents
+from flashnorm_cli.hub.origin import UNKNOWN, origin_of
 from flashnorm_cli.hub.progress import quiet_hub
 from flashnorm_cli.hub.publish import MESSAGE, Options, Published, PushResult, deletions, publish, push_result
 from flashnorm_cli.hub.published import Base
@@ -25,16 +27,21 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo
 
 NO_TOKEN = (
-    "there is no Hub token: log in with `hf auth login`, or pass --token (make one that may write at "
+    "there is no Hub token: log in with `hf auth login`, or pass `token` (make one that may write at "
     "https://huggingface.co/settings/tokens)"
 )
 NO_BASE = (
-    "its source is a local folder, so the card names no base model; --base-model <Hub id> names it if it is on the "
+    'its source is a local folder, so the card names no base model; `base_model="<Hub id>"` names it if it is on the '
     "Hub, too"
+)
+NO_NAME = (
+    "its source was downloaded from the Hub (commit {commit}), but none of its files names a repository that holds it, "
+    'so the card names no base model; `base_model="<Hub id>"` names it'
 )
 NOT_ASKED = "not logged in, so the Hub was not asked: neither the repository nor the source is known"
 
 
+@with_notebook_bar
 def push_to_hub(
     folded: str | Path,
     repo_id: str,
@@ -56,19 +63,22 @@ def push_to_hub(
     Args:
         folded: the folder that `fold` has written and `verify` has checked.
         repo_id: the repository, `user/name`; it is created if it does not exist.
-        base_model: the source's id on the Hub, for a checkpoint that was folded from a local folder. Its files there
-            have to be the ones that were folded.
+        base_model: the source's id on the Hub, for a checkpoint that was folded from a local folder whose files do not
+            name it. Its files there have to be the ones that were folded.
         private, revision, create_pr, commit_message, token: as in huggingface_hub's `upload_folder` and `create_repo`.
         unverified: publish without a valid verification whose verdict is "equivalent"; the card says so.
         overwrite: replace what the repository holds, whatever it is.
         dry_run: check everything and make the card, but change nothing on the Hub.
         workers: threads that hash files; by default 4.
         on_progress: called with (bytes done, bytes in all, what is going on).
+    Returns:
+        What the repository holds now, or would (`dry_run`).
     Raises:
         UsageError: the call contradicts itself or the file system.
         FlashNormError: the checkpoint is not fit to be published, or the Hub said no; the message says what to do.
     """
     report = on_progress or (lambda done, total, what: None)
+    repo_id, base_model = repository_id(repo_id), repository_id(base_model) if base_model else None
     check_call(folded, repo_id, revision, create_pr, workers)
     report(0, 0, "Reading headers")
     checkpoint = _open_folded(Path(str(folded)).expanduser(), str(folded))
@@ -92,12 +102,14 @@ def push_to_hub(
         repository = Repository(api, full_name(api, repo_id) if online else repo_id, revision or "main")
         state = repository.state() if online else State()
         held = repository.read_json(RECORD, state)
-        base = find_base(api, fold.name, record, standing.has_proof, base_model if online else None, held)
+        origin = origin_of(checkpoint.folder, record, checkpoint.config) if online else UNKNOWN
+        base = find_base(api, fold.name, record, standing.has_proof, base_model if online else None, held, origin)
         info = base_info(api, base) if online else None
         if online:
             check_private(info, options)
         contents = make_contents(fold, repository.repo_id, base, info, hashes)
-        notes = notes_on(base, info) if online else (*notes_on(base, info)[: base is None], NOT_ASKED)
+        notes = notes_on(base, info, origin.commit)
+        notes = notes if online else (*notes[: base is None], NOT_ASKED)
         deleted = deletions(repository, state, held, contents, overwrite) if state.exists else ()
         if dry_run:
             done = Published(repository, state, state.lacks(contents.uploads), deleted)
@@ -110,11 +122,11 @@ def _refusal(folded: str, standing: Standing) -> str:
     if standing.verdict == NOT_RUN:
         return (
             f"{folded}: {standing.why}, so nothing shows yet that it computes what its source does. Run them: "
-            f"flashnorm verify {shlex.quote(folded)} (or publish it with --unverified: the card says what was not run)"
+            f"`verify({folded!r})` (or publish it with `unverified=True`: the card says what was not run)"
         )
     return (
-        f"{folded}: {standing.why}. Verify it first: flashnorm verify {shlex.quote(folded)} (or publish it with "
-        "--unverified, which its card will say)"
+        f"{folded}: {standing.why}. Verify it first: `verify({folded!r})` (or publish it with "
+        "`unverified=True`, which its card will say)"
     )
 
 
@@ -127,13 +139,16 @@ def full_name(api: HfApi, repo_id: str) -> str:
 def check_private(info: ModelInfo | None, options: Options) -> None:
     """Raise FlashNormError where a private source would be published without a word about it."""
     if info is not None and info.private and options.private is None and not options.create_pr:
-        raise FlashNormError(f"the source {info.id} is private; say --private, or --no-private to publish it")
+        raise FlashNormError(f"the source {info.id} is private; say `private=True`, or `private=False` to publish it")
 
 
-def notes_on(base: Base | None, info: ModelInfo | None) -> tuple[str, ...]:
-    """What the user has to know of the source, as far as the Hub was asked about it."""
+def notes_on(base: Base | None, info: ModelInfo | None, downloaded: str | None = None) -> tuple[str, ...]:
+    """What the user has to know of the source, as far as the Hub was asked about it.
+
+    `downloaded` is the commit that a local source came from, where its folder notes one.
+    """
     if base is None:
-        return (NO_BASE,)
+        return (NO_BASE if downloaded is None else NO_NAME.format(commit=downloaded[:12]),)
     return () if info else (f"the source {base.repo_id} is not on the Hub any more, or not for this token",)
 
 
@@ -153,9 +168,9 @@ def check_call(folded: str | Path, repo_id: str, revision: str | None, create_pr
         why = first_line(" ".join(str(error).split()).split(". Use `repo_type`")[0])
         raise UsageError(f"{repo_id}: the Hub does not take this name; it looks like user/name ({why})") from None
     if create_pr and revision not in (None, "main"):
-        raise UsageError("--create-pr and --revision exclude each other: a pull request is made against main")
+        raise UsageError("`create_pr` and `revision` exclude each other: a pull request is made against main")
     if workers is not None and workers < 1:
-        raise UsageError(f"workers has to be at least 1, not {workers}")
+        raise UsageError(f"`workers` has to be at least 1, not {workers}")
 
 
 def _open_folded(folder: Path, name: str) -> Checkpoint:
@@ -175,7 +190,7 @@ def _open_folded(folder: Path, name: str) -> Checkpoint:
     checkpoint = open_checkpoint(Source(str(folder)))
     if not (folder / RECORD).exists():
         raise FlashNormError(
-            f"{name}: has no {RECORD}: it is no fold of flashnorm. Fold the model first: flashnorm fold {name}; a fold "
-            f"by another tool gets a record with: flashnorm verify {name} --source <its source> --adopt"
+            f"{name}: has no {RECORD}: it is not a fold by flashnorm. Fold the model first: `fold({name!r})`; a fold "
+            f'by another tool gets a record with: `verify({name!r}, source="<its source>", adopt=True)`'
         )
     return checkpoint

@@ -33,6 +33,10 @@ class Upload:
         """What a listing may call these bytes."""
         return self.sha256, self.oid
 
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {"name": self.path, "bytes": self.size, "sha256": self.sha256}
+
 
 @dataclass(frozen=True)
 class State:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flashnorm_cli.proof.files import changed_files, is_paper
+from flashnorm_cli.proof.files import changed_files, is_documentation
 
 SHOWN_FILES = 3
 # The verdicts of `verify`, as flashnorm.json holds them.
@@ -44,7 +44,7 @@ def standing_of(record: Mapping[str, Any], hashes: Mapping[str, tuple[str, str]]
         return Standing(NOT_VERIFIED, f"its verification failed (level {', '.join(failed) or 'unknown'})")
     if levels.get("weights") != "passed":
         return Standing(NOT_VERIFIED, "its verification left out level weights, the one that compares every tensor")
-    changed = changed_files(entry, {name: sha256 for name, (sha256, _) in hashes.items() if not is_paper(name)})
+    changed = changed_files(entry, {name: sha256 for name, (sha256, _) in hashes.items() if not is_documentation(name)})
     if changed:
         more = f" and {len(changed) - SHOWN_FILES} more" if len(changed) > SHOWN_FILES else ""
         return Standing(

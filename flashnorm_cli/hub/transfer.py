@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from flashnorm_cli.checkpoint.hub_errors import with_retry
 from flashnorm_cli.checkpoint.model import Checkpoint, Progress
+from flashnorm_cli.checkpoint.progress import shard_of
 from flashnorm_cli.errors import FlashNormError
 from flashnorm_cli.folding.engine import Engine, Stopped, results
 from flashnorm_cli.folding.jobs import ShardEdits
@@ -124,7 +125,11 @@ def transfer(
     downloaded = uploaded = 0
     stop, lock = threading.Event(), threading.Lock()
 
+    names = list(jobs)
+
     def arguments(job: HubJob) -> tuple[Callable[[int], None], ...]:
+        what = shard_of(names.index(job.edits.name), len(names), "Folding")
+
         def on_bytes(n: int) -> None:
             nonlocal done
             if stop.is_set():
@@ -132,11 +137,11 @@ def transfer(
             if n:
                 with lock:
                     done += n
-                    report(done, total, job.edits.name)
+                    report(done, total, what)
 
         return (on_bytes,) if engine.in_process else ()
 
-    report(done, total, "Waiting for shards")
+    report(done, total, "Folding shards")
     waiting = [job for name, job in jobs.items() if name not in uploads]
     try:
         for job, result in results(engine, do_hub_job, waiting, arguments, stop.set):
@@ -145,7 +150,7 @@ def transfer(
             downloaded, uploaded = downloaded + result.downloaded, uploaded + result.size
             if not engine.in_process:
                 done += sum(job.sizes)
-                report(done, total, job.edits.name)
+                report(done, total, f"Folding shards, {len(uploads)} of {len(jobs)} done")
     finally:
         stop.set()
     return downloaded, uploaded

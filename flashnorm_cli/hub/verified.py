@@ -12,6 +12,7 @@ from pathlib import Path
 
 from flashnorm_cli.checkpoint.model import RECORD, Progress, Source
 from flashnorm_cli.checkpoint.open import open_checkpoint
+from flashnorm_cli.checkpoint.progress import with_notebook_bar
 from flashnorm_cli.errors import UsageError
 from flashnorm_cli.hub.contents import README
 from flashnorm_cli.hub.publish import PushResult
@@ -21,6 +22,7 @@ from flashnorm_cli.proof.result import Verification
 MESSAGE = "Update the verification"
 
 
+@with_notebook_bar
 def verify_on_hub(
     target: Source,
     check: Callable[[Path], Verification],
@@ -44,9 +46,11 @@ def verify_on_hub(
         FlashNormError: as `verify` and `push_to_hub`.
     """
     if Path(target.name).expanduser().exists():
-        raise UsageError(f"{target.name}: is a folder; --publish is for a fold on the Hub, and push-to-hub for folders")
+        raise UsageError(
+            f"{target.name}: is a folder; `publish=True` is for a fold on the Hub, and `push_to_hub` for folders"
+        )
     if target.revision not in (None, "main"):
-        raise UsageError("--publish updates the main branch, so it excludes --revision")
+        raise UsageError("`publish=True` updates the main branch, so it excludes `revision`")
     with _copy(target, on_progress) as folder:
         found = check(folder)
         ran = {level.status for level in found.levels}

@@ -43,7 +43,7 @@ def load_config(folder: Path | str, trust_remote_code: bool, **hub: Any) -> Pret
     except Exception as error:  # a config class may raise anything, remote code included
         if "trust_remote_code" in str(error):
             raise PlanError(
-                f"{folder}: needs its own Python code to run; read it, then add --trust-remote-code"
+                f"{folder}: needs its own Python code to run; read it, then add `trust_remote_code=True`"
             ) from error
         raise PlanError(f"{folder}: transformers cannot read config.json: {first_line(error)}") from error
 
@@ -68,7 +68,9 @@ def model_class(config: PretrainedConfig, folder: Path | str, trust_remote_code:
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
     if names and any(str(v).rsplit(".", 1)[-1] in names for v in auto_map.values()):
-        raise PlanError(f"{names[0]} needs the checkpoint's own Python code; read it, then add --trust-remote-code")
+        raise PlanError(
+            f"{names[0]} needs the checkpoint's own Python code; read it, then add `trust_remote_code=True`"
+        )
     return auto_class(config)
 
 

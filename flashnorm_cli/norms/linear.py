@@ -48,7 +48,7 @@ def norm_linear(
     if torch.compiler.is_compiling():
         return torch.ops.flashnorm.norm_linear(x, weight, eps, bias, residual, activation)
     if _forward_ad._current_level < 0:
-        y = _again(x, weight, eps, bias, residual, activation)
+        y = _launch_cached(x, weight, eps, bias, residual, activation)
         if y is not None:
             return y
     _check(x, weight, bias, residual, activation)
@@ -61,7 +61,7 @@ def _direct(*tensors: Tensor | None) -> bool:
     return ops._direct(*(t for t in tensors if t is not None))
 
 
-def _again(
+def _launch_cached(
     x: Tensor, weight: Tensor, eps: float | None, bias: Tensor | None, residual: Tensor | None, activation: str | None
 ) -> Tensor | None:
     """Launch a kernel if this thread launched it for just such tensors before; else None."""
@@ -191,7 +191,7 @@ def _op(
 ) -> Tensor:
     _check(x, weight, bias, residual, activation)
     if x.is_cuda and 0 < x.numel() <= MAX_ROWS * x.size(-1):
-        y = _again(x, weight, eps, bias, residual, activation)
+        y = _launch_cached(x, weight, eps, bias, residual, activation)
         return _run(x, weight, eps, bias, residual, activation, remember=True) if y is None else y
     return torch_norm_linear(x, weight, eps, bias, residual, activation).contiguous()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad as _forward_ad
 from torch.autograd.graph import increment_version
 
-from flashnorm_cli.cuda import driver
+from flashnorm_cli.cuda import driver, norm_calls
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -41,7 +41,7 @@ def rms_norm(
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
     """
     if not _compiling() and _forward_ad._current_level < 0:
-        y = driver.again("rms_norm", x, out, eps, weight, offset)
+        y = norm_calls.launch_cached("rms_norm", x, out, eps, weight, offset)
         if y is not None:
             if out is not None:
                 _written(out)
@@ -67,7 +67,7 @@ def fused_add_rms_norm(
     if (
         not _compiling()
         and _forward_ad._current_level < 0
-        and driver.again("fused_add_rms_norm", x, residual, eps, weight, offset) is not None
+        and norm_calls.launch_cached("fused_add_rms_norm", x, residual, eps, weight, offset) is not None
     ):
         _written(x, residual)
         return
@@ -109,7 +109,7 @@ def _rms_norm(x: Tensor, eps: float, out: Tensor | None, weight: Tensor | None, 
     tensors = [t for t in (x, out, weight) if t is not None]
     if _direct(*tensors) and (weight is None or _fits(weight, offset, x)):
         y = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-        if driver.run("rms_norm", x, y, eps, weight, offset, "new b" if out is None else "b"):
+        if norm_calls.run("rms_norm", x, y, eps, weight, offset, "new b" if out is None else "b"):
             if out is not None:
                 _written(out)
             return y
@@ -127,7 +127,7 @@ def _fused_add_rms_norm(x: Tensor, residual: Tensor, eps: float, weight: Tensor 
     if (
         _direct(x, residual)
         and (weight is None or _fits(weight, offset, x))
-        and driver.run("fused_add_rms_norm", x, residual, eps, weight, offset, "b")
+        and norm_calls.run("fused_add_rms_norm", x, residual, eps, weight, offset, "b")
     ):
         _written(x, residual)
         return
@@ -202,7 +202,11 @@ _library.define(
 def _op_rms_norm(x: Tensor, eps: float, weight: Tensor | None = None, offset: float = 0.0) -> Tensor:
     _check(x, weight, offset)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if x.is_cuda and (weight is None or _fits(weight, offset, x)) and driver.run("rms_norm", x, y, eps, weight, offset):
+    if (
+        x.is_cuda
+        and (weight is None or _fits(weight, offset, x))
+        and norm_calls.run("rms_norm", x, y, eps, weight, offset)
+    ):
         return y
     return y.copy_(_torch_rms_norm(x, eps, weight, offset))
 
@@ -215,7 +219,7 @@ def _op_fused_add_rms_norm(
     if (
         x.is_cuda
         and (weight is None or _fits(weight, offset, x))
-        and driver.run("fused_add_rms_norm", x, residual, eps, weight, offset)
+        and norm_calls.run("fused_add_rms_norm", x, residual, eps, weight, offset)
     ):
         _written(x, residual)
         return
@@ -287,7 +291,7 @@ def info() -> dict[str, Any]:
             reason = reason or f"NVRTC cannot be loaded: {' '.join(str(error).split())}"
     if reason is None:
         x = torch.ones(1, 8, device=f"cuda:{index}")
-        reason = None if driver.run("rms_norm", x, torch.empty_like(x), 1e-6, None, 0.0) else driver.why_not(index)
+        reason = None if norm_calls.run("rms_norm", x, torch.empty_like(x), 1e-6, None, 0.0) else driver.why_not(index)
     if reason is None:
         found["path"] = "cuda, direct launch" if driver.driver_launch() else "cuda, RawKernel"
         if driver.driver_launch() is None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashnorm_cli.checkpoint.progress import Steps
 from flashnorm_cli.cuda import choices, driver, linear
 from flashnorm_cli.cuda.choices import Choice
 from flashnorm_cli.cuda.linear import DTYPES, Problem
@@ -56,11 +57,11 @@ def tune(
     wanted = {
         (problem, count): candidates(problem.k, problem.activation, count, device.arch) for problem, count in todo
     }
-    on_progress(0, len(todo), "Compiling kernels")
+    on_progress(0, len(todo), Steps("Compiling kernels"))
     compile_all([(variant, problem) for (problem, _), each in wanted.items() for variant in each], index)
     with torch.cuda.device(index), torch.no_grad():
         for done, (problem, count) in enumerate(todo):
-            on_progress(done, len(todo), f"Measuring {problem.k} x {problem.n}, {count} rows")
+            on_progress(done, len(todo), Steps(f"Measuring {problem.k} x {problem.n}, {count} rows"))
             found[problem, count] = choice = _fastest(problem, count, wanted[problem, count], index)
             choices.remember(problem, count, index, choice, save=False)
     choices.save_choices(choices.gpu_name(index))

@@ -237,7 +237,7 @@ def _cannot_take(
         if scale is None and is_kept:
             return "is not in the checkpoint"
         if scale is None:
-            way = "; --final-norm keep folds the other norms of a model that is used without its head"
+            way = '; `final_norm="keep"` folds the other norms of a model that is used without its head'
             raise PlanError(f"{name}, which reads {gain}, is not in the checkpoint{way if reads_head else ''}")
         return f"is packed or quantized on disk (`{pattern_of(scale)}`)"
     entry = tensors[name]

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
+from flashnorm_cli import choices
 from flashnorm_cli._version import __version__
 from flashnorm_cli.checkpoint.json_files import Fields, is_count, is_shape, is_text
 from flashnorm_cli.checkpoint.model import RECORD
+from flashnorm_cli.display import Shown
 from flashnorm_cli.errors import CheckpointError, quoted
 
 FORMAT = 1
-LM_HEADS = ("folded", "untied", "kept", "none")
+LM_HEADS = get_args(choices.LmHead)
 MOST_OF_A_NORM = 1 << 26  # elements of a norm's weight, many times more than any model has
-ROTATIONS = ("hadamard", "random")
+ROTATIONS = get_args(choices.Rotation)
 MOST_CHANNELS = 1 << 20  # of a residual stream, many times more than any model has
 MOST_DIMS = 16
 REMEDY = "it was edited or damaged: fetch it again, or fold the source again"
@@ -31,9 +33,12 @@ class Run:
     repeat: int = 1
 
 
-@dataclass(frozen=True)
-class Norm:
-    """A norm's weight on disk. Its gain is `scale * weight + offset`; `reason` says why it is kept (None: folded)."""
+@dataclass(frozen=True, repr=False)
+class Norm(Shown):
+    """A norm's weight on disk: its tensor, of `shape`, and the `readers` on disk that take its gain.
+
+    The gain is `scale * weight + offset`; `reason` says why the norm is kept (None: it is folded).
+    """
 
     tensor: str
     shape: tuple[int, ...]
@@ -42,8 +47,13 @@ class Norm:
     readers: tuple[str, ...]
     reason: str | None
 
+    def _facts(self) -> dict[str, Any]:
+        said = {"tensor": self.tensor, "folded": self.folded, "readers": len(self.readers)}
+        return said if self.folded else {**said, "reason": self.reason}
+
     @property
     def folded(self) -> bool:
+        """Whether the fold takes the norm's weight away: no `reason` keeps it."""
         return self.reason is None
 
     @property
@@ -52,8 +62,8 @@ class Norm:
         return (1.0 - self.offset) / self.scale
 
 
-@dataclass(frozen=True)
-class Reader:
+@dataclass(frozen=True, repr=False)
+class Reader(Shown):
     """A tensor on disk that takes gains along `dim`; `runs` cover the dimension in order.
 
     `values_from` names the tensor whose values are scaled, where that is another one: an untied head starts from
@@ -64,6 +74,9 @@ class Reader:
     dim: int
     runs: tuple[Run, ...]
     values_from: str | None = None
+
+    def _facts(self) -> dict[str, Any]:
+        return {"tensor": self.tensor, "dim": self.dim, "runs": len(self.runs), "values_from": self.values_from}
 
 
 @dataclass(frozen=True)
@@ -80,11 +93,12 @@ class PlannedRotation:
     tensors: dict[str, tuple[int, ...]]
 
     def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
         return dataclasses.asdict(self)
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
     """Everything that `fold` does to a checkpoint.
 
     `added` maps tensors that the source does not have to (dtype, shape). `lm_head` is "folded", "untied", "kept" or
@@ -113,12 +127,18 @@ class Plan:
     bytes_added: int
     rotation: PlannedRotation | None = None
 
+    def _facts(self) -> dict[str, Any]:
+        counts = {"norms_folded": len(self.folded), "norms_kept": len(self.kept), "readers": len(self.readers)}
+        return {"source": self.source, "architecture": self.architecture, **counts, "lm_head": self.lm_head}
+
     @property
     def folded(self) -> tuple[Norm, ...]:
+        """The norms whose weights go into their readers, in the order of the disk."""
         return tuple(n for n in self.norms if n.folded)
 
     @property
     def kept(self) -> tuple[Norm, ...]:
+        """The norms that keep their weights, each with its `reason`."""
         return tuple(n for n in self.norms if not n.folded)
 
     def to_json(self) -> dict[str, Any]:
@@ -131,6 +151,28 @@ class Plan:
         if self.rotation is None:  # a plain fold's record says nothing of rotations
             del plain["rotation"]
         return {"format": FORMAT, "tool": f"flashnorm-cli {__version__}", **plain}
+
+    def summary(self) -> dict[str, Any]:
+        """What the plan comes to, as plain JSON values: counts, bytes, the kept norms and why."""
+        turned = self.rotation
+        return {
+            "source": {"name": self.source, "commit": self.commit},
+            "architecture": self.architecture,
+            "lm_head": self.lm_head,
+            "flashnorm_folded": self.folded_flag,
+            "counts": {
+                "norms_folded": len(self.folded),
+                "norms_kept": len(self.kept),
+                "norms_not_traced": len(self.not_traced),
+                "readers": len(self.readers),
+            },
+            "kept_norms": [{"tensor": norm.tensor, "reason": norm.reason} for norm in self.kept],
+            "rotation": None if turned is None else {"kind": turned.kind, "size": turned.size, "seed": turned.seed},
+            "bytes_total": self.bytes_total,
+            "bytes_changed": self.bytes_changed,
+            "bytes_added": self.bytes_added,
+            "notes": list(self.notes),
+        }
 
     @classmethod
     def from_json(cls, content: Any, where: str = RECORD) -> Plan:

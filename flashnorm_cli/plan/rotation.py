@@ -7,6 +7,7 @@ followed to the disk, and everything is refused that may touch the stream where 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from flashnorm_cli.checkpoint.load_time import quantizations
 from flashnorm_cli.checkpoint.model import Checkpoint
 from flashnorm_cli.checkpoint.names import pattern_of
+from flashnorm_cli.choices import FinalNorm
 from flashnorm_cli.errors import PlanError
 from flashnorm_cli.modeling import disk_names
 from flashnorm_cli.plan.disk import FOLDABLE_DTYPES
@@ -28,7 +30,9 @@ ROTATED_STATES = "all hidden states come out rotated, too: only the logits are t
 REFUSED = "the residual stream cannot be rotated: "
 
 
-def make_rotated_plan(checkpoint: Checkpoint, final_norm: str, trust_remote_code: bool, kind: str, seed: int) -> Plan:
+def make_rotated_plan(
+    checkpoint: Checkpoint, final_norm: FinalNorm, trust_remote_code: bool, kind: str, seed: int
+) -> Plan:
     """`make_plan`, with the residual stream rotated after the fold by the matrix that `kind` and `seed` stand for.
 
     Raises:
@@ -51,13 +55,28 @@ def with_rotation(checkpoint: Checkpoint, traced: TracedPlan, kind: str, seed: i
 
 
 def stream_json(checkpoint: Checkpoint, traced: TracedPlan) -> dict[str, Any]:
-    """The residual stream as plain JSON values: what writes it and reads it on disk, or why it cannot be rotated."""
+    """The residual stream as plain JSON values: who writes it and who reads it on disk, or why it cannot be rotated."""
     try:
         stream = rotatable(checkpoint, traced)
-        tensors = tensors_of(checkpoint, traced, stream)
+        writers, readers = (lying_in(checkpoint, traced, stream.size, stream.parameters(k)) for k in ("write", "read"))
     except PlanError as error:
-        return {"size": None, "tensors": {}, "refused": str(error).removeprefix(REFUSED)}
-    return {"size": stream.size, "tensors": {name: list(dims) for name, dims in tensors.items()}, "refused": None}
+        why = str(error).removeprefix(REFUSED)
+        return {"size": None, "refused": why, "tensors": {}, "writers": [], "readers": []}
+    norms = {(r.tensor, r.dim): next((run.norm for run in r.runs if run.norm), None) for r in traced.plan.readers}
+    tensors = _in_order(
+        checkpoint, traced.plan, {n: {*writers.get(n, ()), *readers.get(n, ())} for n in (*writers, *readers)}
+    )
+    return {
+        "size": stream.size,
+        "refused": None,
+        "tensors": {name: list(dims) for name, dims in tensors.items()},
+        "writers": [{"tensor": name, "dim": dim} for name, dims in writers.items() for dim in dims],
+        "readers": [
+            {"tensor": name, "dim": dim, "norm": norms.get((name, dim))}
+            for name, dims in readers.items()
+            for dim in dims
+        ],
+    }
 
 
 def rotatable(checkpoint: Checkpoint, traced: TracedPlan) -> Stream:
@@ -84,13 +103,20 @@ def rotatable(checkpoint: Checkpoint, traced: TracedPlan) -> Stream:
 
 
 def tensors_of(checkpoint: Checkpoint, traced: TracedPlan, stream: Stream) -> dict[str, tuple[int, ...]]:
-    """The tensors on disk that lie in the stream, with their dimensions of its channels, in the order of the disk.
+    """The tensors on disk that lie in the stream; see `lying_in`."""
+    return lying_in(checkpoint, traced, stream.size, stream.members)
+
+
+def lying_in(
+    checkpoint: Checkpoint, traced: TracedPlan, size: int, parameters: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """The tensors on disk that hold parameters of a stream, with their dimensions of its channels, in the disk's order.
 
     Raises PlanError where a tensor holds other things along such a dimension, or another order, or no floats.
     """
-    found: dict[str, tuple[int, ...]] = {}
-    for turn in range(max(map(len, stream.members.values()))):
-        members = {name: dims[turn] for name, dims in stream.members.items() if len(dims) > turn}
+    found: dict[str, set[int]] = {}
+    for turn in range(max(map(len, parameters.values()))):
+        members = {name: dims[turn] for name, dims in parameters.items() if len(dims) > turn}
         for canonical, ids in disk_names.channels_on_disk(traced.model, members).items():
             name = traced.on_disk.get(canonical, canonical)
             if name is None:  # another name of a shared parameter, which is on disk once
@@ -98,14 +124,18 @@ def tensors_of(checkpoint: Checkpoint, traced: TracedPlan, stream: Stream) -> di
             shape = tuple(ids.shape)
             _refuse_tensor(checkpoint, traced.plan, name, shape)
             dims = varying_dims(ids)
-            in_order = torch.arange(1, stream.size + 1)
+            in_order = torch.arange(1, size + 1)
             if len(dims) != 1 or not torch.equal(profile(ids, dims[0]), in_order):
                 raise PlanError(
                     f"{REFUSED}`{pattern_of(name)}` holds its channels on disk in another order, or others too"
                 )
-            found[name] = tuple(sorted({*found.get(name, ()), dims[0]}))
-    order = {name: i for i, name in enumerate((*checkpoint.tensors, *traced.plan.added))}
-    return dict(sorted(found.items(), key=lambda item: order[item[0]]))
+            found.setdefault(name, set()).add(dims[0])
+    return _in_order(checkpoint, traced.plan, found)
+
+
+def _in_order(checkpoint: Checkpoint, plan: Plan, found: Mapping[str, Collection[int]]) -> dict[str, tuple[int, ...]]:
+    order = {name: i for i, name in enumerate((*checkpoint.tensors, *plan.added))}
+    return {name: tuple(sorted(found[name])) for name in sorted(found, key=order.__getitem__)}
 
 
 def _refuse_tensor(checkpoint: Checkpoint, plan: Plan, name: str, shape: tuple[int, ...]) -> None:

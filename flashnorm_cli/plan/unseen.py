@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from flashnorm_cli.checkpoint.model import Checkpoint
     from flashnorm_cli.trace.result import Trace
 
-OVERRIDE = "--final-norm untie folds it all the same"
+OVERRIDE = '`final_norm="untie"` folds it all the same'
 
 
 def norm_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
@@ -32,6 +33,27 @@ def norm_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]
         for name, parameter in module.named_parameters(recurse=False)
         if name not in ("bias",)
     ]
+
+
+def other_norms(model: PreTrainedModel, trace: Trace) -> list[tuple[str, tuple[int, ...], str]]:
+    """Norm modules that ran, but whose weight the trace did not see scaling a normalised activation."""
+    return [
+        (name, tuple(parameter.shape), "its weight does not act as a gain of a normalised activation")
+        for name, parameter in norm_modules(model)
+        if name in trace.reached and name not in trace.gains
+    ]
+
+
+def not_traced(model: PreTrainedModel, trace: Trace, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Norms that no forward reached, by their names on disk."""
+    from flashnorm_cli.modeling import disk_names
+
+    names = [name for name, _ in norm_modules(model) if name not in trace.reached]
+    if not names:
+        return ()
+    loads = disk_names.loader_names(model, list(checkpoint.tensors))
+    on_disk = {target: found for found, (target, _) in loads.items()}
+    return tuple(on_disk.get(name, name) for name in names)
 
 
 # ---- users that files, config or code announce -----------------------------------------------------------------------

@@ -13,7 +13,7 @@ from flashnorm_cli.checkpoint.names import pattern_of
 from flashnorm_cli.checkpoint.places import same_but_places, without_places
 from flashnorm_cli.errors import CheckpointError, PlanError, quoted
 from flashnorm_cli.proof.expected import config_findings, index_findings, json_equal, levels, short, unequal
-from flashnorm_cli.proof.files import CLAIMS, file_facts, is_paper
+from flashnorm_cli.proof.files import CARD, EVAL_RESULTS_DIR, file_facts, is_documentation
 from flashnorm_cli.proof.pairing import DROPPED, OTHER, SOURCE, Pair
 from flashnorm_cli.proof.result import Finding
 
@@ -40,12 +40,14 @@ def check(pair: Pair) -> list[Finding]:
 def notes(pair: Pair) -> list[str]:
     """What is not wrong, but worth knowing."""
     found = []
-    other = [name for name in _differing(pair) if is_paper(name)]
-    if other:
-        found.append(f"differs from the source's: {', '.join(other)}")
+    other = [name for name in _differing(pair) if is_documentation(name)]
+    if told := [name for name in other if name != CARD]:  # a published fold has a card of its own
+        found.append(f"differs from the source's: {', '.join(told)}")
     theirs = {each.name for each in pair.source.left_out}
     beside = [each.name for each in pair.folded.left_out if each.name not in theirs]
-    beside += [name for name in pair.folded.others if name not in (*pair.source.others, RECORD) and not is_paper(name)]
+    beside += [
+        name for name in pair.folded.others if name not in (*pair.source.others, RECORD) and not is_documentation(name)
+    ]
     if beside:
         found.append(f"not in the source, and not looked at: {', '.join(beside)}")
     for name in _adapters_beside(pair):
@@ -63,7 +65,7 @@ def notes(pair: Pair) -> list[str]:
         if pair.record is not None:
             found.append("its record says that another tool folded it: rounding within two units is granted")
         if pair.gains and pair.record is None:
-            found.append("it has no record of flashnorm; `--adopt` writes one")
+            found.append("it has no record of flashnorm; `adopt=True` writes one")
     return found
 
 
@@ -195,11 +197,11 @@ def _differing(pair: Pair) -> list[str]:
 def _other_files(pair: Pair) -> list[Finding]:
     if pair.foreign:
         return []
-    wanted = [name for name in pair.source.others if not name.startswith(CLAIMS)]
+    wanted = [name for name in pair.source.others if not name.startswith(EVAL_RESULTS_DIR)]
     missing = [name for name in wanted if not (pair.folded.folder / name).is_file()]
     findings = [Finding(name, "is missing; the source has it") for name in missing]
     for name in _differing(pair):
-        if not is_paper(name):
+        if not is_documentation(name):
             findings.append(Finding(name, "is not the source's file, byte for byte"))
     return findings
 

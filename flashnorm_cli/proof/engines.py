@@ -63,7 +63,7 @@ def compare_runtime(
     with TemporaryDirectory() as scratch:
 
         def run(folder: Path, what: str, dtype: str) -> dict[str, Any]:
-            report(0, 0, f"{title}: the {what} in {dtype}")
+            report(0, 0, f"Running the {what} in {title} in {dtype}")
             job = {
                 "engine": name,
                 "model": str(converted(folder, dtype, Path(scratch)) if name == "gguf" else folder.resolve()),

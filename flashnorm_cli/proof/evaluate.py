@@ -14,6 +14,7 @@ from flashnorm_cli.errors import UsageError
 from flashnorm_cli.modeling.quiet import quiet_transformers
 from flashnorm_cli.proof.figures import EvalFigures, TaskFigures
 from flashnorm_cli.proof.result import Finding, LevelResult
+from flashnorm_cli.proof.tasks import task_names
 
 # Both runs see the same items, so their errors are not independent: two combined standard errors are generous.
 STANDARD_ERRORS = 2.0
@@ -85,10 +86,8 @@ def _evaluate(tasks: list[str], folder: Path, dtype: str, device: str, limit: in
     from lm_eval import simple_evaluate  # type: ignore[import-not-found]
     from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
 
-    # A task file is known by its own name, in the folder that it lies in.
-    files = [Path(task) for task in tasks if Path(task).is_file()]
-    names = [Path(task).stem if Path(task).is_file() else task for task in tasks]
-    manager = TaskManager(include_path=[str(folder) for folder in {file.resolve().parent for file in files}] or None)
+    names, folders = task_names(tasks)
+    manager = TaskManager(include_path=[str(folder) for folder in folders] or None)
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise UsageError(f"lm-evaluation-harness has no task {', '.join(unknown)}")
     with quiet_transformers(), contextlib.redirect_stdout(io.StringIO()):

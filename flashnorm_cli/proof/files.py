@@ -9,20 +9,21 @@ from typing import Any
 from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint
 
 # Written for readers and for git, not for the model.
-PAPERS = (".gitattributes", ".gitignore", "LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY")
-PAPER_SUFFIXES = (".md", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".svg", ".gif", ".webp")
+DOC_FILES = (".gitattributes", ".gitignore", "LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt", "USE_POLICY")
+DOC_SUFFIXES = (".md", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".svg", ".gif", ".webp")
+CARD = "README.md"
 # Scores of the source that the Hub shows as the repository's own: whoever publishes a fold leaves them out.
-CLAIMS = ".eval_results/"
+EVAL_RESULTS_DIR = ".eval_results/"
 
 
-def is_paper(name: str) -> bool:
+def is_documentation(name: str) -> bool:
     """Whether a file is written for readers: it may change without voiding a verification."""
-    return Path(name).name in PAPERS or name.lower().endswith(PAPER_SUFFIXES) or name.startswith(CLAIMS)
+    return Path(name).name in DOC_FILES or name.lower().endswith(DOC_SUFFIXES) or name.startswith(EVAL_RESULTS_DIR)
 
 
 def hashed_files(folded: Checkpoint) -> list[str]:
-    """The files that a verification speaks of; papers may change without voiding it."""
-    small = [name for name in folded.others if name != RECORD and not is_paper(name)]
+    """The files that a verification speaks of; documentation may change without voiding it."""
+    small = [name for name in folded.others if name != RECORD and not is_documentation(name)]
     return [CONFIG, *([folded.index_name] if folded.index else []), *folded.shards, *small]
 
 

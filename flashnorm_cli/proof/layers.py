@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from flashnorm_cli.checkpoint.model import Checkpoint, Progress
+from flashnorm_cli.checkpoint.progress import Steps
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
 from flashnorm_cli.plan.model import Norm, Reader
 from flashnorm_cli.proof.blocks import ShardReader, blocks
@@ -83,7 +84,7 @@ def check_layers(pair: Pair, max_ratio: float, device: str, report: Progress, se
     norms = [norm for norm in pair.plan.norms if norm.folded]
     with _Files(pair) as files:
         for i, norm in enumerate(norms):
-            report(i, len(norms), f"Comparing layers: {norm.tensor}")
+            report(i, len(norms), Steps(f"Comparing {norm.tensor.removesuffix('.weight')}"))
             found: dict[str, _Errors] = {}
             for reader in _readers_of(pair, norm):
                 name = reader.tensor

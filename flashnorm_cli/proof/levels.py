@@ -13,7 +13,7 @@ from flashnorm_cli.proof.options import DTYPES, VerifyOptions
 from flashnorm_cli.proof.pairing import Pair
 from flashnorm_cli.proof.result import LevelResult
 
-WRONG_WEIGHTS = "level weights found tensors or files that are not right; --level logits runs it all the same"
+WRONG_WEIGHTS = 'level weights found tensors or files that are not right; `levels=["logits"]` runs it all the same'
 
 
 @dataclass(frozen=True)

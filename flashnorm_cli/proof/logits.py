@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from flashnorm_cli.checkpoint.model import Progress
+from flashnorm_cli.checkpoint.progress import Steps
 from flashnorm_cli.proof import models
 from flashnorm_cli.proof.figures import GreedyFigures, LogitsFigures
 from flashnorm_cli.proof.models import ModelError, Setting, dtype_name
@@ -106,9 +107,9 @@ def _measure(setting: Setting, prompts: Prompts, dtype: torch.dtype, wide: torch
     reference = Reference(setting.scratch)
     notes: list[str] = []
     try:
-        report(0, STEPS, f"Logits of the source in {dtype_name(wide)}")
+        report(0, STEPS, Steps(f"Running the source in {dtype_name(wide)}"))
         wide, baseline = _baseline(setting, prompts, reference, wide, dtype)
-        report(1, STEPS, f"Logits of the source in {dtype_name(dtype)}")
+        report(1, STEPS, Steps(f"Running the source in {dtype_name(dtype)}"))
         model = models.load(setting, setting.pair.source, dtype)
         floor = _score(setting, model, prompts, reference)
         source_text = _generate(setting, model, prompts, notes)
@@ -116,19 +117,19 @@ def _measure(setting: Setting, prompts: Prompts, dtype: torch.dtype, wide: torch
     except ModelError as error:
         raise _SourceError(f"the source itself cannot be run in {dtype_name(dtype)}: {error}") from error
     if not math.isfinite(floor.error()):
-        raise _SourceError(f"the source itself computes NaN or inf in {dtype_name(dtype)}; try another --dtype")
+        raise _SourceError(f"the source itself computes NaN or inf in {dtype_name(dtype)}; try another `dtype`")
     algebra = None
     if setting.from_disk:
         notes.append("the algebra was not measured: the model is too large to be folded in memory")
     else:
-        report(2, STEPS, f"Logits of the fold in {dtype_name(wide)}")
+        report(2, STEPS, Steps(f"Running a fold in {dtype_name(wide)}"))
         try:
             model = models.fold_in_memory(setting, wide)
             algebra = _score(setting, model, prompts, reference)
             del model
         except ModelError as error:
             raise _FoldedError(f"the source, folded in memory, cannot be run: {error}") from error
-    report(3, STEPS, f"Logits of the folded checkpoint in {dtype_name(dtype)}")
+    report(3, STEPS, Steps(f"Running the folded checkpoint in {dtype_name(dtype)}"))
     try:
         model = models.load(setting, setting.pair.folded, dtype)
         with models.weightless(model, setting.device) as on_kernels:
@@ -195,7 +196,7 @@ def _figures(
         tokens=sum(map(len, prompts.ids)),
         judged=measured.folded.positions,
         from_disk=setting.from_disk,
-        text=prompts.origin,
+        text=prompts.in_words(),
         algebra_error=measured.algebra.error() if measured.algebra else None,
         rounding_error=measured.folded.error(),
         noise_floor=measured.floor.error(),

@@ -2,47 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from flashnorm_cli.checkpoint.model import Source
+from flashnorm_cli.choices import Dtype, Level, Runtime
 from flashnorm_cli.errors import UsageError
 from flashnorm_cli.proof.result import LEVELS, MAX_ALGEBRA_ERROR, MAX_NOISE_RATIO
+from flashnorm_cli.proof.tasks import task_names
 
-RUNTIMES = ("vllm", "gguf")
+RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What is run, on what, and what counts as equivalent.
+    """What is run, on what, and what counts as equivalent: the arguments of `verify`.
 
-    Args:
-        levels: some of "weights", "layers", "logits", in addition to `runtimes` and `tasks`.
-        runtimes: engines to run both checkpoints in: "vllm", "gguf" (llama.cpp).
-        tasks, limit: tasks of lm-evaluation-harness to run on both, and how many items of each.
-        text, token_ids: a text file, or a JSON file with lists of token ids, instead of the built-in prompts.
-        device: for layers and logits; by default "cuda" where there is one, else "cpu".
-        dtype: "float32", "bfloat16" or "float16": what the models run in; by default the one they are stored in.
-        max_algebra: largest relative error of the logits of a fold made in float32.
-        max_ratio: largest ratio of the folded checkpoint's error to the noise floor, the source's own.
-        insist: run level logits although the weights are not right.
-        trust_remote_code: let the source's own Python code define the architecture.
-        workers: threads; by default the number of processors, 8 at most.
-
-    Raises UsageError for values that contradict themselves or this machine.
+    Raises UsageError for task files without a task, and for values that contradict themselves or this machine.
     """
 
-    levels: tuple[str, ...] = LEVELS
-    runtimes: tuple[str, ...] = ()
+    levels: tuple[Level, ...] = LEVELS
+    runtimes: tuple[Runtime, ...] = ()
     tasks: tuple[str, ...] = ()
     limit: int | None = None
     text: Path | None = None
     token_ids: Path | None = None
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
-    dtype: str | None = None
+    dtype: Dtype | None = None
     max_algebra: float = MAX_ALGEBRA_ERROR
     max_ratio: float = MAX_NOISE_RATIO
     insist: bool = False
@@ -50,18 +41,19 @@ class VerifyOptions:
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        for given, known, what in ((self.levels, LEVELS, "level"), (self.runtimes, RUNTIMES, "runtime")):
+        for given, known, what in ((self.levels, LEVELS, "levels"), (self.runtimes, RUNTIMES, "runtimes")):
             for each in given:
                 if each not in known:
-                    raise UsageError(f"{what} is one of {', '.join(known)}, not {each!r}")
+                    raise UsageError(f"`{what}` is one of {', '.join(known)}, not {each!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise UsageError(f"dtype is one of {', '.join(DTYPES)}, not {self.dtype!r}")
+            raise UsageError(f"`dtype` is one of {', '.join(DTYPES)}, not {self.dtype!r}")
         if self.workers is not None and self.workers < 1:
-            raise UsageError(f"workers has to be at least 1, not {self.workers}")
-        if not self.max_algebra > 0 or not self.max_ratio > 0:
-            raise UsageError("max_algebra and max_ratio have to be greater than 0")
+            raise UsageError(f"`workers` has to be at least 1, not {self.workers}")
+        if not 0 < self.max_algebra < math.inf or not 0 < self.max_ratio < math.inf:
+            raise UsageError("`max_algebra` and `max_ratio` have to be greater than 0, and finite")
         if self.text is not None and self.token_ids is not None:
-            raise UsageError("text and token_ids exclude each other")
+            raise UsageError("`text` and `token_ids` exclude each other")
+        task_names(self.tasks)
         _check_device(self.device)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from flashnorm_cli.checkpoint.model import RECORD, Checkpoint
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
+from flashnorm_cli.choices import FinalNorm
 from flashnorm_cli.errors import PlanError
 from flashnorm_cli.plan.model import Norm, Plan, Reader, rotation_from_json
 from flashnorm_cli.plan.planner import make_plan
@@ -87,13 +88,14 @@ def pair(source: Checkpoint, folded: Checkpoint, trust_remote_code: bool = False
     Raises FlashNormError if the source is folded itself, PlanError if its architecture cannot be planned.
     """
     record = FoldRecord.read(folded.folder / RECORD) if (folded.folder / RECORD).exists() else None
-    plan, chosen = make_plan(source, "auto", trust_remote_code), "auto"
+    chosen: FinalNorm = "auto"
+    plan = make_plan(source, chosen, trust_remote_code)
     states = _states(source, folded, plan)
     # The files decide about the final norm. Keeping and untying were the user's choice, or another tool's.
     if any(states[n.tensor] in (IDENTITY, DROPPED) for n in plan.kept):
-        plan, chosen = _better(source, folded, plan, "untie", trust_remote_code)
+        plan, chosen = _replan_if_better(source, folded, plan, "untie", trust_remote_code)
     elif any(states[n.tensor] == SOURCE for n in plan.folded):
-        plan, chosen = _better(source, folded, plan, "keep", trust_remote_code)
+        plan, chosen = _replan_if_better(source, folded, plan, "keep", trust_remote_code)
     claimed = rotation_from_json(record.content, record.where) if record else None
     if claimed is not None:  # kind and seed are a claim to check; what lies in the stream is traced
         from flashnorm_cli.plan.rotation import make_rotated_plan
@@ -164,9 +166,9 @@ def _state(source: Checkpoint, folded: Checkpoint, norm: Norm) -> str:
     return IDENTITY if bool((after == norm.identity).all()) else OTHER
 
 
-def _better(
-    source: Checkpoint, folded: Checkpoint, plan: Plan, final_norm: str, trust_remote_code: bool
-) -> tuple[Plan, str]:
+def _replan_if_better(
+    source: Checkpoint, folded: Checkpoint, plan: Plan, final_norm: FinalNorm, trust_remote_code: bool
+) -> tuple[Plan, FinalNorm]:
     """The plan with another decision about the final norm, if it explains more norms of the files; and the decision."""
     try:
         other = make_plan(source, final_norm, trust_remote_code)

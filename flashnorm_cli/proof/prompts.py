@@ -33,13 +33,21 @@ LENGTH_STEP = 16  # where each length costs a reading of the model
 class Prompts:
     """Token ids of each prompt, where they come from, and what turns them into text (None without a tokenizer).
 
-    `random` ids have no continuation that would mean anything.
+    `random` ids have no continuation that would mean anything. `given` are the tokens of the user's text, all of them.
     """
 
     ids: tuple[tuple[int, ...], ...]
     origin: str
     tokenizer: Any = None
     random: bool = False
+    given: int | None = None
+
+    def in_words(self) -> str:
+        """Where they come from; of a text of the user's also how much of it they are."""
+        if self.given is None:
+            return self.origin
+        part = "all" if sum(map(len, self.ids)) == self.given else "the first"
+        return f"{self.origin}, {part} of its {self.given:,} tokens"
 
 
 def read_prompts(source: Checkpoint, text: Path | None, ids: Path | None, trust_remote_code: bool) -> Prompts:
@@ -59,7 +67,7 @@ def read_prompts(source: Checkpoint, text: Path | None, ids: Path | None, trust_
     tokenizer = _tokenizer(source, trust_remote_code)
     if tokenizer is None:
         if text is not None:
-            raise UsageError("--text needs a tokenizer, and the source has none; pass --token-ids instead")
+            raise UsageError("`text` needs a tokenizer, and the source has none; pass `token_ids` instead")
         return Prompts(
             _random_ids(source, vocabulary, RANDOM_PROMPTS, min(length, RANDOM_TOKENS), seed=0),
             "random token ids (there is no tokenizer)",
@@ -80,10 +88,7 @@ def read_prompts(source: Checkpoint, text: Path | None, ids: Path | None, trust_
             kept.append(tuple(row[: budget - sum(map(len, kept))]))
     _enough(kept, text or PROMPTS)
     origin = str(text) if text else "the text that comes with flashnorm"
-    used, given = sum(map(len, kept)), sum(map(len, rows))
-    if text and used < given - length:
-        origin += f", the first of its {given:,} tokens"
-    return Prompts(tuple(kept), origin, tokenizer)
+    return Prompts(tuple(kept), origin, tokenizer, given=sum(map(len, rows)) if text else None)
 
 
 def drawn_afresh(source: Checkpoint, count: int, seed: int | None = None) -> Prompts:

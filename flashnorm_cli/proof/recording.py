@@ -99,7 +99,7 @@ def _hashes(folded: Checkpoint, known: dict[str, str], workers: int, report: Pro
         for name, digest in zip(missing, pool.map(lambda n: sha256_of(folded.folder / n), missing), strict=True):
             found[name] = digest
             done += (folded.folder / name).stat().st_size
-            report(done, total, "Hashing")
+            report(done, total, "Hashing files")
     return {name: found[name] for name in names}
 
 

@@ -6,22 +6,26 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final, get_args
 
-from flashnorm_cli.errors import CheckpointError
+from flashnorm_cli.choices import Level, Verdict
+from flashnorm_cli.display import Shown
+from flashnorm_cli.errors import CheckpointError, NotRunError, VerificationError
 from flashnorm_cli.plan.model import Plan
 
-LEVELS = ("weights", "layers", "logits")
+LEVELS: tuple[Level, ...] = get_args(Level)
 # What counts as equivalent: exact algebra in float32, and rounding no worse than the dtype's own.
 MAX_ALGEBRA_ERROR = 1e-5
 MAX_NOISE_RATIO = 1.5
 
 # The three verdicts. Nothing is called equivalent that was not run.
-EQUIVALENT, NOT_RUN, NOT_EQUIVALENT = "equivalent", "as planned, not run", "not equivalent"
+EQUIVALENT: Final = "equivalent"
+NOT_RUN: Final = "as planned, not run"
+NOT_EQUIVALENT: Final = "not equivalent"
 RUNS_MODELS = ("logits", "runtime:")  # levels that compare a forward of both models, apart from the plan
 
 
-def verdict_of(statuses: Mapping[str, str]) -> str:
+def verdict_of(statuses: Mapping[str, str]) -> Verdict:
     """The verdict that levels ("weights", "runtime:vllm", ...) with these statuses allow.
 
     A forward of both models has to have been compared. Where the checkpoint announces users besides the logits, level
@@ -42,8 +46,8 @@ class Finding:
     error: float | None = None
 
 
-@dataclass(frozen=True)
-class LevelResult:
+@dataclass(frozen=True, repr=False)
+class LevelResult(Shown):
     """The outcome of one level: "passed", "failed" (see `findings`) or "skipped" (see `reason`).
 
     `figures` holds what the level measured: one of the classes in `figures.py`, or what a record says of it.
@@ -57,10 +61,15 @@ class LevelResult:
     reason: str | None = None
     seconds: float = 0.0
 
+    def _facts(self) -> dict[str, Any]:
+        said: dict[str, Any] = {"level": self.level, "status": self.status}
+        said |= {"findings": len(self.findings)} if self.findings else {}
+        return {**said, **({"reason": self.reason} if self.reason else {}), "seconds": self.seconds}
 
-@dataclass(frozen=True)
-class Verification:
-    """The result of `verify`.
+
+@dataclass(frozen=True, repr=False)
+class Verification(Shown):
+    """The result of `verify`; true where the verdict is "equivalent".
 
     `foreign` says that the checkpoint does not carry a record of this tool. `environment` holds versions, device,
     date (ISO 8601, UTC), and the command; `thresholds` what was counted as equivalent; `recorded` the file that holds
@@ -78,9 +87,13 @@ class Verification:
     notes: tuple[str, ...] = ()
     recorded: str | None = None
 
+    def _facts(self) -> dict[str, Any]:
+        levels = {level.level: level.status for level in self.levels}
+        return {"verdict": self.verdict, "folded": self.folded, "source": self.source, **levels}
+
     @property
-    def verdict(self) -> str:
-        """EQUIVALENT, NOT_RUN or NOT_EQUIVALENT."""
+    def verdict(self) -> Verdict:
+        """One of "equivalent", "as planned, not run", "not equivalent"."""
         return verdict_of({level.level: level.status for level in self.levels})
 
     @property
@@ -90,6 +103,22 @@ class Verification:
 
     def __bool__(self) -> bool:
         return self.equivalent
+
+    def raise_for_failure(self) -> Verification:
+        """The verification itself, where it is equivalent.
+
+        Raises:
+            VerificationError: it is not equivalent; with the first thing that is wrong.
+            NotRunError: the files are as planned, and no run of both models was compared; with the reason.
+        """
+        if self.equivalent:
+            return self
+        if self.verdict == NOT_EQUIVALENT:
+            wrong = [f"{level.level}: {f.what}: {f.message}" for level in self.levels for f in level.findings]
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            raise VerificationError(f"{self.folded}: {self.verdict}: {''.join(wrong[:1])}{more}", self)
+        why = "; ".join(f"{level.level}: {level.reason}" for level in self.skipped) or "no level that runs both models"
+        raise NotRunError(f"{self.folded}: {self.verdict}: {why}", self)
 
     @property
     def skipped(self) -> tuple[LevelResult, ...]:
@@ -135,10 +164,8 @@ class Verification:
         """As plain JSON values, without the plan."""
         return {
             "verdict": self.verdict,
-            "equivalent": self.equivalent,
             "folded": self.folded,
-            "source": self.source,
-            "commit": self.commit,
+            "source": {"name": self.source, "commit": self.commit},
             "foreign": self.foreign,
             "levels": {level.level: level_json(level) for level in self.levels},
             "thresholds": self.thresholds,

@@ -17,7 +17,8 @@ from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
 from flashnorm_cli.plan.model import Plan
 from flashnorm_cli.proof.pairing import DROPPED, IDENTITY, SOURCE, Pair
 from flashnorm_cli.proof.result import Finding
-from flashnorm_cli.proof.weights import _describe, _expected, _other_shape, _ShardStream
+from flashnorm_cli.proof.shard_stream import ShardStream
+from flashnorm_cli.proof.weights import describe, expected_tensors, other_shape
 from flashnorm_cli.record.read import FoldRecord
 
 
@@ -59,21 +60,21 @@ def check_shard(
     """
     both = _pair(wanted, source, folded, origins)
     mine = {*both.source.shards[_name(source)].tensors, *wanted.plan.added}
-    expected = {tensor: want for tensor, want in _expected(both).items() if tensor in mine}
+    expected = {tensor: want for tensor, want in expected_tensors(both).items() if tensor in mine}
     findings, comparable = list[Finding](), {}
     for tensor, want in expected.items():
         entry = both.folded.tensors.get(tensor)
-        problem = "is missing" if entry is None else _other_shape(both, entry, want)
+        problem = "is missing" if entry is None else other_shape(both, entry, want)
         if problem:
             findings.append(Finding(tensor, problem))
         else:
             comparable[tensor] = want
     strange = [tensor for tensor in both.folded.tensors if tensor not in expected]
     findings += [Finding(tensor, "is not in the source, and no fold adds it") for tensor in strange]
-    with _ShardStream(both, _name(folded), comparable, lambda folded, source: None) as stream:
+    with ShardStream(both, _name(folded), comparable, lambda folded, source: None) as stream:
         differences, _ = stream.run()
     for tensor, difference in differences.items():
-        findings.append(Finding(tensor, _describe(both.folded.tensors[tensor], difference, ""), difference.error))
+        findings.append(Finding(tensor, describe(both.folded.tensors[tensor], difference, ""), difference.error))
     return len(expected), tuple(findings)
 
 

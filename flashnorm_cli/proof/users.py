@@ -63,7 +63,7 @@ def check_users(pair: Pair, options: VerifyOptions, report: Progress) -> LevelRe
         if hasattr(setting.config, "quantization_config") or setting.from_disk:
             why = "it takes the float32 model in memory"
             return LevelResult("users", "skipped", reason=f"{_names(users, generates)}: not compared, {why}")
-        report(0, 0, "What users of hidden states read")
+        report(0, 0, "Comparing what users of hidden states read")
         comparison = _Comparison(setting, users, generates, wide, options)
         rows, findings, missing = comparison.run()
     figures = UsersFigures(tuple(rows))
@@ -163,7 +163,10 @@ class _Comparison:
     def _row(self, user: User, source: _Read, folded: _Read) -> UserFigures | str:
         """A user's figures, or why there are none."""
         if user.reads == ANY and self.setting.pair.gains:
-            return "code that was not run may read the output of any norm; --trust-remote-code runs a class of its own"
+            return (
+                "code that was not run may read the output of any norm; `trust_remote_code=True` runs a class of its "
+                "own"
+            )
         if user.reads == INPUTS:
             names = [name for name in user.modules if name in source.inputs and name in folded.inputs]
             if len(names) < len(user.modules):

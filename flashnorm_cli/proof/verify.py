@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 
@@ -13,6 +14,8 @@ from flashnorm_cli._version import __version__
 from flashnorm_cli.adapters.files import CONFIG as ADAPTER
 from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint, Progress, Source, read_json
 from flashnorm_cli.checkpoint.open import open_checkpoint
+from flashnorm_cli.checkpoint.progress import with_notebook_bar
+from flashnorm_cli.choices import Dtype, Level, Runtime
 from flashnorm_cli.errors import CheckpointError, FolderError, UsageError
 from flashnorm_cli.proof.levels import run_levels, threads
 from flashnorm_cli.proof.options import Access, VerifyOptions
@@ -26,21 +29,24 @@ from flashnorm_cli.proof.result import (
     LevelResult,
     Verification,
 )
-from flashnorm_cli.record.read import FoldRecord, recorded_source
+from flashnorm_cli.record.read import ADD_SOURCE, FoldRecord, recorded_source
+
+Word = TypeVar("Word", bound=str)
 
 
+@with_notebook_bar
 def verify(
     folded: str | Path,
     source: str | Path | None = None,
     *,
-    levels: Collection[str] = (),
-    runtimes: Sequence[str] = (),
-    tasks: Sequence[str] = (),
+    levels: Level | Iterable[Level] = (),
+    runtimes: Runtime | Iterable[Runtime] = (),
+    tasks: str | Iterable[str] = (),
     limit: int | None = None,
     text: str | Path | None = None,
     token_ids: str | Path | None = None,
     device: str | None = None,
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     max_algebra: float = MAX_ALGEBRA_ERROR,
     max_ratio: float = MAX_NOISE_RATIO,
     insist: bool = False,
@@ -63,8 +69,16 @@ def verify(
         folded: a local folder or a Hub id.
         source: the checkpoint that it was made from; by default the one that its record names.
         levels: some of "weights", "layers", "logits"; by default all of them.
-        runtimes, tasks, limit, text, token_ids, device, dtype, max_algebra, max_ratio, insist, trust_remote_code,
-            workers: see `VerifyOptions`.
+        runtimes: engines to run both checkpoints in as well: "vllm", "gguf" (llama.cpp).
+        tasks, limit: tasks of lm-evaluation-harness to run on both, and how many items of each.
+        text, token_ids: a text file, or a JSON file with lists of token ids, instead of the built-in prompts.
+        device: for layers and logits; by default "cuda" where there is one, else "cpu".
+        dtype: what the models run in; by default the one they are stored in.
+        max_algebra: largest relative error of the logits of a fold made in float32.
+        max_ratio: largest ratio of the folded checkpoint's error to the noise floor, the source's own.
+        insist: run level logits although the weights are not right.
+        trust_remote_code: let the source's own Python code define the architecture.
+        workers: threads; by default the number of processors, 8 at most.
         adopt: give a checkpoint that another tool has folded a record and flag, if it passes.
         record: write the result into flashnorm.json.
         revision, source_revision, token, cache_dir, local_files_only: as in huggingface_hub.
@@ -72,16 +86,16 @@ def verify(
         command: how to reproduce this, for the record.
         on_progress: called with (done, all, what is going on).
     Returns:
-        The verdict with what each level found; true where it is "equivalent".
+        The verdict with what each level found; true where it is "equivalent", and `raise_for_failure` raises elsewhere.
     Raises:
         UsageError: the call contradicts itself or the file system.
         FlashNormError: the source is broken, folded itself, or cannot be planned.
     """
     chosen = {"device": device} if device is not None else {}
     options = VerifyOptions(
-        levels=tuple(levels) or LEVELS,
-        runtimes=tuple(runtimes),
-        tasks=tuple(tasks),
+        levels=_words(levels) or LEVELS,
+        runtimes=_words(runtimes),
+        tasks=_words(tasks),
         limit=limit,
         text=Path(text).expanduser() if text else None,
         token_ids=Path(token_ids).expanduser() if token_ids else None,
@@ -97,7 +111,7 @@ def verify(
     target = access.source(str(folded), revision)
     origin = None if source is None else access.source(str(source), source_revision)
     if origin is None and source_revision is not None:
-        raise UsageError("--source-revision needs --source")
+        raise UsageError("`source_revision` needs `source`")
     return verify_pair(target, origin, options, access, adopt, record, command, on_progress)
 
 
@@ -156,6 +170,11 @@ def verify_pair(
 # ---- before the work -------------------------------------------------------------------------------------------------
 
 
+def _words(words: Word | Iterable[Word]) -> tuple[Word, ...]:
+    """Several words; one that stands alone is one, not its letters."""
+    return cast("tuple[Word, ...]", (words,)) if isinstance(words, str) else tuple(words)
+
+
 def _was_checkpoint(folder: Path) -> bool:
     """Whether a folder that cannot be opened has been a checkpoint: then something of it is lost."""
     return folder.is_dir() and ((folder / RECORD).exists() or any(folder.glob("*.safetensors*")))
@@ -166,7 +185,7 @@ def _source_beside(name: str, folder: Path, access: Access) -> Source:
     if not (folder / RECORD).exists():
         if not (folder / CONFIG).exists() and not _was_checkpoint(folder):
             read_json(folder / CONFIG)  # says that this is no checkpoint
-        raise UsageError(f"{name}: has no {RECORD} that names its source; add --source <the model it was made from>")
+        raise UsageError(f"{name}: has no {RECORD} that names its source; {ADD_SOURCE}")
     record = FoldRecord.read(folder / RECORD)
     return recorded_source(record, name, folder, access.token, access.cache_dir, access.local_files_only)
 
@@ -175,7 +194,7 @@ def _recorded_source(checkpoint: Checkpoint, access: Access) -> Source:
     name = checkpoint.source.name
     path = checkpoint.folder / RECORD
     if not path.exists():
-        raise UsageError(f"{name}: has no {RECORD} that names its source; add --source <the model it was made from>")
+        raise UsageError(f"{name}: has no {RECORD} that names its source; {ADD_SOURCE}")
     record = FoldRecord.read(path)
     return recorded_source(record, name, checkpoint.folder, access.token, access.cache_dir, access.local_files_only)
 

@@ -11,19 +11,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from flashnorm_cli.checkpoint.folded import flags_of, in_words
 from flashnorm_cli.checkpoint.json_files import Fields, is_text, read_object
 from flashnorm_cli.checkpoint.model import RECORD, Checkpoint, Source
 from flashnorm_cli.checkpoint.names import pattern_of
+from flashnorm_cli.choices import Layout
 from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError, one_line, quoted
 from flashnorm_cli.plan.model import LM_HEADS, REMEDY, Norm, Plan, check_format, norm_from_json
 
 if TYPE_CHECKING:  # the plugin of vLLM reads records before anything heavy is imported
     from transformers import PretrainedConfig
 
-LAYOUTS = ("identity", "dropped")
+LAYOUTS = get_args(Layout)
+ADD_SOURCE = 'add `source="<the model it was made from>"`'
 MOST_PATTERNS = 10_000  # of names in config.json: one for each kind of norm, or a name where a kind is mixed
 
 _log = logging.getLogger(__name__)
@@ -109,7 +111,7 @@ def recorded_source(
     Raises UsageError where it names none, or a folder that is not here.
     """
     if record.source is None:
-        raise UsageError(f"{name}: its {RECORD} names no source; add --source <the model it was made from>")
+        raise UsageError(f"{name}: its {RECORD} names no source; {ADD_SOURCE}")
     source, commit = record.source
     if commit is not None:
         return Source(source, commit, token, cache_dir, local_files_only)
@@ -120,7 +122,7 @@ def recorded_source(
     except (OSError, ValueError, RuntimeError):  # a name that no file can have, the home of nobody
         is_there = False
     if not is_there:
-        raise UsageError(f"{name}: was made from {source}, which is not here; say where it is with --source")
+        raise UsageError(f"{name}: was made from {source}, which is not here; say where it is with `source`")
     return Source(str(found))
 
 
@@ -130,8 +132,8 @@ def record_of_base(base: Checkpoint) -> FoldRecord:
     if not (base.folder / RECORD).is_file():
         if flags_of(base.config):
             raise UsageError(
-                f"{name}: is folded, but has no {RECORD} that says how; `flashnorm verify {name} --source <its source> "
-                "--adopt` writes one"
+                f"{name}: is folded, but has no {RECORD} that says how; "
+                f'`verify({name!r}, source="<its source>", adopt=True)` writes one'
             )
         raise UsageError(f"{name}: is not a folded checkpoint (no {RECORD}); fold it with `flashnorm fold` first")
     record = FoldRecord.read(base.folder / RECORD, f"{name}/{RECORD}")
@@ -198,7 +200,7 @@ def record_of(config: PretrainedConfig) -> Record:
     if (content is None or content is True) and (flags := flags_of(config.to_dict())):
         raise FlashNormError(
             f"another tool has folded this model (config.json has {in_words(flags)}), which does not say which norms; "
-            "`flashnorm verify <folded> --source <source> --adopt` checks it and writes the record"
+            '`verify("<folded>", source="<source>", adopt=True)` checks it and writes the record'
         )
     if content is None:
         raise FlashNormError(
@@ -241,12 +243,12 @@ def left_out(record: Record, content: Any, seen: Iterable[str]) -> list[tuple[st
     if content is None:
         raise ValueError(
             f"layout dropped cannot be loaded without the checkpoint's {RECORD}, which lists what was left out: "
-            "copy it beside config.json, or fold again with --layout identity"
+            "copy it beside config.json, or fold again with layout identity"
         )
     try:
         norms = FoldRecord(RECORD, Fields(content, RECORD, REMEDY).value).norms
     except CheckpointError as error:
-        raise ValueError(f"{error}; layout dropped cannot be loaded without it (--layout identity can)") from None
+        raise ValueError(f"{error}; layout dropped cannot be loaded without it (layout identity can)") from None
     return [
         (norm.tensor, norm.shape, norm.identity)
         for norm in norms

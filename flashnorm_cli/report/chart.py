@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flashnorm_cli.checkpoint.names import by_layer
 from flashnorm_cli.report.formats import NOTHING, as_number, dicts_in, rank
 
 CHART_SIZES = ((960, 460), (340, 400))  # for a desk or paper, and for a phone
@@ -144,7 +145,7 @@ def draw(norms: list[NormError], limit: float, width: int, height: int) -> Chart
 
 def chart_norms(figures: Mapping[str, Any], limit: float) -> list[NormError]:
     found: list[NormError] = []
-    for row in dicts_in(figures.get("norms")):
+    for row in by_layer(dicts_in(figures.get("norms")), lambda row: str(row.get("norm", NOTHING))):
         source, folded, ratio = (as_number(row.get(key)) for key in ("error_source", "error_folded", "ratio"))
         if ratio is None and source and folded is not None:
             ratio = folded / source

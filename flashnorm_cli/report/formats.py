@@ -10,6 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from flashnorm_cli.plan import wording
 from flashnorm_cli.proof.result import Verification
 
 NOTHING = "\u2013"
@@ -116,12 +117,8 @@ def seconds(value: float) -> str:
 
 @_shown
 def size(value: float) -> str:
-    """1.2 GB, decimal as disks are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.95:
-            return f"{value:.{0 if unit == 'B' else 1}f}{SPACE}{unit}"
-        value /= 1000
-    return f"{value:,.1f}{SPACE}TB"
+    """1.2 GB"""
+    return wording.size(value).replace(" ", SPACE)
 
 
 def date(value: Any) -> str:
@@ -139,6 +136,14 @@ def breakable(text: Any) -> Markup:
     """Text in which long names and paths may be broken after their dots, slashes and underscores."""
     parts = re.split(r"(?<=\S{12}[./_-])(?=[^\s./_-])", printable(str(text)))
     return Markup("<wbr>").join(parts)
+
+
+def prose(text: Any) -> Markup:
+    """Words in which names stand between backticks, with the names as code."""
+    parts = re.split(r"`([^`]+)`", str(text))
+    return Markup().join(
+        Markup("<code>{}</code>").format(breakable(part)) if i % 2 else breakable(part) for i, part in enumerate(parts)
+    )
 
 
 def printable(value: Any) -> Any:

@@ -1,24 +1,25 @@
 """The report of `verify`: one HTML page that stands on its own, without scripts, fonts or pictures from elsewhere.
 
-This module decides what is said and computes the geometry of the chart; `report.html.jinja` beside it is the page.
-Figures come from levels that may have been cut short, or from a record on disk: every one of them may be missing.
+This module decides what is said and computes the geometry of the chart; `report.html.jinja` beside it is the page, and
+`report.css` its style. Figures come from levels that may have been cut short, or from a record on disk: every one of
+them may be missing.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
+from markupsafe import Markup
 
 from flashnorm_cli._version import __version__
 from flashnorm_cli.checkpoint.disk import write_bytes
-from flashnorm_cli.checkpoint.names import grouped, pattern_of
-from flashnorm_cli.plan.model import Norm, Plan
+from flashnorm_cli.checkpoint.names import grouped
+from flashnorm_cli.plan import wording
 from flashnorm_cli.proof.result import (
     EQUIVALENT,
     MAX_ALGEBRA_ERROR,
@@ -41,6 +42,7 @@ from flashnorm_cli.report.formats import (
     percent,
     perplexity,
     printable,
+    prose,
     px,
     rank,
     seconds,
@@ -48,17 +50,14 @@ from flashnorm_cli.report.formats import (
     size,
     times,
 )
+from flashnorm_cli.report.plan_svg import plan_drawing
+from flashnorm_cli.report.project import address
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
+PICTURES = ((864, "wide"), (320, "narrow"))  # of the plan: as wide as a card of the page, and as one on a phone
 SHOWN_FINDINGS = 50
 DECISIVE_FINDINGS = 3  # of each failed level, below the verdict
 WORST_NORMS = 10
-HEADS = {
-    "folded": "the final norm is folded into the output head",
-    "untied": "the final norm is folded into an output head of its own, no longer tied to the embedding",
-    "kept": "the final norm keeps its weight",
-    "none": "no norm feeds an output head",
-}
 LAYOUTS = {
     "identity": "identity: folded norms are there and scale by one",
     "dropped": "dropped: folded norms are left out",
@@ -75,8 +74,8 @@ def write_report(result: Verification, path: Path) -> None:
     write_bytes(path, render(result).encode())
 
 
-def render(result: Verification) -> str:
-    """The page as text. It depends on `result` alone: the same result gives the same page."""
+def render(result: Verification, source: str | None = None) -> str:
+    """The page as text, the same for the same result. It links to the project: at `source`, or where it lives."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE.parent),
         autoescape=True,
@@ -85,8 +84,8 @@ def render(result: Verification) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for form in (error, percent, count, times, perplexity, decimal, signed, seconds, size, px, date, anchor, breakable):
-        environment.filters[form.__name__] = form
+    forms = (error, percent, count, times, perplexity, decimal, signed, seconds, size, px, date, anchor)
+    environment.filters.update({form.__name__: form for form in (*forms, breakable, prose)})
     plan, limit = result.plan, noise_limit(result)
     norms = chart_norms(figures_of(result, "layers"), limit)
     return environment.get_template(TEMPLATE.name).render(
@@ -94,11 +93,12 @@ def render(result: Verification) -> str:
         verdict=verdict(result),
         highlights=highlights(result),
         plan=plan,
-        folded=folded_rows(plan) if plan else [],
-        kept=kept_rows(plan) if plan else [],
+        pictures=[Markup(plan_drawing(plan, *how)) for how in PICTURES] if plan and plan.norms else [],
+        folded=wording.kinds(plan.folded) if plan else [],
+        kept=wording.kinds(plan.kept) if plan else [],
         not_traced=grouped(plan.not_traced) if plan else [],
         unread=grouped(plan.unread) if plan else [],
-        head=HEADS.get(plan.lm_head, plan.lm_head) if plan else "",
+        head=wording.HEADS.get(plan.lm_head, plan.lm_head) if plan else "",
         layout=LAYOUTS.get(str(figures_of(result, "weights").get("layout")), ""),
         levels=[(level, title_of(level), findings_of(level)) for level in result.levels],
         shown=SHOWN_FINDINGS,
@@ -114,6 +114,7 @@ def render(result: Verification) -> str:
         names=THRESHOLDS,
         environment={k: v for k, v in result.environment.items() if k not in ("command", "date")},
         version=__version__,
+        project=source or address(),
     )
 
 
@@ -156,27 +157,57 @@ def verdict(result: Verification) -> Verdict:
     return Verdict("good", "Equivalent", sentence + left_out)
 
 
-def highlights(result: Verification) -> list[tuple[str, str, str]]:
-    """The few figures that carry the verdict: (what, how much, beside what)."""
+@dataclass(frozen=True)
+class Highlight:
+    """A figure that carries the verdict: what it is, how much, beside what; and whether it is why a level failed."""
+
+    what: str
+    much: str
+    beside: str
+    failed: bool = False
+
+
+def highlights(result: Verification) -> list[Highlight]:
+    """The few figures that carry the verdict."""
     weights, layers, logits = (figures_of(result, name) for name in ("weights", "layers", "logits"))
     found = []
     tensors, differing = as_number(weights.get("tensors")), as_number(weights.get("differing"))
     if tensors is not None and differing is not None:
-        found.append(("Tensors as planned", count(max(tensors - differing, 0)), f"of {count(tensors)}"))
+        as_planned = count(max(tensors - differing, 0))
+        found.append(Highlight("Tensors as planned", as_planned, f"of {count(tensors)}", differing > 0))
     limit = noise_limit(result)
     worst = max((norm.ratio for norm in chart_norms(layers, limit)), key=rank, default=None)
     if worst is not None:
-        found.append(("Worst layer", times(worst), f"the rounding error of the source itself; limit {times(limit)}"))
-    if as_number(logits.get("algebra_error")) is not None:
-        beside = f"relative error of the logits; limit {error(algebra_limit(result))}"
-        found.append(("Algebra", error(logits["algebra_error"]), beside))
+        beside = f"the rounding error of the source itself; limit {times(limit)}"
+        found.append(Highlight("Worst layer", times(worst), beside, rank(worst) > limit))
+    found += _of_logits(logits, limit, algebra_limit(result), _failed(result, "logits"))
+    return found
+
+
+def _of_logits(logits: Mapping[str, Any], limit: float, algebra: float, failed: bool) -> list[Highlight]:
+    """Where the level failed, something that says so: what is over its limit, or the tokens that are others."""
+    found = []
+    exact, ratio = as_number(logits.get("algebra_error")), as_number(logits.get("ratio"))
+    if exact is not None:
+        beside = f"relative error of the logits; limit {error(algebra)}"
+        found.append(Highlight("Algebra", error(exact), beside, rank(exact) > algebra))
+    if failed and rank(ratio) > limit:
+        beside = f"the rounding error of the source itself; limit {times(limit)}"
+        found.append(Highlight("Rounding of the logits", times(ratio), beside, True))
     top1 = {
         who: as_number(logits[who].get("top1")) for who in ("source", "folded") if isinstance(logits.get(who), Mapping)
     }
     if top1.get("folded") is not None:
         floor = f"; the source in {logits.get('dtype') or 'its own dtype'}: {percent(top1.get('source'))}"
-        found.append(("Same next token", percent(top1["folded"]), f"of {count(logits.get('tokens'))} positions{floor}"))
+        beside = f"of {count(logits.get('tokens'))} positions{floor}"
+        unexplained = failed and not any(highlight.failed for highlight in found)
+        found.append(Highlight("Same next token", percent(top1["folded"]), beside, unexplained))
     return found
+
+
+def _failed(result: Verification, name: str) -> bool:
+    level = result.level(name)
+    return level is not None and level.status == "failed"
 
 
 def noise_limit(result: Verification) -> float:
@@ -202,27 +233,6 @@ def findings_of(level: LevelResult) -> list[Finding]:
     return sorted(level.findings, key=lambda f: -rank(f.error, unknown=math.inf))
 
 
-def folded_rows(plan: Plan) -> list[tuple[str, int, str]]:
-    """(pattern of names, how many, what they were folded into) of the folded norms."""
-    kinds: dict[str, list[Norm]] = {}
-    for norm in plan.folded:
-        kinds.setdefault(pattern_of(norm.tensor), []).append(norm)
-    rows = []
-    for name, norms in kinds.items():
-        patterns = dict.fromkeys(pattern_of(r).removesuffix(".weight") for norm in norms for r in norm.readers)
-        rows.append((name, len(norms), ", ".join(dict.fromkeys(p.rsplit(".", 1)[-1] for p in patterns))))
-    return rows
-
-
-def kept_rows(plan: Plan) -> list[tuple[str, int, str]]:
-    """(pattern of names, how many, why) of the kept norms."""
-    kinds: dict[tuple[str, str], int] = {}
-    for norm in plan.kept:
-        key = pattern_of(norm.tensor), re.sub(r"\.\d+\b", ".*", norm.reason or "")
-        kinds[key] = kinds.get(key, 0) + 1
-    return [(name, number, why) for (name, why), number in kinds.items()]
-
-
 def _names(levels: Iterable[LevelResult]) -> str:
     titles = [title_of(level) for level in levels]
     *first, last = [title[:1].lower() + title[1:] for title in titles]
@@ -235,9 +245,3 @@ def _side_by_side(continuation: dict[str, Any]) -> dict[str, Any]:
     parts = (i for i, (a, b) in enumerate(zip(source, folded, strict=False)) if a != b)
     length = next(parts, min(len(source), len(folded)))
     return {**continuation, "common": source[:length], "rest": (source[length:], folded[length:])}
-
-
-# ---- the chart ------------------------------------------------------------------------------------------------------
-
-
-# ---- numbers for people ---------------------------------------------------------------------------------------------

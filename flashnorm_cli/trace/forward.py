@@ -50,11 +50,25 @@ class _Literals(TorchFunctionMode):
         return out
 
 
-def _inputs(model: PreTrainedModel, tracer: GainTracer, batch: int, length: int) -> dict[str, Any]:
-    """A handful of token ids, and what else the forward cannot do without."""
-    signature = inspect.signature(model.forward).parameters
+def token_ids(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
+    """A handful of token ids of a model's vocabulary, (batch, length), int64."""
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 8)
-    values = (torch.arange(batch * length) * 7 + 3).view(batch, length) % vocabulary
+    return (torch.arange(batch * length) * 7 + 3).view(batch, length) % vocabulary
+
+
+def call_with(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Any]:
+    """Token ids as the arguments of a forward, and what else it cannot do without."""
+    inputs: dict[str, Any] = {"input_ids": tokens}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def _inputs(model: PreTrainedModel, tracer: GainTracer, batch: int, length: int) -> dict[str, Any]:
+    values = token_ids(model, batch, length)
+    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 8)
     end = getattr(model.config.get_text_config(), "eos_token_id", None)
     if model.config.is_encoder_decoder and isinstance(end, int) and 0 <= end < vocabulary > 1:
         # Classifiers read the state at the end token, and want as many of those in each row.
@@ -62,12 +76,7 @@ def _inputs(model: PreTrainedModel, tracer: GainTracer, batch: int, length: int)
         values[:, -1] = end
     tokens = torch.empty_like(values, device="meta")
     tracer.state.values.set(tokens, values)
-    inputs: dict[str, Any] = {"input_ids": tokens}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = tokens
-    if "use_cache" in signature:
-        inputs["use_cache"] = False
-    return inputs
+    return call_with(model, tokens)
 
 
 def _needs_one_row(model: PreTrainedModel) -> bool:

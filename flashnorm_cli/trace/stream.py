@@ -16,7 +16,7 @@ cannot be rotated.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,18 +26,43 @@ from flashnorm_cli.trace.state import State, Weight, tensors_in_objects
 
 
 @dataclass(frozen=True)
+class Step:
+    """What happens to the stream: "write" or "read" by dimension `dim` of a parameter, or "norm" by a folded gain."""
+
+    kind: str
+    name: str
+    dim: int
+
+
+@dataclass(frozen=True)
 class Stream:
     """The residual stream of a model.
 
     `members` are the parameters with a dimension of the stream's channels, by runtime name (the first one of a shared
     parameter), with those dimensions; `norms` the folded gains that normalise it. `pinned` is the reason why it cannot
-    be rotated, None if it can.
+    be rotated, None if it can. `steps` are who writes it, who reads it and where it is normalised, each once, in the
+    order of the forward. `carried` says of parameters that sum over output channels of one other parameter, with
+    nothing in between but sums over tokens and factors that its channels share, which one, and which channel of it
+    (from 0) stands at each of theirs: attention's output projection has its heads from the values', some repeated.
     """
 
     size: int
     members: dict[str, tuple[int, ...]]
     norms: tuple[str, ...]
     pinned: str | None
+    steps: tuple[Step, ...] = ()
+    carried: dict[str, tuple[str, torch.Tensor]] = field(default_factory=dict)
+
+    def parameters(self, kind: str) -> dict[str, tuple[int, ...]]:
+        """Those that "write" it, or those that "read" it, with their dimensions of its channels."""
+        found: dict[str, tuple[int, ...]] = {}
+        for step in self.steps:
+            if step.kind == kind:
+                found[step.name] = tuple(sorted((*found.get(step.name, ()), step.dim)))
+        return found
+
+
+PART = "only a part of its channels is used"
 
 
 class StreamState(State):
@@ -47,6 +72,7 @@ class StreamState(State):
         super().__init__(model)
         self.folded = frozenset(folded)
         self.norms: dict[str, int] = {}  # folded gain -> an axis that it normalises
+        self._steps: dict[Step, int] = {}  # with its axis, in the order of the forward
         self._squares: dict[int, torch.Tensor] = {}
         self._axes = [(name, dim) for name, shape in self.shapes.items() for dim in range(len(shape))]
         self._number = {axis: n for n, axis in enumerate(self._axes)}
@@ -55,6 +81,8 @@ class StreamState(State):
         self._firsts = 1 + torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)[:-1]])
         self._parent = list(range(len(self._axes)))
         self._pinned: dict[int, str] = {}  # in order: the first reason of a class of axes is the one that is given
+        self._reasons: dict[int, set[str]] = {}  # all of them
+        self._sums: dict[tuple[str, str], list[torch.Tensor]] = {}  # reader and the reason it gives, what it sums over
 
     # ---- axes ---------------------------------------------------------------------------------------------------
 
@@ -70,6 +98,11 @@ class StreamState(State):
             return None
         first = self._firsts[self._number[weight.name, dims[0]]]
         return profile(weight.coords[dims[0]], along) + first
+
+    def is_all_of(self, weight: Weight) -> bool:
+        """Whether a view of a parameter leaves none of it out."""
+        sizes = zip(weight.coords, self.shapes[weight.name], strict=True)
+        return all(small(c).unique().numel() == size for c, size in sizes)
 
     def unify(self, a: torch.Tensor, b: torch.Tensor, why: str) -> None:
         """Two 1-D ids lie on each other, channel by channel: their axes are one."""
@@ -100,6 +133,17 @@ class StreamState(State):
             axis = self._parent[axis]
         return axis
 
+    def note(self, kind: str, ids: torch.Tensor) -> None:
+        """The parameter whose axis this is writes, or reads, an activation."""
+        for axis in self.axes_in(ids):
+            self._steps.setdefault(Step(kind, *self._axes[axis]), axis)
+
+    def normalised(self, gain: str, ids: torch.Tensor) -> None:
+        """A folded gain scales the normalised activation with these ids."""
+        for axis in self.axes_in(ids):
+            self.norms.setdefault(gain, axis)
+        self._steps.setdefault(Step("norm", gain, 0), self.norms[gain])
+
     # ---- what happens to them -----------------------------------------------------------------------------------
 
     def channels(self, ids: torch.Tensor) -> tuple[int, torch.Tensor] | None:
@@ -113,7 +157,7 @@ class StreamState(State):
         d = starts[0]
         rows = small(ids).movedim(d, -1).reshape(-1, ids.shape[d]).unique(dim=0)
         for row in rows[1:]:
-            self.unify(rows[0], row, "only a part of its channels is used")
+            self.unify(rows[0], row, PART)
         return d, rows[0]
 
     def _runs_along(self, ids: torch.Tensor, d: int) -> bool:
@@ -123,10 +167,16 @@ class StreamState(State):
     def pin(self, ids: torch.Tensor, why: str) -> None:
         for axis in self.axes_in(ids):
             self._pinned.setdefault(axis, why)
+            self._reasons.setdefault(axis, set()).add(why)
 
     def escape(self, ids: torch.Tensor, why: str) -> None:
         self.accounted_for = True
         self.pin(ids, f"{why} in `{self.module}`")
+
+    def sums(self, weight: Weight, ids: torch.Tensor, k: int, why: str) -> None:
+        """A parameter sums over dimension `k` of an activation; `why` is the reason of its escape, if it is one."""
+        if varying_dims(ids) == [k]:
+            self._sums.setdefault((weight.name, f"{why} in `{self.module}`"), []).append(profile(ids, k))
 
     def on_output(self, output: Any) -> None:
         for tensor in tensors_in_objects(output):
@@ -160,4 +210,23 @@ class StreamState(State):
         if pinned is None and unreached:
             pinned = f"`{next(iter(unreached))}` was not reached by the forward, and may read or write it"
         norms = tuple(name for name, axis in self.norms.items() if self._root(axis) == root)
-        return Stream(self.shapes[embedding][1], members, norms, pinned)
+        steps = tuple(step for step, axis in self._steps.items() if self._root(axis) == root)
+        return Stream(self.shapes[embedding][1], members, norms, pinned, steps, self._carried())
+
+    def _carried(self) -> dict[str, tuple[str, torch.Tensor]]:
+        found: dict[str, tuple[str, torch.Tensor]] = {}
+        roots = [self._root(axis) for axis in range(len(self._axes))]
+        for (name, why), sums in self._sums.items():
+            axes = self.axes_in(sums[0])
+            if (
+                len(axes) != 1
+                or any(not torch.equal(sums[0], other) for other in sums)
+                or not bool((sums[0] > 0).all())
+            ):
+                continue
+            source = self._axes[axes[0]][0]
+            one = {self._axes[axis][0] for axis, root in enumerate(roots) if root == roots[axes[0]]}
+            bias = f"{source.rpartition('.')[0]}.bias"
+            if one <= {source, bias, name} and self._reasons.get(axes[0], set()) <= {PART, why}:
+                found[name] = source, sums[0] - self._firsts[axes[0]]
+        return found

@@ -52,6 +52,8 @@ def _add_term(state: StreamState, call: Call, ids: torch.Tensor, other: int) -> 
         from_the_end = d - call.out.ndim
         if -from_the_end <= tensor.ndim and tensor.shape[from_the_end] > 1:
             term = state.axis_of(weight, tensor.ndim + from_the_end)
+        if term is not None:
+            state.note("write", term)
     elif others is not None:
         there = state.channels(others.broadcast_to(call.out.shape))
         term = there[1] if there is not None and there[0] == d else None
@@ -91,8 +93,7 @@ def _multiply(state: StreamState, call: Call) -> bool:
             state.escape(wide, f"it is multiplied by `{weight.name}`, a weight that is kept,")
             state.set_ids(out, wide)  # so that what it is added to is known to be the same stream
             return True
-        for axis in state.axes_in(wide):
-            state.norms.setdefault(weight.name, axis)
+        state.normalised(weight.name, wide)
     else:
         d = found[0] - out.ndim
         if -d <= factor.ndim and factor.shape[d] != 1:
@@ -151,8 +152,7 @@ def _rms_norm(state: StreamState, call: Call) -> bool:
         state.set_ids(call.outs[0], ids)
         return True
     if weight is not None:
-        for axis in state.axes_in(ids):
-            state.norms.setdefault(weight.name, axis)
+        state.normalised(weight.name, ids)
     state.set_ids(call.outs[0], ids)
     return True
 
@@ -164,6 +164,7 @@ def _embedding(state: StreamState, call: Call) -> bool:
     channels = state.axis_of(weight, 1)
     if channels is None:
         return False
+    state.note("write", channels)
     state.set_ids(call.out, channels.expand(call.out.shape))
     return True
 
@@ -190,9 +191,12 @@ def _product(state: StreamState, call: Call, left: int = 0, k_of_right: int = -2
         return True
     j = view.ndim - 2 if n == 0 else view.ndim - 1 if k_of_right == -2 else view.ndim - 2
     written = state.axis_of(weight, j)
-    if written is None:
+    if view.shape[j] == 1 and state.is_all_of(weight):
+        pass  # one number per token, and no channel of anything
+    elif written is None:
         state.other_use(weight, call.name)
     else:
+        state.note("write", written)
         place = call.out.ndim - (2 if n == 0 and sides[1][0].ndim > 1 else 1)
         shape = [-1 if d == place else 1 for d in range(call.out.ndim)]
         state.set_ids(call.out, written.view(shape).expand(call.out.shape))
@@ -205,11 +209,15 @@ def _read(state: StreamState, call: Call, weight: Weight, along: int, ids: torch
     channels = state.axis_of(weight, along)
     if channels is None:
         state.other_use(weight, call.name)
+    else:
+        state.note("read", channels)
+    why = f"`{weight.name}` reads it across its channels and others"
+    if ids is not None:
+        state.sums(weight, ids, k, why)
     found = state.channels(ids) if ids is not None else None
     if found is not None and channels is not None and found[0] == k:
         state.unify(found[1], channels, f"`{weight.name}` reads a part of its channels")
         return
-    why = f"`{weight.name}` reads it across its channels and others"
     if ids is not None:
         state.escape(ids, why)
     if channels is not None:

@@ -14,6 +14,8 @@ import families
 import pytest
 import torch
 import transformers
+from command_line import run
+from documents import document
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -21,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from flashnorm_cli import FlashNormError, fold, fold_adapter, weightless
 from flashnorm_cli.adapters.files import WEIGHTS, adapter_warnings
 from flashnorm_cli.checkpoint.header import read_header
-from flashnorm_cli.cli import main
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
@@ -380,12 +381,6 @@ def test_norms_left_out_and_kept(base: Callable[..., Path], tmp_path: Path) -> N
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(a) for a in arguments])
-    return stopped.value.code
-
-
 @pytest.fixture
 def adapter(base: Callable[..., Path], tmp_path: Path) -> Path:
     return train(base("llama"), lora(), tmp_path / "adapter")
@@ -502,9 +497,9 @@ def test_the_folder(base: Callable[..., Path], adapter: Path, capsys: pytest.Cap
     (adapter / "optimizer.pt").write_bytes(b"x")
     shutil.copytree(adapter, adapter / "checkpoint-5")
     assert run("fold-adapter", adapter, out, "--base", folded, "--json") == 0
-    said = json.loads(capsys.readouterr().out)
+    said = document(capsys.readouterr().out)
     assert [each["name"] for each in said["left_out"]] == ["checkpoint-5/", "optimizer.pt"]
-    assert said["changed"] == {"gain": 10, "ratio": 0, "magnitude": 0} and said["check"]["modules"] == 10
+    assert said["counts"] == {"tensors": 28, "gain": 10, "ratio": 0, "magnitude": 0} and said["check"]["modules"] == 10
     assert sorted(path.name for path in out.iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors", "flashnorm.json", "tokenizer",
     ]  # fmt: skip
@@ -608,7 +603,7 @@ def test_weightless_runs_with_the_folded_adapter_and_warns_of_the_original(
     original = train(folder, lora(modules_to_save=["model.norm"]), tmp_path / "adapter")
     out = fold_adapter(original, folder / "folded", tmp_path / "out").output
     expected = outputs(load(folder / "source"), original)
-    for adapter, words in ((original, "flashnorm fold-adapter <the adapter> --base"), (out, None)):
+    for adapter, words in ((original, '`fold_adapter("<the adapter>", base='), (out, None)):
         model = peft.PeftModel.from_pretrained(load(folder / "folded"), adapter).eval()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -1,32 +1,28 @@
-"""`flashnorm bench` and `flashnorm doctor` without a GPU, and what a benchmark does with a wrong contender."""
+"""`flashnorm bench` without a GPU, and what a benchmark does with a wrong contender."""
 
 import json
 
 import families
 import pytest
 import torch
+from command_line import run
+from documents import document
 
 from flashnorm_cli.bench import kernels, models, ways
-from flashnorm_cli.cli import main
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-
-
-def run(*arguments):
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    return stop.value.code
 
 
 @no_gpu
 def test_kernels_on_a_cpu(tmp_path, capsys):
     save = tmp_path / "out.json"
     assert run("bench", "--hidden", 64, "--tokens", 3, "--trials", 2, "--json", "--save", save) == 0
-    data = json.loads(capsys.readouterr().out)
+    data = document(capsys.readouterr().out)["benchmark"]
     assert data == json.loads(save.read_text())
     assert data["device"] == "cpu" and data["norms"]["path"] == "torch"
     contenders = {r["contender"]: r for r in data["results"]}
-    assert {"flashnorm", "F.rms_norm(None)", "notebook swap", "transformers"} <= set(contenders)
+    # Ours is torch's there: it is not timed beside itself.
+    assert set(contenders) == {"F.rms_norm(None)", "F.rms_norm(weight)", "notebook swap", "transformers"}
     assert all(r["us"] > 0 and r["error"] is None for r in contenders.values())
     assert run("bench", "--hidden", 64, "--tokens", 3, "--trials", 2) == 0
     assert "CPU" in capsys.readouterr().out
@@ -40,7 +36,7 @@ def test_a_model_on_a_cpu(tmp_path, capsys):
     more = ("--trials", 1, "--new-tokens", 2, "--tokens", 2, "--dtype", "float32", "--json")
     for config_only in ((), ("--config-only",)):
         assert run("bench", tmp_path / "model", *config_only, *more) == 0
-        data = json.loads(capsys.readouterr().out)
+        data = document(capsys.readouterr().out)["benchmark"]
         timed = {(r["mode"], r["way"]) for r in data["models"] if "error" not in r}
         eager = [way for way in models.WAYS if way != models.TUNED_INDUCTOR]  # the search is the compiler's
         assert timed == {(mode, way) for mode in ("decode", "prefill") for way in eager}
@@ -62,7 +58,7 @@ def test_a_wrong_contender_is_shown_and_not_timed(monkeypatch):
     monkeypatch.setattr(kernels, "NORMS", [n for n in kernels.NORMS if n[0] != "transformers"] + [wrong])
     found = {r.contender: r for r in kernels.measure_cpu(64, 5, torch.float32, 2)}
     assert found["transformers"].us is None and "wrong" in found["transformers"].error
-    assert found["flashnorm"].us > 0
+    assert found["F.rms_norm(None)"].us > 0
 
 
 @pytest.mark.parametrize(
@@ -86,11 +82,3 @@ def test_bad_input_is_one_line(arguments, code, says, capsys, tmp_path, monkeypa
     error = capsys.readouterr().err
     assert says in error and error.strip().count("\n") == 0
     assert not list(tmp_path.iterdir())
-
-
-def test_doctor(capsys):
-    assert run("doctor", "--json") == 0
-    data = json.loads(capsys.readouterr().out)
-    assert data["path"].startswith("cuda") or data["reason"]
-    assert run("doctor") == 0
-    assert data["torch"] in capsys.readouterr().out

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 import sys
 import xml.etree.ElementTree as ET
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flashnorm_cli.bench import report
+from flashnorm_cli.bench import picture, report
 from flashnorm_cli.bench.kernels import Measurement
+from flashnorm_cli.cli import tables
 from flashnorm_cli.errors import FlashNormError, UsageError
 
 
@@ -70,20 +72,20 @@ def test_host_rows_are_of_the_smallest_shape() -> None:
 
 
 def test_text_table() -> None:
-    assert report.text_table(["call", "us"], [["flashnorm", "5.0"], ["torch", "12.5"]]) == [
+    assert tables.text_table(["call", "us"], [["flashnorm", "5.0"], ["torch", "12.5"]]) == [
         "call         us",
         "---------  ----",
         "flashnorm   5.0",
         "torch      12.5",
     ]
-    assert report.text_table([], []) == []
+    assert tables.text_table([], []) == []
 
 
 def test_text_table_too_wide() -> None:
     """Heads break first, then columns go below, behind the keys once more."""
     head = ["hidden", "tokens", "flashnorm, weighted", "F.rms_norm(None)", "transformers"]
     lines = [["576", "1", "1.02x", "1.50x", "9.59x"], ["576", "16", "1.02x", "1.43x", ""], ["8192", "1", "", "", ""]]
-    assert report.text_table(head, lines, width=40) == [
+    assert tables.text_table(head, lines, width=40) == [
         "                flashnorm,  F.rms_norm",
         "hidden  tokens    weighted      (None)",
         "------  ------  ----------  ----------",
@@ -106,11 +108,11 @@ def test_everybody_installed_fits_a_terminal() -> None:
 
     for operation, table in (("rms_norm", kernels.NORMS), ("fused_add_rms_norm", kernels.FUSED)):
         results = [norm(name, 12345.67, gb_per_s=4321, of_copy=1.0, operation=operation) for name, _, _ in table]
-        assert max(map(len, report.text_table(*report.rows_of(results, operation)))) <= 100
+        assert max(map(len, tables.text_table(*report.rows_of(results, operation)))) <= 100
 
 
 def test_markdown_table() -> None:
-    assert report.markdown_table(["call", "us"], [["a|b", "5.0"]]) == [
+    assert tables.markdown_table(["call", "us"], [["a|b", "5.0"]]) == [
         "| call | us |",
         "| :-- | --: |",
         "| a\\|b | 5.0 |",
@@ -169,15 +171,19 @@ def test_words_on_a_cpu_are_of_torch_alone() -> None:
 
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    report.plot(RESULTS, tmp_path / "a.svg")
-    report.plot(RESULTS, tmp_path / "b.svg")
+    picture.plot(RESULTS, tmp_path / "a.svg")
+    picture.plot(RESULTS, tmp_path / "b.svg")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     texts = [node.text or "" for node in ET.parse(tmp_path / "a.svg").iter("{http://www.w3.org/2000/svg}text")]
-    drawn = {"flashnorm", "flashnorm, weighted", "F.rms_norm(None)", "Liger, None", "flashnorm fused"}
+    drawn = {"flashnorm", "F.rms_norm(None)", "Liger, None", "flashnorm fused"}
     assert drawn | {"add, F.rms_norm(None)", "1", "4k"} <= set(texts)
     assert texts.count("hidden 4096") == 2  # a row of panels for each operation
     assert "vLLM, weight" not in texts  # it was wrong, and has no line
     assert "copy" not in texts
+    assert "flashnorm, weighted" not in texts  # a line a family
+    picture.plot(RESULTS, tmp_path / "c.svg", "NVIDIA H200")
+    assert "rms_norm in bfloat16 on NVIDIA H200" in (tmp_path / "c.svg").read_text()
+    assert "rms_norm in bfloat16" in texts  # nobody said on what
 
 
 @pytest.mark.parametrize("hiddens", [1, 5])
@@ -190,10 +196,15 @@ def test_plot_has_room_for_everybody(tmp_path: Path, hiddens: int) -> None:
     shapes = [
         (operation, name, 512 << i) for operation, table in tables for name, _, _ in table for i in range(hiddens)
     ]
-    report.plot([norm(n, 1.0, hidden=h, of_copy=1.0, operation=o) for o, n, h in shapes], tmp_path / "a.svg")
+    picture.plot([norm(n, 1.0, hidden=h, of_copy=1.0, operation=o) for o, n, h in shapes], tmp_path / "a.svg")
     root = ET.parse(tmp_path / "a.svg").getroot()
     width = float(root.attrib["viewBox"].split()[2])
-    names = {name for _, name, _ in shapes}
+    names = {
+        "flashnorm", "F.rms_norm(None)", "transformers", "Inductor, None", "Liger, None", "quack, None",
+        "FlashInfer, weight", "vLLM, weight", "flashnorm fused", "add, F.rms_norm(None)", "Inductor fused, None",
+        "Liger fused, weight", "vLLM fused, weight",
+    }  # fmt: skip
+    assert names < {name for _, name, _ in shapes}
     found = {}
     for node in root.iter("{http://www.w3.org/2000/svg}text"):
         if node.text in names:
@@ -204,34 +215,47 @@ def test_plot_has_room_for_everybody(tmp_path: Path, hiddens: int) -> None:
     assert all(30 < x < width - 4.5 * len(name) for name, x in found.items())  # 30 points for the line before a name
 
 
+def test_ticks_can_be_read(tmp_path: Path) -> None:
+    """Labels of one axis do not run into each other, and tell a reader round numbers."""
+    pytest.importorskip("matplotlib")
+    tokens = [1 << i for i in range(17)]
+    picture.plot([norm("flashnorm", 1.0, t, h, of_copy=1.37) for t in tokens for h in (64, 128)], tmp_path / "a.svg")
+    texts = ET.parse(tmp_path / "a.svg").iter("{http://www.w3.org/2000/svg}text")
+    found = [(n.text or "", n.attrib["style"], float(n.attrib["x"]))
+             for n in texts if re.fullmatch(r"\d+k?", n.text or "")]  # fmt: skip
+    assert {str(share) for share in range(0, 151, 25)} >= {text for text, style, _ in found if "end" in style} > {"100"}
+    ticks = sorted(x for text, style, x in found if "middle" in style)
+    assert 6 <= len(ticks) <= 18 and min(b - a for a, b in pairwise(ticks)) > 20  # points; "64k" takes 18
+
+
 @pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.PDF", b"%PDF")])
 def test_plot_by_suffix(tmp_path: Path, name: str, start: bytes) -> None:
     pytest.importorskip("matplotlib")
-    report.plot(RESULTS, tmp_path / name)
+    picture.plot(RESULTS, tmp_path / name)
     once = (tmp_path / name).read_bytes()
-    report.plot(RESULTS, tmp_path / name)
+    picture.plot(RESULTS, tmp_path / name)
     assert once.startswith(start) and (tmp_path / name).read_bytes() == once
 
 
 def test_plot_heeds_no_settings_of_the_user(tmp_path: Path) -> None:
     matplotlib = pytest.importorskip("matplotlib")
-    report.plot(RESULTS, tmp_path / "a.svg")
+    picture.plot(RESULTS, tmp_path / "a.svg")
     with matplotlib.rc_context({"svg.fonttype": "path", "axes.facecolor": "black", "font.size": 30}):
-        report.plot(RESULTS, tmp_path / "b.svg")
+        picture.plot(RESULTS, tmp_path / "b.svg")
         assert matplotlib.rcParams["font.size"] == 30  # and leaves them as they were
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
 def test_plot_refuses(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"a\.jpg: pictures are \.svg, \.png or \.pdf"):
-        report.plot(RESULTS, tmp_path / "a.jpg")
+        picture.plot(RESULTS, tmp_path / "a.jpg")
     pytest.importorskip("matplotlib")
     with pytest.raises(FlashNormError, match="nothing to draw"):
-        report.plot([norm("flashnorm", 2.0)], tmp_path / "a.svg")  # as on a CPU: no copy
+        picture.plot([norm("flashnorm", 2.0)], tmp_path / "a.svg")  # as on a CPU: no copy
     assert list(tmp_path.iterdir()) == []
 
 
 def test_matplotlib_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(FlashNormError, match=r"pip install 'flashnorm-cli\[plot\]'"):
-        report.plot(RESULTS, tmp_path / "a.svg")
+        picture.plot(RESULTS, tmp_path / "a.svg")

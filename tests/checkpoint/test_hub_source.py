@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from documents import document
 from hub_server import HubServer
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -179,10 +180,11 @@ def test_plan_reads_headers_only(hub: HubServer, cli: Cli, model: Path, tmp_path
     assert all(request.range for request in hub.log if request.host == "cdn")
     assert not list((tmp_path / "home").rglob("*.safetensors"))
     local = open_checkpoint(Source(str(model)))
-    expected = json.loads(json.dumps({**make_plan(local).to_json(), "left_out": list(map(asdict, local.left_out))}))
-    found = json.loads(result.stdout)
-    assert found.pop("stream")["size"] == 128
-    assert found == {**expected, "source": "user/tiny", "commit": repo.refs["main"]}
+    expected = json.loads(json.dumps(make_plan(local).to_json()))
+    found = document(result.stdout)
+    assert found["stream"]["size"] == 128
+    assert found["plan"] == {**expected, "source": "user/tiny", "commit": repo.refs["main"]}
+    assert found["left_out"] == list(map(asdict, local.left_out))
     assert list((tmp_path / "cwd").iterdir()) == []
 
 
@@ -272,7 +274,7 @@ def test_remote_code(hub: HubServer, cli: Cli, model: Path, tmp_path: Path) -> N
     hub.add_repo("user/remote", folder)
     result = cli("plan", "user/remote", "--json", "--trust-remote-code")
     assert (result.returncode, result.stderr) == (0, "")
-    plan = json.loads(result.stdout)
+    plan = document(result.stdout)["plan"]
     assert plan["architecture"] == "TinyForCausalLM"
     assert [norm["folded"] for norm in plan["norms"]] == [True] * 5
 

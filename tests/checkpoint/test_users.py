@@ -258,7 +258,7 @@ def test_code_of_the_name_of_a_native_class(code: str | None, reads: str, folder
         (folder / "modeling_x.py").write_text(code)
     (user,) = announced(folder)
     assert (user.kind, user.reads) == (CODE, reads)
-    assert "--trust-remote-code traces it" in user.line
+    assert "`trust_remote_code=True` traces it" in user.line
     assert announced(folder, own_code=True) == ()
 
     names = {"AutoModelForCausalLM": "modeling_x.LlamaForCausalLM", "AutoModel": "modeling_x.LlamaModel"}

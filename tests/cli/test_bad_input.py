@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from documents import document
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OlmoConfig, OlmoForCausalLM
 
 import flashnorm_cli
@@ -850,7 +851,7 @@ def test_disk_full_then_resumed(
     subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
     code, out, err = run("fold model disk/out --json", capsys)
     assert (code, err) == (0, "")
-    assert json.loads(out)["resumed_shards"] == [FIRST]
+    assert document(out)["resumed_shards"] == [FIRST]
     assert [p.name for p in small_disk.iterdir()] == ["out"]
     assert tree(place / "model") == before
 
@@ -888,3 +889,26 @@ def test_real_process(place: Path, name: str) -> None:
     )
     assert_line(line, code, done.returncode, done.stdout, done.stderr)
     assert tree(place) == before
+
+
+@pytest.mark.parametrize(
+    ("package", "code", "why"),
+    [
+        ("safetensors", "raise RuntimeError('operator torchvision::nms does not exist')", "RuntimeError: operator"),
+        ("transformers", "import nothing_of_that_name", "ModuleNotFoundError: No module named 'nothing_of_that_name'"),
+        ("torch", "raise OSError('libcudart.so.13: cannot open shared object file')", "OSError: libcudart.so.13"),
+    ],
+)
+def test_a_package_that_cannot_be_imported(place: Path, package: str, code: str, why: str) -> None:
+    """Wheels of different builds side by side are no bug of ours, and are told as what they are."""
+    (place.parent / "broken" / package).mkdir(parents=True)
+    (place.parent / "broken" / package / "__init__.py").write_text(code)
+    paths = [str(place.parent / "broken"), str(Path(flashnorm_cli.__file__).parents[1])]
+    done = subprocess.run(
+        [sys.executable, "-m", "flashnorm_cli", "plan", "model"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
+    line = f"a package that flashnorm needs cannot be imported ({why}...): install flashnorm in a new environment"
+    assert_line(line, 1, done.returncode, done.stdout, done.stderr)

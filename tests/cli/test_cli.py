@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import run
+from documents import document
 from safetensors import safe_open
 
 from flashnorm_cli import demo
@@ -13,12 +15,6 @@ from flashnorm_cli.cli import main
 from flashnorm_cli.demo import MODEL
 
 ROOT = Path(__file__).parents[2]
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(a) for a in arguments])
-    return stopped.value.code
 
 
 @pytest.mark.parametrize(
@@ -50,9 +46,11 @@ def test_ci_runs_the_readme_command() -> None:
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """For scripts into a folder, then for people into a temporary one: the same figures, and their story."""
     assert run("demo", tmp_path / "out", "--json") == 0
-    first = json.loads(capsys.readouterr().out)
-    assert first["equivalent"]
-    weights, layers, logits = (first["levels"][level]["figures"] for level in ("weights", "layers", "logits"))
+    first = document(capsys.readouterr().out)
+    assert first["verdict"] == "equivalent"
+    weights, layers, logits = (
+        first["verification"]["levels"][level]["figures"] for level in ("weights", "layers", "logits")
+    )
     assert (weights["folded"], weights["changed"]) == (9, 9 + 4 * 5 + 1)
     assert len(layers["norms"]) == 9
     assert first["text_source"] == first["text_folded"]
@@ -92,10 +90,11 @@ def test_plan_for_people_and_for_scripts(capsys: pytest.CaptureFixture[str]) -> 
     assert "into k_proj, q_proj, v_proj" in text
     assert "9 of 9 norms are folded into 21 tensors" in text
     assert run("plan", MODEL, "--json", "--final-norm", "keep") == 0
-    plan = json.loads(capsys.readouterr().out)
-    final = plan["norms"][-1]
-    assert (final["tensor"], final["folded"], final["reason"]) == ("model.norm.weight", False, "--final-norm keep")
-    assert plan["folded_flag"] is False
+    found = document(capsys.readouterr().out)
+    plan, final = found["plan"], found["plan"]["norms"][-1]
+    assert (final["tensor"], final["folded"], final["reason"]) == ("model.norm.weight", False, '`final_norm="keep"`')
+    assert found["kept_norms"] == [{"tensor": "model.norm.weight", "reason": "--final-norm keep"}]
+    assert plan["folded_flag"] is found["flashnorm_folded"] is False
     q_proj = next(r for r in plan["readers"] if r["tensor"] == "model.layers.0.self_attn.q_proj.weight")
     assert (q_proj["dim"], q_proj["runs"]) == (1, [["model.layers.0.input_layernorm.weight", 0, 192, 1]])
     assert run("plan", MODEL, "--quiet") == 0

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import run
+from documents import document
 from small import tiny_llama
 
 from flashnorm_cli.adapters.kinds import check_adapter_config
@@ -19,7 +21,6 @@ from flashnorm_cli.checkpoint.config_values import check_config
 from flashnorm_cli.checkpoint.header import TensorEntry, parse_header
 from flashnorm_cli.checkpoint.model import Checkpoint, Source
 from flashnorm_cli.checkpoint.open import open_checkpoint
-from flashnorm_cli.cli import main
 from flashnorm_cli.errors import MOST_OF_A_LINE, CheckpointError, FlashNormError, escaped, one_line
 from flashnorm_cli.hub.card import read_card
 from flashnorm_cli.plan.model import Plan
@@ -35,12 +36,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama().save_pretrained(folder / "source", max_shard_size="5KB")  # many shards
     assert run("fold", folder / "source", folder / "folded", "--quiet") == 0
     return folder
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as done:
-        main([str(a) for a in arguments])
-    return int(done.value.code or 0)
 
 
 def header_of(fields: dict[str, Any] | str, data: int = 0) -> tuple[bytes, int]:
@@ -95,7 +90,7 @@ def test_names_from_files_on_stdout_and_stderr(
     shown = capsys.readouterr()
     assert "\\x1b[2J" in shown.out and all(line.isprintable() for line in (shown.out + shown.err).splitlines())
     assert run("plan", model, "--json") == 0
-    assert ESCAPES in json.loads(capsys.readouterr().out)["unread"]
+    assert ESCAPES in document(capsys.readouterr().out)["plan"]["unread"]
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "model_type": ESCAPES}))
     assert run("plan", model) == 1
@@ -329,7 +324,7 @@ def test_a_folder_that_goes_away_does_not_take_the_result(
         arguments = ("--level", "weights", "--no-record", "--report", folder / "r.html", *extra)
         assert run("verify", source / "folded", *arguments) == 1
         shown = capsys.readouterr()
-        verdict = json.loads(shown.out)["verdict"] if extra else shown.out
+        verdict = document(shown.out)["verdict"] if extra else shown.out
         assert verdict.lower().startswith("as planned, not run")
         assert "r.html" in shown.err and "bug" not in shown.err and len(shown.err.splitlines()) == 1
 
@@ -351,7 +346,7 @@ def test_a_measurement_is_printed_though_it_cannot_be_saved(
     bench = "bench --device cpu --dtype float32 --hidden 64 --tokens 2 --trials 1 --json --save".split()
     assert run(*bench, folder / "x.json") == 1
     shown = capsys.readouterr()
-    assert json.loads(shown.out) and "x.json" in shown.err and "bug" not in shown.err
+    assert document(shown.out)["benchmark"]["results"] and "x.json" in shown.err and "bug" not in shown.err
     assert run(*bench, tmp_path / "none" / "x.json") == 2
     assert run(*bench, "/proc/x.json") == 1
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from documents import document
 from families import build, logits, randomize_gains, save, small_config, text_inputs
 
 from flashnorm_cli.cli import main
@@ -399,7 +400,7 @@ def test_keep(made: dict[str, Path], tmp_path: Path, layout: str) -> None:
     config = json.loads((folded / "config.json").read_text())
     assert (config["tie_word_embeddings"], config["flashnorm_folded"]) == (True, False)
     assert config["flashnorm"]["lm_head"] == "kept"
-    assert config["flashnorm"]["kept"]["model.norm.weight"] == "--final-norm keep"
+    assert config["flashnorm"]["kept"]["model.norm.weight"] == '`final_norm="keep"`'
 
 
 def test_untie_is_what_auto_does(made: dict[str, Path], folds: dict[tuple[str, str], Path], tmp_path: Path) -> None:
@@ -462,25 +463,10 @@ def test_overwrite(
 def test_json(made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "fold", made["smollm3"], tmp_path / "out", "--json")
     assert (code, err) == (0, "")
-    value = json.loads(out)
-    assert list(value) == [
-        "output",
-        "layout",
-        "flashnorm_folded",
-        "folded",
-        "kept",
-        "readers",
-        "lm_head",
-        "bytes_added",
-        "flushed_to_zero",
-        "resumed_shards",
-        "left_out",
-        "notes",
-        "bytes_written",
-        "seconds",
-    ]
+    value = document(out)
     assert value["output"] == str(tmp_path / "out")
-    assert (value["folded"], value["readers"], value["lm_head"]) == (9, 21, "untied")
+    assert value["lm_head"] == "untied"
+    assert value["counts"] == {"norms_folded": 9, "norms_kept": 0, "norms_not_traced": 0, "readers": 21}
     embedding = all_tensors(made["smollm3"])["model.embed_tokens.weight"]
     assert value["bytes_added"] == len(embedding.data)
     assert value["bytes_written"] == sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))

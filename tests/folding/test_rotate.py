@@ -12,10 +12,11 @@ import peft
 import pytest
 import torch
 import transformers
+from command_line import run
+from documents import document
 from safetensors.torch import load_file, save_file
 
 from flashnorm_cli.checkpoint.header import read_header
-from flashnorm_cli.cli import main
 from flashnorm_cli.errors import CheckpointError, GainOverflowError, GainUnderflowError, PlanError, UsageError
 from flashnorm_cli.folding import rotating
 from flashnorm_cli.folding.edits import Rotate, Scale
@@ -38,12 +39,6 @@ def checkpoint(folder: Path, family: str, shards: str = "5GB", dtype: torch.dtyp
 def logits(folder: Path, family: str) -> torch.Tensor:
     model = getattr(transformers, families.families()[family]).from_pretrained(folder, dtype=torch.float32).eval()
     return families.logits(model, families.text_inputs(model, seed=2)).double()
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(list(arguments))
-    return end.value.code
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -218,7 +213,7 @@ def test_command_line(tmp_path, llama, capsys):
     assert run("fold", str(llama), str(tmp_path / "out"), "--rotate", "hadamard", "--seed", "3", "--verify") == 0
     assert "hadamard, seed 3" in capsys.readouterr().out
     assert run("plan", str(llama), "--json") == 0
-    stream = json.loads(capsys.readouterr().out)["stream"]
+    stream = document(capsys.readouterr().out)["stream"]
     record = json.loads((tmp_path / "out" / "flashnorm.json").read_text())
     assert stream["tensors"] == record["rotation"]["tensors"] and stream["refused"] is None
     # The same seed gives the same bytes, another one others.
@@ -242,7 +237,7 @@ def test_wrong_usage(llama, capsys, arguments, words):
 
 
 def test_wrong_arguments(tmp_path, llama):
-    with pytest.raises(UsageError, match="rotate is one of"):
+    with pytest.raises(UsageError, match="`rotate` is one of"):
         fold(llama, tmp_path / "out", rotate="walsh")
     with pytest.raises(UsageError, match="seed"):
         fold(llama, tmp_path / "out", rotate="random", seed=-1)

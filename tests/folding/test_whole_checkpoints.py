@@ -155,7 +155,7 @@ def test_an_adapter_beside_the_model_is_refused_and_the_advice_works(tmp_path: P
         shutil.copy(path, beside)
     expected = logits(beside)  # transformers applies it
     assert difference(expected, logits(source)) > 1e-2
-    with pytest.raises(FlashNormError, match=r"adapter.* beside the model.*flashnorm fold-adapter") as caught:
+    with pytest.raises(FlashNormError, match=r"adapter.* beside the model.*`fold_adapter") as caught:
         fold(beside, tmp_path / "out")
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
     fold(source, tmp_path / "out")

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from flashnorm_cli.errors import CheckpointError, FlashNormError
 from flashnorm_cli.hub.card import NOT_AUTO, SOURCE_CARD, CardFacts, build_card
+from flashnorm_cli.hub.headings import below
 from flashnorm_cli.hub.licence import check_licence, gate_of, terms
 from flashnorm_cli.hub.published import Base, published_command, published_record, without_paths
 from flashnorm_cli.hub.source_card import check_metadata, read_card
@@ -78,10 +79,15 @@ def test_card(name: str) -> None:
     # A card of a card is the same card: somebody downloads what was pushed and pushes it again.
     source = read_card(given.source_card or "").data.to_dict()
     assert build_card(CardFacts(**{**given.__dict__, "source_card": card, "source_data": source})) == card
-    # What the source's authors have said stays, letter for letter.
+    # One title, and what to do with the model comes before what was done to it.
+    text = read_card(card).text
+    assert re.findall("^# .*", text, re.MULTILINE) == ["# model-FlashNorm"]
+    assert re.findall("^## .*", text, re.MULTILINE)[:2] == ["## How to load it", "## What was done"]
+    assert "`" not in re.sub("`[^`]+`|```[^`]+```", "", text.split(SOURCE_CARD)[0])
+    # What the source's authors have said stays, letter for letter, below our headings.
     if given.source_card is not None:
         text = read_card(given.source_card).text.replace("\r\n", "\n").strip()
-        assert card.endswith(f"{SOURCE_CARD}\n\n{text}\n")
+        assert card.endswith(f"{SOURCE_CARD}\n\n{text.replace('# ', '### ', 1)}\n")
         kept = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag", "widget")
         data = ModelCard(card).data.to_dict()
         keys = [key for key in source if key in kept or key.startswith("extra_gated")]
@@ -97,6 +103,56 @@ def test_what_a_card_claims() -> None:
     assert data["tags"] == ["weightless-rmsnorm", "flashnorm"]
     local = yaml.safe_load((CARDS / "dropped.card.md").read_text().split("---")[1])
     assert "base_model" not in local and "base_model_relation" not in local
+
+
+HEADINGS = {
+    "# A\n## B\n\ntext # no\n": "### A\n#### B\n\ntext # no\n",
+    "## A\n###### B": "### A\n###### B",
+    "### A\n#### B": "### A\n#### B",
+    "no heading": "no heading",
+    "A title\n=======\n\nAnother\nlong one\n---\n\n---\n": "### A title\n\n#### Another long one\n\n---\n",
+    "# A\n```bash\n# a comment\n```\n    # code": "### A\n```bash\n# a comment\n```\n    # code",
+    "# A\n~~~\n# x\n": "### A\n~~~\n# x\n",
+    "<h1 align='center'>A</h1>\n\n<H2>B</H2>": "<h3 align='center'>A</h3>\n\n<H4>B</H4>",
+    "<div>\n<h2>B</h2></div>\n\n# A": "<div>\n<h4>B</h4></div>\n\n### A",
+    "> # A\n\n- # B\n": "> ### A\n\n- ### B\n",
+    "| a |\n|---|\n| # b |\n\n# A #\n": "| a |\n|---|\n| # b |\n\n### A #\n",
+    "# A\r\n<!--\n# no\n-->\n`<h1>`": "### A\n<!--\n# no\n-->\n`<h1>`",
+}
+
+
+@pytest.mark.parametrize("text", HEADINGS)
+def test_headings_of_the_source_are_below_ours(text: str) -> None:
+    assert below(text, 3) == HEADINGS[text]
+    assert below(below(text, 3), 3) == below(text, 3)
+
+
+def python(card: str) -> list[str]:
+    return re.findall("```python\n(.*?)```", card, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({}, ["AutoModelForCausalLM", 'tokenizer("', "generate("]),
+        ({"chat": True}, ["apply_chat_template", "generate("]),
+        ({"files": frozenset()}, ["torch.tensor(", "generate("]),
+        ({"config": {"auto_map": {"AutoModel": "m.M"}}}, ["AutoModel.from", "trust_remote_code", "model(**inputs)"]),
+    ],
+)  # fmt: skip
+def test_the_code_of_a_card(more: dict[str, Any], words: list[str]) -> None:
+    transformers_code, ours = python(build_card(facts("plain", **more)))
+    for code in (transformers_code, ours):
+        compile(code, "card", "exec")
+    assert all(word in transformers_code for word in words), transformers_code
+    assert ("AutoTokenizer" in transformers_code) == ("files" not in more)
+    assert ours.startswith("from flashnorm_cli import from_pretrained\n")
+
+
+def test_a_card_says_what_made_it() -> None:
+    card = build_card(facts("plain", project="https://example.org/it"))
+    assert "by [flashnorm](https://example.org/it) (`flashnorm-cli" in card and "pip install flashnorm-cli" in card
+    assert "by flashnorm (`flashnorm-cli" in build_card(facts("plain"))
 
 
 def test_parent_of_a_local_source_is_kept() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from documents import document
 from hub_folds import SOURCE, TARGET, TOKEN, assert_published, downloaded, files_of, save, shards_of
 from hub_server import Fault, HubServer
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -33,17 +34,6 @@ from flashnorm_cli.hub.shard_job import _bytes_in
 from flashnorm_cli.plan.grid import KINDS, ROWS
 from flashnorm_cli.plan.planner import make_plan
 from flashnorm_cli.proof.shards import check_shard, shard_plan
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("models") / "model", tie_word_embeddings=False)
-
-
-@pytest.fixture(scope="module")
-def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of a local fold; card and record are made anew for the Hub."""
-    return files_of(fold(model, tmp_path_factory.mktemp("local") / "out").output)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +94,7 @@ class Client:
         code, out, err = self(*arguments, "--json", **more)
         assert (code, err) == (0, "")
         assert list(self.cwd.iterdir()) == []
-        return json.loads(out)
+        return document(out)
 
     def fails(self, words: str, *arguments: object, code: int = 1, **more: str) -> None:
         """One line on stderr."""
@@ -152,7 +142,7 @@ def test_same_bytes_as_the_local_fold(
     hub.log.clear()
     code, out, err = client("--layout", "dropped")
     assert (code, out) == (1, "")
-    assert f"{TARGET} holds another fold (README.md, config.json, flashnorm.json, ...); --overwrite" in err
+    assert f"{TARGET} holds another fold (README.md, config.json, flashnorm-plan.svg, ...); --overwrite" in err
     assert downloaded(hub) == {}
 
 
@@ -230,8 +220,7 @@ def test_verified_shard_by_shard(hub: HubServer, client: Client, tmp_path: Path,
     hub.add_repo("them/other", source)
     code, out, err = client("--verify", "--layout", layout, "--json", source="them/other")
     assert (code, err) == (4, "")
-    said = json.loads(out)
-    assert (said["verified"], said["verdict"]) == (False, "as planned, not run")
+    assert document(out)["verdict"] == "as planned, not run"
     files = hub.files(TARGET)
     assert shards_of(files) == shards_of(files_of(fold(source, tmp_path / "local", layout=layout).output))
     entry = json.loads(files["flashnorm.json"])["verify"]
@@ -467,7 +456,8 @@ def test_killed(hub: HubServer, client: Client, expected: dict[str, bytes], chai
 
 
 def test_bad_input(hub: HubServer, client: Client, model: Path) -> None:
-    local = f"{model}: is no Hub id; a local checkpoint is published in steps: flashnorm fold, verify, push-to-hub"
+    local = f"{model}: is no Hub id; a local checkpoint is published in steps: "
+    local += "`flashnorm fold`, `flashnorm verify`, `flashnorm push-to-hub`"
     client.fails(local, source=str(model), code=2)
     code, _, err = client(token="")
     assert (code, "there is no Hub token" in err, err.count("\n")) == (1, True, 1)

@@ -32,16 +32,6 @@ SLOW = pytest.mark.slow  # up to minutes of waiting
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("models") / "model", tie_word_embeddings=False)
-
-
-@pytest.fixture(scope="module")
-def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    return files_of(fold(model, tmp_path_factory.mktemp("local") / "out").output)
-
-
-@pytest.fixture(scope="module")
 def zygote(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     more = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
     more |= {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_TOKEN": TOKEN}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -15,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from documents import document
 from hub_server import Fault, HubServer
 
 import flashnorm_cli
 from flashnorm_cli.checkpoint.output import work_folder
 from flashnorm_cli.errors import FlashNormError
-from flashnorm_cli.hub.card import REPORT
+from flashnorm_cli.hub.card import PICTURE, REPORT
 from flashnorm_cli.hub.progress import watched
 from flashnorm_cli.hub.published import without_paths
 from flashnorm_cli.hub.push import push_to_hub
@@ -188,11 +191,15 @@ def visible(hub: HubServer, repo: str = TARGET, revision: str = "main") -> dict[
 
 
 LOAD = f"""
-import sys, torch
+import re, sys, torch
 from transformers import AutoModelForCausalLM
 models = [AutoModelForCausalLM.from_pretrained(name) for name in sys.argv[1:]]
 with torch.inference_mode():
     print(torch.equal(*(model(torch.tensor({PROMPTS})).logits for model in models)))
+first, second = re.findall("```python\\n(.*?)```", sys.stdin.read(), re.DOTALL)
+exec(first)
+exec(second)
+exec(first.split("\\n", 3)[3])  # the rest is as above
 """
 
 
@@ -206,18 +213,23 @@ def test_round_trip(
     env = XET if way == "xet" else {}
     result = push(**env)
     done(result)
-    assert result.stdout.startswith("Published 11 files, 3.1 MB, in one commit.\n")
+    assert result.stdout.startswith("Published 12 files, 3.1 MB, in one commit.\n")
     assert (
         "\n  licence    apache-2.0\n  base model jane/austen\n  proof      a verification that passed" in result.stdout
     )
     assert result.stdout.endswith(f"\n{hub.url}/{TARGET}\n")
     assert visible(hub) == expected
     assert len(hub.repos[TARGET].history) == 2  # the repository's first commit, and ours
-    own = [name for name in visible(hub) if name not in ("README.md", "flashnorm.json", REPORT)]
+    own = [name for name in visible(hub) if name not in ("README.md", "flashnorm.json", REPORT, PICTURE)]
     assert {name: (folded / name).read_bytes() for name in own} == {name: expected[name] for name in own}
     assert set(own) == {path.name for path in folded.iterdir()} - {"README.md", "flashnorm.json"}
 
-    # Into an empty cache, loaded by its id: the same bits, and the same logits.
+    # The picture of the plan is where the card shows it.
+    card = expected["README.md"].decode()
+    assert f"]({PICTURE})" in card and expected[PICTURE].startswith(b'<svg xmlns="http://www.w3.org/2000/svg"')
+    assert b"jane/austen" in expected[PICTURE]
+
+    # Into an empty cache, loaded by its id: the same bits, and the same logits; and what the card says to do works.
     copy = tmp_path / "copy"
     code = f"from huggingface_hub import snapshot_download; snapshot_download({TARGET!r}, local_dir={str(copy)!r})"
     subprocess.run([sys.executable, "-c", code], env=push.client.environment(**env), check=True, capture_output=True)
@@ -226,13 +238,15 @@ def test_round_trip(
     assert hub.received("PUT /lfs/") == (0 if way == "xet" else sum(len(expected[name]) for name in SHARDS))
     if way == "xet":
         load = [sys.executable, "-c", LOAD, TARGET, str(folded)]
-        assert subprocess.check_output(load, env=push.client.environment(**env), text=True) == "True\n"
+        wrote = subprocess.check_output(load, env=push.client.environment(**env), text=True, input=card).splitlines()
+        assert wrote[0] == "True"
+        assert wrote[1].startswith("It was a truth ") and wrote[1:] == 2 * wrote[1 : len(wrote) // 2 + 1]
 
     # Verified again, from the Hub id and in the downloaded copy: the published record is still a valid one.
     result = push.client.run("verify", TARGET, "--level", "weights", "--json", "--cache-dir", tmp_path / "cache")
-    said = json.loads(result.stdout)
-    assert (result.returncode, said["source"], said["verdict"]) == (4, SOURCE, "as planned, not run")
-    assert said["notes"] == []
+    said = document(result.stdout)
+    assert (result.returncode, said["source"]["name"], said["verdict"]) == (4, SOURCE, "as planned, not run")
+    assert said["notes"] == [] and "README.md" not in result.stdout  # a page of its own is nothing to note
     levels = json.loads(expected["flashnorm.json"])["verify"]["levels"]
     assert {name: level["status"] for name, level in levels.items()} == dict.fromkeys(
         ("weights", "layers", "logits"), "passed"
@@ -266,7 +280,7 @@ def test_again_sends_nothing(hub: HubServer, push: Push, folded: Path) -> None:
     assert hub.received("PUT /lfs/") == sent
     assert len(hub.repos[TARGET].history) == 2
     # A new card alone: one commit with what changed, and the base model stays.
-    assert '"base_model": "jane/austen"' in push("--json").stdout
+    assert document(push("--json").stdout)["published"]["base_model"] == "jane/austen"
 
 
 def test_dry_run_changes_nothing(hub: HubServer, push: Push, expected: dict[str, bytes]) -> None:
@@ -295,14 +309,15 @@ def test_private_revision_message(hub: HubServer, push: Push, expected: dict[str
         "--private", "--revision", "folded", "--commit-message", "First", "--json", "--token", TOKEN, HF_TOKEN=""
     )
     done(result)
-    said, repo = json.loads(result.stdout), hub.repos[TARGET]
+    printed = document(result.stdout)
+    said, repo = printed["published"], hub.repos[TARGET]
     assert (said["revision"], said["private"], said["created"]) == ("folded", True, True)
     assert said["commit"] == repo.refs["folded"]
     assert repo.private
     assert visible(hub) == {}
     assert visible(hub, revision="folded") == expected
     assert repo.history[-1][2] == "First"
-    assert [file["path"] for file in said["sent"]] and said["unchanged"] == []
+    assert {file["name"] for file in printed["sent"]} == {*expected} and printed["unchanged"] == []
 
 
 def test_pull_request(hub: HubServer, push: Push, expected: dict[str, bytes]) -> None:
@@ -373,6 +388,102 @@ def test_local_source(hub: HubServer, push: Push, folded: Path, tmp_path: Path) 
     assert b"\nbase_model: jane/austen\n" in visible(hub)["README.md"]
 
 
+NAMES = {
+    "the folder's name": ("novel", "A copy of jane/novel."),
+    "an address": ("novel", "See https://hub.example/jane/novel-2 and https://hub.example/jane/novel/tree/main."),
+    "code": ("model", 'Run `AutoModel.from_pretrained("jane/novel")`.'),
+    "base_model": ("model", "base_model: jane/novel"),
+    "config": ("model", ""),
+}
+
+
+@pytest.fixture(scope="module")
+def download(client: Client, folded: Path) -> Path:
+    """What huggingface_hub leaves in a folder that it has downloaded a repository into."""
+    reset(client.hub)
+    place = client.tmp / "downloaded"
+    client.hub.add_repo("jane/novel", MODEL)
+    code = f"from huggingface_hub import snapshot_download; snapshot_download('jane/novel', local_dir={str(place)!r})"
+    subprocess.run([sys.executable, "-c", code], env=client.environment(), check=True, capture_output=True)
+    return place
+
+
+def folded_from(folded: Path, source: Path, text: str, place: Path) -> Path:
+    """The fold, as it were made of a folder with large shards whose card is `text`."""
+    folder = shutil.copytree(folded, place)
+    record = json.loads((folder / "flashnorm.json").read_text())
+    record.update(source=str(source), commit=None)
+    record["verify"]["source"].update(name=str(source), commit=None)
+    for name in SHARDS:
+        del record["source_files"][name]["sha256"]  # too large to be hashed for nothing
+    (folder / "flashnorm.json").write_text(json.dumps(record))
+    data = text if text.startswith("base_model") else ""
+    (folder / "README.md").write_text(f"---\nlicense: apache-2.0\n{data}\n---\n# Mine\n\n{'' if data else text}\n")
+    return folder
+
+
+@pytest.mark.parametrize("how", NAMES)
+def test_base_model_of_a_download(
+    hub: HubServer, push: Push, folded: Path, download: Path, tmp_path: Path, how: str
+) -> None:
+    """The repository that a source was downloaded from: found by names, proven by the notes of the download."""
+    name, text = NAMES[how]
+    source = shutil.copytree(download, tmp_path / name)
+    repo = hub.add_repo("jane/novel", MODEL)
+    commit = repo.refs["main"]
+    config = json.loads((MODEL / "config.json").read_text())
+    if how == "config":
+        data = json.dumps({**config, "_name_or_path": "jane/novel"}).encode()
+        commit = repo.commit({**repo.commits[commit], "config.json": hub.store("config.json", data)})
+    # Others of that name, and what the repository became later, are not it.
+    other = dict(repo.commits[commit])
+    other[SHARDS[0]] = hub.store(SHARDS[0], (MODEL / SHARDS[0]).read_bytes()[:-1] + b"x")
+    hub.add_repo("eve/novel").commit(other)
+    if how != "config":
+        repo.commit(other)
+    folder = folded_from(folded, source, f"eve/novel {text}" if how == "the folder's name" else text, tmp_path / "out")
+    if how == "config":
+        record = json.loads((folder / "flashnorm.json").read_text())
+        record["source_files"]["config.json"]["sha256"] = hashlib.sha256(data).hexdigest()
+        (folder / "flashnorm.json").write_text(json.dumps(record))
+        folded_config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**folded_config, "_name_or_path": "jane/novel"}))
+        for note in source.rglob("*.metadata"):
+            note.write_text("\n".join([commit, *note.read_text().split("\n")[1:]]))
+    result = push("--unverified", "--json", folder=folder)
+    done(result)
+    said = document(result.stdout)
+    assert (said["published"]["base_model"], said["notes"]) == ("jane/novel", [])
+    assert json.loads(visible(hub)["flashnorm.json"])["commit"] == commit
+
+
+def test_base_model_that_cannot_be_told(
+    hub: HubServer, push: Push, folded: Path, download: Path, tmp_path: Path
+) -> None:
+    hub.add_repo("jane/novel", MODEL)
+    source = shutil.copytree(download, tmp_path / "novel")
+
+    def note(text: str) -> str:
+        folder = folded_from(folded, source, text, tmp_path / "out")
+        result = push("--dry-run", "--unverified", "--json", folder=folder)
+        done(result)
+        shutil.rmtree(folder)
+        said = document(result.stdout)
+        assert said["published"]["base_model"] is None
+        return said["notes"][0]
+
+    downloaded = r"its source was downloaded from the Hub \(commit \w{12}\), but none of its files names a repository"
+    assert re.match(rf"{downloaded}.*; --base-model <Hub id> names it", note("Nothing is said."))
+    assert re.match(downloaded, note("By eve/novel, nobody/novel, a/novel, b/novel, c/novel; jane/novel is the sixth."))
+    changed = source / SHARDS[0]
+    os.utime(changed, (time.time() + 60, time.time() + 60))  # written to since
+    assert re.match(downloaded, note("A copy of jane/novel."))
+    shutil.rmtree(source / ".cache")
+    assert note("A copy of jane/novel.").startswith("its source is a local folder")
+    shutil.rmtree(source)
+    assert note("A copy of jane/novel.").startswith("its source is a local folder")
+
+
 def test_something_else(hub: HubServer, push: Push, expected: dict[str, bytes], tmp_path: Path) -> None:
     repo = hub.add_repo(TARGET)
     mine = {name: hub.store(name, name.encode()) for name in (".gitattributes", "README.md", "old.safetensors")}
@@ -421,7 +532,7 @@ def _fail_layers(record: dict[str, Any]) -> None:
 
 
 UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
-    "never verified": (_record(lambda r: r.update(verify=None)), "has not been verified. Verify it first: flashnorm"),
+    "never verified": (_record(lambda r: r.update(verify=None)), "has not been verified. Verify it first: `verify"),
     "failed": (_record(_fail_layers), r"its verification failed \(level layers\)"),
     "not every tensor": (_record(lambda r: r["verify"]["levels"].pop("weights")), "left out level weights"),
     "a bit of a shard": (_flip, rf"its verification is void: {SHARDS[1]} changed since"),
@@ -438,7 +549,7 @@ def test_unfit(folded: Path, tmp_path: Path, case: str) -> None:
     damage(folder)
     with pytest.raises(FlashNormError, match=words) as error:
         push_to_hub(folder, TARGET)
-    assert f"flashnorm verify {folder} (or publish it with --unverified" in str(error.value)
+    assert f"`verify('{folder}')` (or publish it with `unverified=True`" in str(error.value)
 
 
 def test_unverified_is_said(hub: HubServer, push: Push, folded: Path, tmp_path: Path) -> None:
@@ -477,15 +588,15 @@ def test_no_folder_to_publish(folded: Path, tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "nowhere: no such folder; name one that `flashnorm fold` has written")
     refused(out / "config.json", "is a file; name the folder")
     refused(Path(TARGET), "is a folder; the folder comes first", repo=str(out))
-    refused(out, "--create-pr and --revision exclude each other", create_pr=True, revision="x")
-    refused(out, "workers has to be at least 1", workers=0)
+    refused(out, "`create_pr` and `revision` exclude each other", create_pr=True, revision="x")
+    refused(out, "`workers` has to be at least 1", workers=0)
     refused(tmp_path / ".out.partial" / "checkpoint", "out: its fold is not finished; run the same")
     with work_folder(tmp_path / "gone", "0", ()) as work:  # a fold that has begun
         refused(
             tmp_path / "gone", r"gone: its fold is not finished: .*/.gone.partial \([\d,]+ bytes\) is the work folder"
         )
         assert work.path.exists()
-    refused(MODEL, "has no flashnorm.json: it is no fold of flashnorm. Fold the model first: flashnorm fold")
+    refused(MODEL, "has no flashnorm.json: it is not a fold by flashnorm. Fold the model first: `fold")
     (out / SHARDS[0]).unlink()
     refused(out, "names model-00001-of-00002.safetensors, which is not there")
 
@@ -721,7 +832,7 @@ def test_local_paths_in_configs(push: Push, hub: HubServer, tmp_path: Path) -> N
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_bytes(data)
     result = push.client.run("verify", copy, "--source", source, "--level", "weights", "--json")
-    assert (result.returncode, json.loads(result.stdout)["notes"]) == (4, [])  # this time nothing was run
+    assert (result.returncode, document(result.stdout)["notes"]) == (4, [])  # this time nothing was run
     done(push(folder=copy, repo="team/copy"))
 
 
@@ -795,8 +906,8 @@ def test_verify_on_the_hub(push: Push, hub: HubServer, folded: Path, tmp_path: P
     options = ["--token-ids", ids, "--cache-dir", cache, "--publish", "--json", *more]
     result = push.client.run("verify", TARGET, *options)
     assert (result.returncode, result.stderr) == (0, "")
-    said = json.loads(result.stdout)
-    assert said["folded"] == TARGET and said["published"].startswith(hub.url)
+    said = document(result.stdout)
+    assert said["folded"] == TARGET and said["published"]["url"].startswith(hub.url)
     assert hub.received("PUT /lfs/") == sent
     assert len(hub.repos[TARGET].history) == commits + 1
     files = visible(hub, revision="refs/pr/1" if way == "pull request" else "main")
@@ -813,7 +924,7 @@ def test_verify_on_the_hub(push: Push, hub: HubServer, folded: Path, tmp_path: P
     repo.commit({**repo.commits[repo.refs["main"]], SHARDS[0]: hub.store(SHARDS[0], bytes(shard))})
     commits = len(repo.history)
     result = push.client.run("verify", TARGET, "--level", "weights", *options)
-    assert (result.returncode, json.loads(result.stdout)["published"], len(repo.history)) == (3, None, commits)
+    assert (result.returncode, document(result.stdout)["published"], len(repo.history)) == (3, None, commits)
     # What cannot be published is said before the work.
     fails(push.client.run("verify", folder, "--publish"), rf"{folder}: is a folder; --publish is for .*", code=2)
     fails(push.client.run("verify", TARGET, "--create-pr"), "--create-pr needs --publish", code=2)

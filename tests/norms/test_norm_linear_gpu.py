@@ -1,10 +1,10 @@
 """norm_linear on a GPU: every variant against float64, and as a guest of torch."""
 
-import threading
-
 import pytest
 import torch
 import torch.nn.functional as F
+from alike import assert_same_in_threads
+from own_choices import start_without_choices
 
 from flashnorm_cli.cuda import choices, driver, linear
 from flashnorm_cli.cuda.choices import Choice
@@ -20,11 +20,7 @@ UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    if torch.cuda.is_available() and (reason := linear.why_not(0)):
-        pytest.skip(reason)
-    monkeypatch.setenv("FLASHNORM_CACHE", str(tmp_path))
-    monkeypatch.setenv("FLASHNORM_TUNE", "0")
-    monkeypatch.setattr(choices, "_known", {})
+    start_without_choices(tmp_path, monkeypatch)
     linear.ready().clear()
     with torch.no_grad():
         yield
@@ -202,21 +198,9 @@ def test_small_streams_graphs_and_weights_that_change():
 def test_small_threads():
     x, weight = [random(1, 1024) for _ in range(4)], random(512, 1024)
     force(variants_of(1024, None, 1)[0], x[0], weight)
-    want, wrong = [norm_linear(each, weight, EPS) for each in x], []
+    want = [norm_linear(each, weight, EPS) for each in x]
     torch.cuda.synchronize()
-
-    def work(i):
-        with torch.no_grad():
-            for _ in range(200):
-                if not torch.equal(norm_linear(x[i], weight, EPS), want[i]):
-                    wrong.append(i)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert_same_in_threads(lambda i: norm_linear(x[i], weight, EPS), want, 200)
 
 
 def test_as_an_operator():

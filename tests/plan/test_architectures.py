@@ -1,14 +1,16 @@
 """Every RMSNorm family of the installed transformers: fold a tiny random checkpoint, compare the logits, verify it.
 
 `python tests/plan/test_architectures.py` writes docs/architectures.md, from the same plans and with every level of
-`flashnorm verify` in three dtypes. The test below takes one dtype per family, and level logits for a quarter of them:
-all of it takes half an hour on one processor.
+`flashnorm verify` in three dtypes; with `--changed`, families whose plan is still what the page says keep their ratios.
+The test below takes one dtype per family, and level logits for a quarter of them: all of it takes half an hour on one
+processor. It compares each plan with the page, so that a stale one fails.
 """
 
 import json
 import multiprocessing
 import re
 import secrets
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,12 +20,14 @@ import families
 import pytest
 import torch
 import transformers
+from command_line import run
+from documents import document
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 from flashnorm_cli.checkpoint.model import Source
 from flashnorm_cli.checkpoint.names import grouped
 from flashnorm_cli.checkpoint.open import open_checkpoint
-from flashnorm_cli.cli import main
 from flashnorm_cli.errors import PlanError
 from flashnorm_cli.folding.fold import fold
 from flashnorm_cli.plan.model import Plan
@@ -48,10 +52,23 @@ if transformers.__version__ == "5.24.0":  # its own forward stops without an ima
     REFUSED["llama4"] = "image_outputs"
 
 
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(a) for a in arguments])
-    return stopped.value.code
+def lines_of_doc() -> dict[str, str]:
+    """The page's lines by family."""
+    found = {m[1]: m[0] for m in re.finditer(r"^\| (\S+) \|.*$", DOC.read_text(), re.MULTILINE)}
+    return {family: line for family, line in found.items() if family != "family"}
+
+
+def doc_is_newer() -> bool:
+    """Whether the page was written with a newer transformers than is installed, which may plan otherwise."""
+    written = re.search(r"family of transformers (\d[\d.]*\d)", DOC.read_text())
+    assert written, f"{DOC} does not say which transformers it was written with"
+    return Version(written[1]) > Version(transformers.__version__)
+
+
+def assert_in_doc(family: str, line: str) -> None:
+    assert doc_is_newer() or lines_of_doc().get(family, "").startswith(line), (
+        f"docs/architectures.md is stale: run `python tests/plan/test_architectures.py --changed`; {line}"
+    )
 
 
 def checkpoint_of(family: str, folder: Path) -> transformers.PreTrainedModel:
@@ -69,11 +86,13 @@ def test_family(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert run("fold", source, output) == 1
         assert REFUSED.get(family, "there is nothing to fold") in capsys.readouterr().err
         assert not output.exists()
+        assert_in_doc(family, line_of_plan(family, source)[0])
         return
 
     assert run("fold", source, output, "--json") == 0, capsys.readouterr().err
-    report = json.loads(capsys.readouterr().out)
-    assert report["folded"] > 0
+    report = document(capsys.readouterr().out)
+    assert report["counts"]["norms_folded"] > 0
+    assert_in_doc(family, row(family, Plan.from_json(json.loads((output / "flashnorm.json").read_text()))))
 
     original = cls.from_pretrained(source, dtype=torch.float32).eval()
     folded, info = cls.from_pretrained(output, dtype=torch.float32, output_loading_info=True)
@@ -90,7 +109,12 @@ def test_family(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
             error = max(error, distance(families.logits(folded, images), with_images))
         if error < MAX_ERROR:
             break
-        assert attempt == 1, f"relative error {error:.1e}, seed {seed}"
+        # On a few inputs float32 itself is that far from the truth.
+        exact = families.logits(cls.from_pretrained(source, dtype=torch.float64).eval(), inputs)
+        own = distance(expected, exact)
+        if images is None and error < 4 * own < 1e-4:
+            break
+        assert attempt == 1, f"relative error {error:.1e}, the source's own {own:.1e}, seed {seed}"
 
     # The same comparison sees a fold that forgot the readers: norms at the identity, linears untouched.
     tensors = load_file(source / "model.safetensors")
@@ -125,11 +149,11 @@ def test_family_passes_verify(family: str, tmp_path: Path) -> None:
 
 
 def test_doc_lists_these_families() -> None:
-    text = DOC.read_text()
-    if f"transformers {transformers.__version__} " not in text:
-        pytest.skip("docs/architectures.md was written with another version of transformers")
-    listed = re.findall(r"^\| (\S+) \| (?:\w+|) ?\|", text, re.MULTILINE)
-    assert [name for name in listed if name != "family"] == list(families.families())
+    if doc_is_newer():
+        pytest.skip("docs/architectures.md was written with a newer transformers")
+    assert list(lines_of_doc()) == list(families.families()), (
+        "docs/architectures.md is stale: run `python tests/plan/test_architectures.py --changed`"
+    )
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -142,17 +166,17 @@ def noise(family: str) -> list[str]:
     for dtype in DTYPES:
         with TemporaryDirectory() as folder:
             result = verified(family, Path(folder), dtype, ("weights", "layers", "logits"))
-        if not result.equivalent:
+        if any(level.status == "failed" for level in result.levels):  # level logits may be skipped: the source may fail
             raise SystemExit(f"{family} in {dtype} does not pass: {[level.findings for level in result.levels]}")
         logits: dict[str, Any] = result.level("logits").figures
         ratio = logits.get("ratio")
         layers = result.level("layers").figures["worst_ratio"]
         cells.append(f"{'-' if ratio is None else f'{ratio:.2f}'}, {layers:.2f}")
-    return cells
+    return [*cells, transformers.__version__]
 
 
-def row(family: str, plan: Plan, cells: list[str]) -> str:
-    """A line of docs/architectures.md. Numbers in the counts depend on the tiny models' layers, so there are none."""
+def row(family: str, plan: Plan) -> str:
+    """A line of docs/architectures.md up to the ratios, without counts, which depend on the tiny models' layers."""
 
     def short(name: str) -> str:
         return f"`{name.removesuffix('.weight')}`"
@@ -166,24 +190,34 @@ def row(family: str, plan: Plan, cells: list[str]) -> str:
         if pattern not in names:
             names.append(pattern)
     why = "<br>".join(f"{', '.join(names)}: {reason}" for reason, names in kept.items())
-    return f"| {family} | {plan.architecture} | {'<br>'.join(folded)} | {why} | {plan.lm_head} | {' | '.join(cells)} |"
+    return f"| {family} | {plan.architecture} | {'<br>'.join(folded)} | {why} | {plan.lm_head} | "
 
 
-def line(family: str) -> str:
-    """A family's line, from tiny checkpoints that are made for it."""
+def line_of_plan(family: str, folder: Path) -> tuple[str, bool]:
+    """A family's line up to the ratios, and whether there are ratios to measure."""
+    try:
+        plan = make_plan(open_checkpoint(Source(str(folder))))
+    except PlanError as error:
+        return f"| {family} | | refused | {error} | | ", False
+    return row(family, plan), bool(plan.folded)
+
+
+def line(family: str, before: str | None) -> str:
+    """A family's line, from tiny checkpoints that are made for it; `before`, if nothing but the ratios could differ."""
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
         checkpoint_of(family, Path(folder))
-        try:
-            plan = make_plan(open_checkpoint(Source(folder)))
-        except PlanError as error:
-            return f"| {family} | | refused | {error} | | | | |"
-    return row(family, plan, noise(family) if plan.folded else [""] * len(DTYPES))
+        start, folds = line_of_plan(family, Path(folder))
+    if before is not None and before.startswith(start):
+        return before
+    return f"{start}{' | '.join(noise(family) if folds else [''] * (len(DTYPES) + 1))} |"
 
 
-def write_doc() -> None:
+def write_doc(changed_only: bool) -> None:
+    before = lines_of_doc() if changed_only else {}
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        rows = list(pool.map(line, families.families()))
+        names = families.families()
+        rows = list(pool.map(line, names, [before.get(name) for name in names]))
     DOC.write_text(
         f"""# Architectures
 
@@ -199,10 +233,11 @@ left alone and not listed.
 Each family was then stored in three dtypes, folded, and passed `flashnorm verify`. The last columns hold its ratios
 to the noise floor, at the logits and in the worst layer: 1 means that the folded model rounds as its source does, and
 {MAX_NOISE_RATIO} is allowed. A `-` stands for logits without a ratio: the source does not run in this dtype, or
-not in float64, which would be the reference of float32 (level logits compares with float32 itself then).
+not in float64, which would be the reference of float32 (level logits compares with float32 itself then). *measured*
+names the transformers that they were measured with; the plans are all of {transformers.__version__}.
 
-| family | class | folded | kept, and why | lm_head | bf16 | fp16 | fp32 |
-|--|--|--|--|--|--|--|--|
+| family | class | folded | kept, and why | lm_head | bf16 | fp16 | fp32 | measured |
+|--|--|--|--|--|--|--|--|--|
 """
         + "\n".join(rows)
         + "\n"
@@ -211,4 +246,4 @@ not in float64, which would be the reference of float32 (level logits compares w
 
 if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
-    write_doc()
+    write_doc("--changed" in sys.argv)

@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+from documents import document
 from families import build, randomize_gains, save
 
 from flashnorm_cli.cli import main
+from flashnorm_cli.cli.wording import in_flags
 from flashnorm_cli.plan.planner import HIDDEN_STATES
 
 
@@ -38,9 +40,9 @@ def test_the_final_norm_is_kept_unless_it_is_forced(
         "model.norm.weight"
     ]
 
-    forced = json.loads(fold(capsys, tmp_path / "source", tmp_path / "untied", "--final-norm", "untie", "--json"))
+    forced = document(fold(capsys, tmp_path / "source", tmp_path / "untied", "--final-norm", "untie", "--json"))
     assert forced["lm_head"] == "untied"
     note, about_hidden_states = forced["notes"]
-    assert about_hidden_states == HIDDEN_STATES
+    assert about_hidden_states == in_flags(HIDDEN_STATES)
     assert f"runtimes tie it for {family} whatever the files say" in note
     assert note.endswith("llama.cpp will drop the separate head and compute wrong logits")

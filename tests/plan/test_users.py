@@ -230,7 +230,7 @@ def test_what_users_compute_stays(name: str, tmp_path: Path) -> None:
     plan = fold(source, tmp_path / "kept", trust_remote_code=case.trust).plan
     assert plan.lm_head == "kept" and plan.folded and not plan.folded_flag
     (why,) = [norm.reason for norm in plan.kept if norm.tensor == "model.norm.weight"]
-    assert case.words in why and why.endswith("--final-norm untie folds it all the same")
+    assert case.words in why and why.endswith('`final_norm="untie"` folds it all the same')
     found = case.use(tmp_path / "kept")
     assert distance(found, expected) < MAX_ERROR
     if found.ndim == 2:
@@ -241,7 +241,7 @@ def test_what_users_compute_stays(name: str, tmp_path: Path) -> None:
 
     plan = fold(source, tmp_path / "untied", final_norm="untie", trust_remote_code=case.trust).plan
     assert plan.lm_head in ("folded", "untied")
-    assert any(note.startswith("folded as --final-norm untie asks") and case.words in note for note in plan.notes)
+    assert any(note.startswith('folded as `final_norm="untie"` asks') and case.words in note for note in plan.notes)
     assert distance(case.use(tmp_path / "untied"), expected) > 1e-2
 
 
@@ -385,12 +385,14 @@ def test_layers_of_the_checkpoints_own_code(llama: Path, tmp_path: Path) -> None
         edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_own.LlamaForCausalLM"})
 
     source = with_files(llama, tmp_path / "source", add)
-    with pytest.raises(FlashNormError, match=r"there is nothing to fold: .*--trust-remote-code traces it") as stopped:
+    with pytest.raises(
+        FlashNormError, match=r"there is nothing to fold: .*`trust_remote_code=True` traces it"
+    ) as stopped:
         fold(source, tmp_path / "out")
-    assert "\n" not in str(stopped.value) and str(stopped.value).count("--trust-remote-code") == 1
+    assert "\n" not in str(stopped.value) and str(stopped.value).count("trust_remote_code") == 1
     plan = fold(source, tmp_path / "out", final_norm="untie").plan
     assert len(plan.folded) == 9
-    assert any("--trust-remote-code traces it" in note for note in plan.notes)
+    assert any("`trust_remote_code=True` traces it" in note for note in plan.notes)
 
 
 def test_an_adapter_keeps_the_norms_that_its_layers_read(llama: Path, tmp_path: Path) -> None:
@@ -413,7 +415,9 @@ def test_no_output_head_on_disk(llama: Path, tmp_path: Path) -> None:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
     source = with_files(llama, tmp_path / "source", add)
-    with pytest.raises(FlashNormError, match=r"lm_head\.weight, .* is not in the checkpoint; --final-norm keep folds"):
+    with pytest.raises(
+        FlashNormError, match=r'lm_head\.weight, .* is not in the checkpoint; `final_norm="keep"` folds'
+    ):
         fold(source, tmp_path / "out")
     fold(source, tmp_path / "kept", final_norm="keep")
     add_pooling(source)

@@ -22,10 +22,11 @@ import families
 import pytest
 import torch
 import transformers
+from command_line import run
+from documents import document
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from flashnorm_cli.cli import main
 from flashnorm_cli.plan.model import Plan, Reader, Run
 from flashnorm_cli.plan.planner import make_plan
 
@@ -369,19 +370,13 @@ def copy_of(pair: Pair, folder: Path) -> Pair:
     return Pair(folder / "source", folder / "folded")
 
 
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(a) for a in arguments])
-    return stopped.value.code
-
-
 def verified(pair: Pair, *levels: str, more: tuple[str, ...] = ()) -> tuple[int, dict[str, Any]]:
     """Exit code and JSON result."""
     options = [option for level in levels for option in ("--level", level)]
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         code = run("verify", pair.folded, "--source", pair.source, "--json", "--no-record", *options, *more)
-    return code, json.loads(out.getvalue())
+    return code, document(out.getvalue())
 
 
 # ---- the tests -------------------------------------------------------------------------------------------------------
@@ -563,6 +558,19 @@ def measured(result: dict[str, Any], level: str, what: str) -> str:
         return f"**{max(errors):.1e}**" if errors else "**caught**"
     ratio = found.get("figures", {}).get("worst_ratio" if level == LAYERS else "ratio")
     return f"**{ratio:.3g} x**" if ratio is not None else "**caught**"
+
+
+def test_doc_lists_these_mutations() -> None:
+    """Each by its name, model and what is named; a level that has to see it is shown to see it."""
+    lines = [line.strip("|").split(" | ") for line in DOC.read_text().splitlines() if line.startswith("| ")]
+    found = [[cell.strip() for cell in cells] for cells in lines][1:]
+    assert [cells[:3] for cells in found] == [[m.name, m.model, f"`{m.what}`"] for m in MUTATIONS], (
+        "docs/mutations.md is stale: run `python tests/proof/test_mutations.py`"
+    )
+    for cells, mutation in zip(found, MUTATIONS, strict=True):
+        unseen = [level for level, cell in zip(ALL, cells[3:], strict=True) if level in mutation.levels and not cell]
+        # Files that do not hold together are found before any level runs.
+        assert not unseen or (mutation.levels == FILES and not any(cells[3:])), (mutation.name, unseen)
 
 
 def write_doc() -> None:

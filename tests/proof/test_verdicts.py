@@ -1,6 +1,7 @@
 """The three verdicts, and what `verify` may not do: call equivalent what did not run, or hide a fault of its own."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,24 +13,18 @@ from typing import Any
 import families
 import pytest
 import torch
+from command_line import run
 
 import flashnorm_cli.proof.prompts as prompts_module
 from flashnorm_cli import fold, verify
 from flashnorm_cli.checkpoint.model import Source
 from flashnorm_cli.checkpoint.open import open_checkpoint
-from flashnorm_cli.cli import main
 from flashnorm_cli.demo import HELD_OUT, MODEL
 from flashnorm_cli.proof import layers, logits
 from flashnorm_cli.proof.models import ModelError
 from flashnorm_cli.proof.result import EQUIVALENT, NOT_EQUIVALENT, NOT_RUN, Verification, verdict_of
 from flashnorm_cli.proof.scores import Score
 from flashnorm_cli.record import write
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(a) for a in arguments])
-    return stopped.value.code
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +226,13 @@ def test_it_says_how_much_of_a_text_it_read(folded: Path, tmp_path: Path, capsys
     text.write_text(HELD_OUT.read_text() * 3)
     assert run("verify", folded, "--level", "logits", "--text", text, "--no-record", "--device", "cpu") == 0
     out = capsys.readouterr().out
-    assert f"judged at 4,096 positions of 4,096 tokens: {text}, the first of its" in out
+    assert re.search(
+        rf"judged at 4,096 positions of 4,096 tokens: {text}, the first of its [\d,]{{6}} tokens; cpu", out
+    )
+    text.write_text(HELD_OUT.read_text()[:500])  # all of a short one
+    assert run("verify", folded, "--level", "logits", "--text", text, "--no-record", "--device", "cpu") == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"judged at \d+ positions of (\d+) tokens: {text}, all of its \1 tokens; cpu", out)
 
 
 # ---- models that do not fit ------------------------------------------------------------------------------------------

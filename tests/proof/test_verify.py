@@ -14,22 +14,17 @@ from typing import Any
 import families
 import pytest
 import torch
+from command_line import run
+from documents import document
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from flashnorm_cli.cli import main
 from flashnorm_cli.demo import HELD_OUT, MODEL
 from flashnorm_cli.norms import info
 
 NORM, READER = "model.layers.1.input_layernorm.weight", "model.layers.1.self_attn.v_proj.weight"
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(a) for a in arguments])
-    return stopped.value.code
 
 
 def result_of(capsys: pytest.CaptureFixture[str], *arguments: object, code: int | None = None) -> dict[str, Any]:
@@ -37,7 +32,7 @@ def result_of(capsys: pytest.CaptureFixture[str], *arguments: object, code: int 
     if code is None:
         code = 4 if "--level" in arguments and "logits" not in arguments else 0
     assert run("verify", *arguments, "--json") == code
-    return json.loads(capsys.readouterr().out)
+    return document(capsys.readouterr().out)
 
 
 @pytest.fixture(scope="module")
@@ -244,8 +239,8 @@ def test_for_people(folded: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_report_and_fold_verify(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("fold", folder / "source", tmp_path / "out", "--verify", "--json") == 0
-    verification = json.loads(capsys.readouterr().out)["verification"]
-    assert verification["equivalent"]
+    verification = document(capsys.readouterr().out)["verification"]
+    assert verification["verdict"] == "equivalent"
     assert list(verification["levels"]) == ["weights", "layers", "logits"]  # as `verify` does by itself
     assert run("verify", tmp_path / "out", "--level", "weights", "--report", tmp_path / "report.html") == 4
     page = (tmp_path / "report.html").read_text()
@@ -405,8 +400,8 @@ def test_from_the_hub(folder: Path, tmp_path: Path) -> None:
         hub.add_repo("team/folded", tmp_path / "folded")
         done = call("verify", "team/folded", "--level", "weights", "--json")
         assert done.returncode == 4, done.stderr
-        result = json.loads(done.stdout)
-        assert (result["source"], len(result["commit"])) == ("team/source", 40)
+        result = document(done.stdout)
+        assert (result["source"]["name"], len(result["source"]["commit"])) == ("team/source", 40)
         assert result["recorded"] is None  # the cache is not ours to write into
         # Another repository with another weight is not the source.
         later = Path(shutil.copytree(folder / "source", tmp_path / "later"))
@@ -414,7 +409,7 @@ def test_from_the_hub(folder: Path, tmp_path: Path) -> None:
         hub.add_repo("team/source2", later)
         done = call("verify", "team/folded", "--source", "team/source2", "--level", "weights", "--json")
         assert done.returncode == 3, done.stderr
-        assert READER in {f["what"] for f in json.loads(done.stdout)["levels"]["weights"]["findings"]}
+        assert READER in {f["what"] for f in document(done.stdout)["levels"]["weights"]["findings"]}
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------

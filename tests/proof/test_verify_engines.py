@@ -10,17 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from command_line import run
+from documents import document
 
-from flashnorm_cli.cli import main
 from flashnorm_cli.demo import MODEL
 from flashnorm_cli.proof import engines as runtimes
 from flashnorm_cli.proof import evaluate
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(a) for a in arguments])
-    return stopped.value.code
+from flashnorm_cli.proof.tasks import task_names
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +65,7 @@ def test_a_token_that_is_gone_is_an_error(broken: dict[int, float]) -> None:
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
 def test_without_vllm(folded: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", folded, "--level", "weights", "--runtime", "vllm", "--json") == 4
-    level = json.loads(capsys.readouterr().out)["levels"]["runtime:vllm"]
+    level = document(capsys.readouterr().out)["levels"]["runtime:vllm"]
     assert (level["status"], level["reason"]) == ("skipped", "vLLM is not installed: pip install vllm")
 
 
@@ -78,7 +74,7 @@ def test_llama_cpp_says_what_it_needs(
 ) -> None:
     monkeypatch.delenv(runtimes.LLAMA_CPP, raising=False)
     assert run("verify", folded, "--level", "weights", "--runtime", "gguf", "--json") == 4  # nothing ran
-    level = json.loads(capsys.readouterr().out)["levels"]["runtime:gguf"]
+    level = document(capsys.readouterr().out)["levels"]["runtime:gguf"]
     assert level["status"] == "skipped"
     assert runtimes.LLAMA_CPP in level["reason"]
 
@@ -111,8 +107,37 @@ def test_eval_is_judged_by_standard_errors() -> None:
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-evaluation-harness is installed")
 def test_without_lm_eval(folded: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", folded, "--level", "weights", "--eval", "arc_easy", "--json") == 4
-    level = json.loads(capsys.readouterr().out)["levels"]["eval"]
+    level = document(capsys.readouterr().out)["levels"]["eval"]
     assert (level["status"], "pip install" in level["reason"]) == ("skipped", True)
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        ("task: cloze\n", "cloze"),
+        ("include: base.yaml\ntask: cloze\nprocess_docs: !function utils.process\nmore: !other {a: 1}\n", "cloze"),
+        ("group: suite\ntask:\n  - a\n  - b\n", "suite"),
+    ],
+)
+def test_a_file_names_its_task(content: str, name: str, tmp_path: Path) -> None:
+    """Whatever the file is called."""
+    (tmp_path / "file.yml").write_text(content)
+    assert task_names(["arc_easy", str(tmp_path / "file.yml")]) == (["arc_easy", name], [tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "No such file"), ("task: [a", "is not YAML"), ("- a\n", "holds no task"), ("task: 3\n", "holds no task")],
+)
+def test_a_file_without_a_task(
+    content: str | None, says: str, folded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file.yaml"
+    if content is not None:
+        file.write_text(content)
+    assert run("verify", folded, "--eval", file) == 2
+    error = capsys.readouterr().err
+    assert says in error and str(file) in error and error.count("\n") == 1
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
@@ -123,13 +148,13 @@ def test_lm_eval_on_a_task_of_our_own(folded: Path, tmp_path: Path, capsys: pyte
         for i in range(0, 2000, 100)
     ]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
-    (tmp_path / "cloze.yaml").write_text(
+    (tmp_path / "of-ours.yaml").write_text(
         f"task: cloze\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/items.jsonl\n"
         "output_type: multiple_choice\ntest_split: test\ndoc_to_text: '{{ctx}}'\ndoc_to_target: label\n"
         "doc_to_choice: choices\ntarget_delimiter: ''\nmetric_list:\n  - metric: acc\n    aggregation: mean\n"
         "    higher_is_better: true\nmetadata:\n  version: 1.0\n"
     )
-    assert run("verify", folded, "--level", "weights", "--eval", tmp_path / "cloze.yaml", "--json") == 4
-    (row,) = json.loads(capsys.readouterr().out)["levels"]["eval"]["figures"]["tasks"]
+    assert run("verify", folded, "--level", "weights", "--eval", tmp_path / "of-ours.yaml", "--json") == 4
+    (row,) = document(capsys.readouterr().out)["levels"]["eval"]["figures"]["tasks"]
     assert row["source"] > 0.9  # trained text against letters
     assert abs(row["delta"]) <= 0.1

@@ -202,11 +202,13 @@ def test_hostile_text_stays_text() -> None:
 
 
 def test_page_asks_for_nothing_elsewhere() -> None:
-    page = render(FULL)
+    page = render(FULL, "https://example.org/it")
     tags = Page(page).tags
     assert not {tag for tag, _ in tags} & {"script", "link", "img", "iframe", "object", "embed", "base", "form", "use"}
-    links = [value for _, attributes in tags for name, value in attributes.items() if name in ("src", "href", "srcset")]
-    assert all(str(link).startswith("#") for link in links)
+    loads = [value for _, attributes in tags for name, value in attributes.items() if name in ("src", "srcset")]
+    links = [attributes["href"] for tag, attributes in tags if "href" in attributes and tag == "a"]
+    assert loads == [] and {tag for tag, attributes in tags if "href" in attributes} <= {"a"}
+    assert [link for link in links if not link.startswith("#")] == ["https://example.org/it"]  # nothing loads a link
     assert "url(" not in page and "@import" not in page and "@font-face" not in page
     policy = [attributes["content"] for tag, attributes in tags if attributes.get("http-equiv")]
     assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
@@ -252,6 +254,61 @@ def test_what_was_compared() -> None:
     assert "2 \u00d7 layers.*.q_norm.weight layers.*.rope rotates it" in text
     assert "the final norm keeps its weight" in text
     assert "flashnorm verify ./model-FlashNorm" in text
+
+
+def test_names_are_code_and_not_between_backticks() -> None:
+    skipped = LevelResult("layers", "skipped", reason="`torch` is too small", notes=("see `a.b` and `c`",))
+    wrong = LevelResult("weights", "failed", {}, (Finding("x", "differs from `<y>`"),))
+    kept = Norm("layers.0.q_norm.weight", (8,), 1.0, 0.0, (), "mixed in `layers.0.attn`")
+    plan = dataclasses.replace(PLAN, norms=(*PLAN.norms, kept), notes=("`note` of the plan",))
+    page = render(verification(wrong, skipped, plan=plan, notes=("`note` of the result",)))
+    assert "`" not in page
+    for name in ("torch", "a.b", "c", "&lt;y&gt;", "layers.*.attn", "note"):
+        assert f"<code>{name}</code>" in page
+    texts = {**LOGITS.figures, "greedy": [{"prompt": "`x`", "source": "`", "folded": "`", "same": 1, "tokens": 1}]}
+    assert "`x`" in render(verification(dataclasses.replace(LOGITS, figures=texts)))  # what a model writes stays
+
+
+def failed_tiles(page: str) -> list[str]:
+    tiles = re.findall(r'<div(?: class="(failed)")?><dt>(.*?)</dt>', page[: page.index("What was compared")])
+    assert all(("failed" in what) == (kind == "failed") for kind, what in tiles)  # in words, not by colour alone
+    return [what.removesuffix(": failed") for kind, what in tiles if kind]
+
+
+def test_failed_tiles_say_so() -> None:
+    assert failed_tiles(render(FULL)) == []
+    weights = LevelResult("weights", "failed", {**WEIGHTS.figures, "differing": 2})
+    worst = layers(norm_row(0), norm_row(1, ratio=9.0), status="failed")
+    assert failed_tiles(render(verification(weights, worst, LOGITS))) == ["Tensors as planned", "Worst layer"]
+    for figures, tiles in (
+        ({"algebra_error": 1e-2, "ratio": 1.0}, ["Algebra"]),
+        ({"algebra_error": math.nan, "ratio": math.inf}, ["Algebra", "Rounding of the logits"]),
+        ({"ratio": 7.0}, ["Rounding of the logits"]),
+        ({}, ["Same next token"]),  # NaN in some rows: a failure that no other figure tells of
+    ):
+        logits = LevelResult("logits", "failed", {**LOGITS.figures, **figures})
+        assert failed_tiles(render(verification(WEIGHTS, logits))) == tiles
+
+
+def test_layers_are_in_the_order_of_their_numbers() -> None:
+    as_in_files = sorted(map(norm_row, range(24)), key=lambda row: row["norm"])
+    final = {**norm_row(0), "norm": "model.norm.weight"}
+    chart = charts(render(verification(layers(*as_in_files, final))))[0]
+    titles = [point.findtext(f"{SVG}title", "") for point in chart.iter(f"{SVG}g") if point.get("class") == "point"]
+    expected = [f"model.layers.{i}.input_layernorm.weight" for i in range(24)]
+    assert [title.split("\n")[0].split(". ")[1] for title in titles] == [*expected, "model.norm.weight"]
+
+
+def test_the_plan_is_drawn_for_a_desk_and_for_a_phone() -> None:
+    page = render(FULL)
+    assert re.findall(r'<svg[^>]*class="fn (\w+)"', page) == ["wide", "narrow"]
+    without = render(dataclasses.replace(FULL, plan=dataclasses.replace(PLAN, norms=())))
+    assert 'class="fn' not in without
+
+
+def test_the_project_is_linked() -> None:
+    assert 'Made by <a href="https://example.org/it">flashnorm</a> 0' in render(FULL, "https://example.org/it")
+    assert "Made by flashnorm 0" in Page(render(FULL)).text  # without an address: no link, or to the one there is
 
 
 def test_greedy_texts_are_marked_where_they_part() -> None:

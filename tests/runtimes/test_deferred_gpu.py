@@ -5,6 +5,7 @@ import copy
 import families
 import pytest
 import torch
+from own_choices import start_without_choices
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForCausalLM,
@@ -17,7 +18,6 @@ from transformers import (
 )
 
 from flashnorm_cli import deferred_modules, fold_model_, weighted, weightless
-from flashnorm_cli.cuda import choices, linear
 from flashnorm_cli.cuda.choices import Choice
 from flashnorm_cli.cuda.linear_variants import candidates
 from flashnorm_cli.norms import linear as norms_linear
@@ -40,11 +40,7 @@ CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "ge
 @pytest.fixture(autouse=True)
 def kernels_whatever_is_faster(tmp_path, monkeypatch):
     """Choose a kernel for every shape, so that tiny models run on them too."""
-    if torch.cuda.is_available() and (reason := linear.why_not(0)):
-        pytest.skip(reason)
-    monkeypatch.setenv("FLASHNORM_CACHE", str(tmp_path))
-    monkeypatch.setenv("FLASHNORM_TUNE", "0")
-    monkeypatch.setattr(choices, "_known", {})
+    start_without_choices(tmp_path, monkeypatch)
 
     def first(problem, rows, index):
         return Choice(candidates(problem.k, problem.activation, rows, 90)[0])

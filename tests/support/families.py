@@ -536,13 +536,8 @@ def _small_arguments(
 ) -> dict:
     """The arguments that make a small configuration of the same class as `default`."""
     arguments = {}
-    sizes = TOWER_SIZES if in_tower else TEXT_SIZES
     fields = {field.name for field in dataclasses.fields(default)}
-    if "kv_lora_rank" in fields:  # latent attention: every head has its own keys, and only a part is rotated
-        sizes = sizes | {
-            "num_key_value_heads": sizes["num_attention_heads"],
-            "head_dim": TEXT_SIZES["qk_rope_head_dim"],
-        }
+    sizes = _sizes(fields, in_tower)
     # Not getattr: where layers differ from each other, it refuses to answer for the whole model.
     for name, value in vars(default).items():
         if name not in fields and name in ("head_dim", "qk_head_dim"):
@@ -565,19 +560,27 @@ def _small_arguments(
         elif name == "rope_parameters" and value:
             arguments[name] = _small_rope(value, sizes["head_dim"])
         elif isinstance(value, list | tuple) and len(value) == getattr(default, "num_hidden_layers", 0):
-            kinds = list(dict.fromkeys(value))
-            if len(kinds) <= sizes["num_hidden_layers"]:
-                arguments[name] = _every_kind(name, kinds, sizes["num_hidden_layers"])
+            arguments |= _every_kind(name, list(dict.fromkeys(value)), sizes["num_hidden_layers"])
         elif isinstance(value, list | tuple) and name in sizes:
             arguments[name] = type(value)(sizes[name]) if isinstance(sizes[name], list) else sizes[name]
     return arguments | {name: value for name, value in overrides.items() if name not in arguments}
 
 
-def _every_kind(name: str, kinds: list, length: int) -> list:
-    """A list with one entry per layer in which every kind of layer occurs."""
+def _sizes(fields: set[str], in_tower: bool) -> dict:
+    sizes = TOWER_SIZES if in_tower else TEXT_SIZES
+    if "kv_lora_rank" not in fields:
+        return sizes
+    # Latent attention: every head has its own keys, and only a part is rotated.
+    return sizes | {"num_key_value_heads": sizes["num_attention_heads"], "head_dim": TEXT_SIZES["qk_rope_head_dim"]}
+
+
+def _every_kind(name: str, kinds: list, length: int) -> dict:
+    """A list with one entry per layer in which every kind of layer occurs, by its name; {} for too many kinds."""
+    if len(kinds) > length:
+        return {}
     # Attention alternates and the MLP repeats its last kind, so that sparse layers meet every attention.
     fill = kinds * length if name == "layer_types" else kinds + kinds[-1:] * length
-    return fill[:length]
+    return {name: fill[:length]}
 
 
 def _small_rope(rope: dict, head_dim: int) -> dict:

@@ -41,12 +41,13 @@ def shards_of(files: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def assert_published(hub: HubServer, expected: dict[str, bytes], revision: str = "main") -> None:
-    """The local fold's bytes, but for the card and for where the record says that it is from."""
+    """The local fold's bytes, but for the card with its picture and for where the record says that it is from."""
     files = hub.files(TARGET, revision)
-    papers = {"README.md", "flashnorm.json", ".gitattributes"}
+    papers = {"README.md", "flashnorm.json", "flashnorm-plan.svg", ".gitattributes"}
     assert {n: d for n, d in files.items() if n not in papers} == {n: d for n, d in expected.items() if n not in papers}
     card = files["README.md"].decode()
     assert "language: de" in card
+    assert SOURCE.encode() in files["flashnorm-plan.svg"]
     assert "Not verified" in card
     assert f"flashnorm verify {TARGET}" in card
     mine, local = json.loads(files["flashnorm.json"]), json.loads(expected["flashnorm.json"])

@@ -280,7 +280,7 @@ class _Finder:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
             return "has a hook"
         if type(weight) is not nn.Parameter or type(weight.data) is not Tensor or weight.is_meta:
-            return "has a weight that is no plain tensor in memory"
+            return "has a weight that is not a plain tensor in memory"
         if not weight.is_floating_point() or weight.element_size() < 2 or not weight.is_contiguous():
             return f"has a weight of {weight.dtype}"
         if not tied and any(self.shared[id(p)] > 1 for p in module.parameters()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from flashnorm_cli.trace.forward import call_with, token_ids
 
 TOKENS = 3
 # Questions about a tensor that do not read its elements.
@@ -105,16 +106,8 @@ class _Watch(TorchFunctionMode):
 
 def inputs_of(model: Any) -> dict[str, Any]:
     """A few token ids on the model's device, and what else its forward cannot do without."""
-    signature = inspect.signature(model.forward).parameters
-    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 8)
     device = next(p.device for p in model.parameters() if not p.is_meta)
-    ids = (torch.arange(TOKENS, device=device) * 7 + 3).view(1, TOKENS) % vocabulary
-    inputs: dict[str, Any] = {"input_ids": ids}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
-    if "use_cache" in signature:
-        inputs["use_cache"] = False
-    return inputs
+    return call_with(model, token_ids(model, 1, TOKENS).to(device))
 
 
 def observe(model: Any) -> Observed:

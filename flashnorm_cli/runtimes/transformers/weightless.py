@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from flashnorm_cli.adapters.files import adapter_warnings
+from flashnorm_cli.checkpoint.hub_ids import hub_id
 from flashnorm_cli.checkpoint.model import RECORD
 from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError, one_line
 from flashnorm_cli.modeling import build, disk_names
+from flashnorm_cli.modeling.quiet import transformers_alone
 from flashnorm_cli.norms.detect import PlainNorm, norm_reader, own_forward
 from flashnorm_cli.record.read import identities, record_of
 from flashnorm_cli.runtimes.transformers.deferred import defer, states_of, undefer
@@ -94,7 +96,13 @@ def deferred_modules(model: nn.Module) -> dict[str, str | None]:
 
 
 def weighted(model: AnyModel) -> AnyModel:
-    """Undo `weightless`: every norm is of its own class again, and reads its weight, which is trained if it was."""
+    """Undo `weightless`: every norm is of its own class again, and reads its weight, which is trained if it was.
+
+    Args:
+        model: the model that was passed to `weightless`, or that `from_pretrained` returned; any other stays as it is.
+    Returns:
+        The model.
+    """
     undefer(model)
     undefer(getattr(model, "_orig_mod", model))
     for module in list(model.modules()):
@@ -133,7 +141,9 @@ def _base(model: nn.Module) -> PreTrainedModel:
     if not isinstance(inner, PreTrainedModel) and callable(getattr(inner, "get_base_model", None)):
         inner = inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):
-        raise UsageError(f"{type(model).__name__} is no transformers model; pass the model inside (a PreTrainedModel)")
+        raise UsageError(
+            f"{type(model).__name__} is not a transformers model; pass the model inside (a PreTrainedModel)"
+        )
     return inner
 
 
@@ -210,7 +220,8 @@ def from_pretrained(name: str | Path, *, deferred: bool = False, **arguments: An
             `weightless` raises. Other errors are those of transformers.
     """
     path = Path(name).expanduser()
-    where = str(path) if path.is_dir() else str(name)
+    where, revision = (str(path), None) if path.is_dir() else hub_id(str(name), arguments.get("revision"))
+    arguments |= {"revision": revision} if revision else {}
     trust = bool(arguments.get("trust_remote_code"))
     hub = {key: arguments[key] for key in HUB_ARGUMENTS if key in arguments}
     config = build.load_config(where, trust, **hub)
@@ -223,7 +234,8 @@ def from_pretrained(name: str | Path, *, deferred: bool = False, **arguments: An
     if record.layout == "dropped":
         cls = _filling(cls, sorted(record.folded), identities(where, hub), filled)
     late = {} if "kernel_config" in arguments else {k: arguments.pop(k) for k in ("use_kernels",) if k in arguments}
-    loaded = cls.from_pretrained(where, **arguments)
+    with transformers_alone:
+        loaded = cls.from_pretrained(where, **arguments)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     if record.layout == "dropped":
         model.__class__ = cls.__mro__[1]

@@ -121,7 +121,7 @@ def why_weights_are_needed(config: Any) -> str | None:
     if not config.compilation_config.mode:  # CompilationMode.NONE
         return None
     if not isinstance(config.additional_config, dict):
-        return "additional_config is no dictionary, so that compiled graphs could not be told apart"
+        return "additional_config is not a dictionary, so that compiled graphs could not be told apart"
     passes = config.compilation_config.pass_config
     quantized = config.model_config.quantization is not None
     for name in PASSES_WITH_WEIGHTS:
