@@ -72,8 +72,7 @@ def fold_model_(model: Model, final_norm: FinalNorm = "auto", leave_grid: bool =
     with torch.no_grad():
         gains = _gains(traced, parameters)
         factors = _factors(traced, gains, parameters)
-        if not leave_grid:
-            _refuse_grid(parameters, factors)
+        _refuse_grid(parameters, {} if leave_grid else factors)
         head, embedding = traced.untied or ("", "")
         untied = None
         if traced.plan.untie and head != embedding:

@@ -25,8 +25,8 @@ ROTATION = "hadamard"
 DOCS = "docs/quantization.md"
 FIGURES = Path(__file__).with_name("quantized.json")
 CAUTION = (
-    "quantizing this fold may cost more than quantizing its source: `--for FORMAT` does what was measured to be best "
-    f"for a format ({DOCS})"
+    "quantized, this fold may lose far more than its source, up to a useless model in integers of 4 bits: `--for FORMAT` "
+    f"does what was measured to be best for a format ({DOCS})"
 )
 # Gains become part of the weights: the largest in a group of 32, relative to their root mean square, scales the
 # rounding error. It is 1 where all are equal.
