@@ -19,6 +19,7 @@ from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
 from flashnorm_cli.choices import FinalNorm
 from flashnorm_cli.errors import FlashNormError, GainOverflowError, GainUnderflowError, UsageError
 from flashnorm_cli.folding.jobs import FLUSH_LIMIT
+from flashnorm_cli.folding.planning import LEAVE_GRID
 from flashnorm_cli.modeling import build, disk_names
 from flashnorm_cli.plan.grid import KINDS, OnGrid, grid_in, rows_along
 from flashnorm_cli.plan.planner import FINAL_NORM_CHOICES, TracedPlan, trace_plan
@@ -102,7 +103,7 @@ def _refuse_grid(parameters: dict[str, nn.Parameter], factors: Mapping[str, tupl
     for name in list(kinds.values())[:KINDS]:
         rows = rows_along(parameters[name], factors[name][1])
         if rows is not None and (what := grid_in(rows)):
-            raise FlashNormError(f"{OnGrid(name, what).line}; quantize the source, or pass leave_grid=True")
+            raise FlashNormError(f"{OnGrid(name, what).line}; {LEAVE_GRID}")
 
 
 # ---- before the first change -----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from flashnorm_cli.plan.planner import make_plan
 if TYPE_CHECKING:
     import numpy as np
 
-LEAVE_GRID = "quantize the source, or fold with --leave-grid"
+LEAVE_GRID = "quantize the source, or pass `leave_grid=True`"
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ ROTATION = "hadamard"
 DOCS = "docs/quantization.md"
 FIGURES = Path(__file__).with_name("quantized.json")
 CAUTION = (
-    "quantized, this fold may lose far more than its source, up to a useless model in integers of 4 bits: `--for FORMAT` "
-    f"does what was measured to be best for a format ({DOCS})"
+    "quantized, this fold may lose far more than its source, up to a useless model in integers of 4 bits: `--for "
+    f"FORMAT` does what was measured to be best for a format ({DOCS})"
 )
 # Gains become part of the weights: the largest in a group of 32, relative to their root mean square, scales the
 # rounding error. It is 1 where all are equal.
@@ -92,14 +92,15 @@ def card_line(rotated: bool) -> str:
     worse = [name for name, form in formats().items() if 1 < form.largest(choice) < math.inf]
     models = dict.fromkeys(model for form in formats().values() for model in form.ratios)
     done = "rotated folds" if rotated else "folds"
-    return (
+    line = (
         f"not measured on this model. On {_names(models)}, {done} lost more than their sources when quantized to "
-        f"{_names(worse)}: quantize the source for these. To {_names(better)} they lost no more on any of them."
+        f"{_names(worse)}: quantize the source for these."
     )
+    return f"{line} To {_names(better)} they lost no more on any of them." if better else line
 
 
 def _names(names: Iterable[str]) -> str:
-    return ", ".join(names) or "nothing"
+    return ", ".join(names)
 
 
 def uneven(gains: Iterable[np.ndarray]) -> bool:

@@ -152,12 +152,12 @@ def model(change: Callable[[Tensor], Tensor], suffix: tuple[str, ...], seed: int
 def test_a_fold_is_refused_with_the_tensor(tmp_path: Path) -> None:
     made = model(symmetric(8, 32, 127), ("up_proj.weight",))
     families.save(made, tmp_path / "in", torch.bfloat16)
-    with pytest.raises(FlashNormError, match=r"model\.layers\.\*\.mlp\.up_proj\.weight` holds .* --leave-grid"):
+    with pytest.raises(FlashNormError, match=r"model\.layers\.\*\.mlp\.up_proj\.weight` holds .* `leave_grid=True`"):
         fold(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     result = fold(tmp_path / "in", tmp_path / "out", leave_grid=True)
     assert any("off that grid" in note for note in result.plan.notes)
-    with pytest.raises(FlashNormError, match=r"mlp\.up_proj\.weight` holds .* leave_grid=True"):
+    with pytest.raises(FlashNormError, match=r"mlp\.up_proj\.weight` holds .* `leave_grid=True`"):
         fold_model_(made)
     fold_model_(made, leave_grid=True)
 
