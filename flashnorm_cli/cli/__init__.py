@@ -17,6 +17,7 @@ import typer
 from flashnorm_cli._version import __version__
 from flashnorm_cli.cli import options, session
 from flashnorm_cli.cli.bench import bench
+from flashnorm_cli.cli.collector import rare_collections
 from flashnorm_cli.cli.demo import demo
 from flashnorm_cli.cli.doctor import doctor
 from flashnorm_cli.cli.fold import fold
@@ -161,7 +162,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def _run(arguments: list[str]) -> int:
     """The exit code of a command. Whatever goes wrong ends in one line, but under --debug."""
     try:
-        result = typer.main.get_command(app).main(arguments, prog_name="flashnorm", standalone_mode=False)
+        with rare_collections():
+            result = typer.main.get_command(app).main(arguments, prog_name="flashnorm", standalone_mode=False)
         code = result if isinstance(result, int) else 0
         if code == INTERRUPTED:  # typer has caught Ctrl-C already
             raise KeyboardInterrupt

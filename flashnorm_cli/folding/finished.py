@@ -10,7 +10,6 @@ from typing import Any
 from flashnorm_cli.checkpoint.header import Header
 from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint
 from flashnorm_cli.errors import FlashNormError, shown
-from flashnorm_cli.folding.rewrite import changed_header
 from flashnorm_cli.plan.model import Plan
 from flashnorm_cli.record import write
 from flashnorm_cli.record.read import FoldRecord
@@ -70,6 +69,8 @@ def _other_record(checkpoint: Checkpoint, plan: Plan, layout: str, record: FoldR
 
 
 def _other_files(checkpoint: Checkpoint, plan: Plan, layout: str, target: Path) -> str | None:
+    from flashnorm_cli.folding.rewrite import changed_header  # torch, which a refused fold does not wait for
+
     for name, text in write.texts(checkpoint, plan, layout, {}).items():
         if name != RECORD and (target / name).read_bytes() != text.encode("utf-8", "surrogateescape"):
             return f"its {shown(name)} is another one"
@@ -79,8 +80,9 @@ def _other_files(checkpoint: Checkpoint, plan: Plan, layout: str, target: Path) 
         header = changed_header(header, dropped & header.tensors.keys(), plan.added if name == last else {})
         if not is_shard(target / name, header):
             return f"its {shown(name)} is missing or another one"
-    for name in checkpoint.others:
-        if not (target / name).is_file() or (target / name).stat().st_size != checkpoint.seen[name].size:
+    for name in checkpoint.others:  # those of a Hub repository need not be here
+        size = checkpoint.seen[name].size if name in checkpoint.seen else None
+        if not (target / name).is_file() or size not in (None, (target / name).stat().st_size):
             return f"its {shown(name)} is missing or another one"
     return None
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from flashnorm_cli._version import __version__
 from flashnorm_cli.checkpoint import disk
 from flashnorm_cli.checkpoint.carry import check_names
@@ -23,7 +21,6 @@ from flashnorm_cli.checkpoint.model import Checkpoint, LeftOut, Progress, Source
 from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.checkpoint.output import check_output, flush, not_an_output, work_folder
 from flashnorm_cli.checkpoint.progress import with_notebook_bar
-from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE, read_tensors
 from flashnorm_cli.checkpoint.work import source_name
 from flashnorm_cli.choices import FinalNorm, Layout, Rotation
 from flashnorm_cli.display import Shown
@@ -279,6 +276,10 @@ def read_gains(checkpoint: Checkpoint, plan: Plan, raw: Mapping[str, bytearray] 
 
     `raw` are the bytes of the norms' tensors, if they have been read.
     """
+    import torch
+
+    from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE, read_tensors
+
     gains = {}
     raw = raw if raw is not None else read_tensors(checkpoint, [norm.tensor for norm in plan.folded])
     for norm in plan.folded:

@@ -97,9 +97,9 @@ def plan_checkpoint(
     checkpoint: Checkpoint, final_norm: FinalNorm = "auto", trust_remote_code: bool = False
 ) -> TracedPlan:
     """As `make_plan`, with what was traced."""
+    refuse_folded(checkpoint)  # before the seconds that the imports take
     from flashnorm_cli.modeling import build
 
-    refuse_folded(checkpoint)
     config = build.load_config(checkpoint.folder, trust_remote_code)
     cls = build.model_class(config, checkpoint.folder, trust_remote_code)
     users = announced_users(checkpoint, own_code=cls.__module__.startswith("transformers_modules"))

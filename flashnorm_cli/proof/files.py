@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from flashnorm_cli.checkpoint.hub import content_id
 from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint
 
 # Written for readers and for git, not for the model.
@@ -53,8 +54,4 @@ def file_facts(path: Path, header: bytes | None = None, sha256: str | None = Non
 
 
 def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return content_id(path).sha256

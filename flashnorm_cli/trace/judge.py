@@ -57,6 +57,8 @@ def _merged_uses(state: State, name: str) -> tuple[int, torch.Tensor, str, list[
     merged = ids.clone()
     conflict: list[str] = []
     for other_dim, other, _ in uses[1:]:
+        if other_dim == dim and torch.equal(merged, other):  # the usual case: another forward saw the same
+            continue
         if other_dim != dim:
             conflict += trace.gains_of(merged) + trace.gains_of(other)
             continue

@@ -66,8 +66,7 @@ class GainTracer(TorchDispatchMode):
                 state.asked.setdefault(state.module)
             state.escape_through_answer(name, args)
             return answer
-        args, kwargs = self._followable(name, args, kwargs)
-        inputs = tensors_in(args, kwargs)
+        args, kwargs, inputs = self._followable(name, args, kwargs)
         out = outcome(func, args, kwargs)
         if not inputs or any(t.device.type == "meta" for t in inputs):
             state.values.follow(func, name, args, kwargs, inputs, out)
@@ -79,8 +78,9 @@ class GainTracer(TorchDispatchMode):
             state.drop_reshaped(inputs, name)
         return out
 
-    def _followable(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The arguments without what the meta device cannot take: masks, guessed sizes, tensors with values."""
+    def _followable(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any, list[torch.Tensor]]:
+        """The arguments without what the meta device cannot take (masks, guessed sizes, tensors with values), and the
+        tensors among them."""
         values = self.state.values
         if name in _INDEXED:
             args = values.without_masks(args)
@@ -90,7 +90,8 @@ class GainTracer(TorchDispatchMode):
         on_meta = any(t.device.type == "meta" for t in inputs)
         if on_meta and any(t.device.type != "meta" and t.ndim for t in inputs):
             args, kwargs = tree_map(values.to_meta, (args, kwargs))
-        return args, kwargs
+            inputs = tensors_in(args, kwargs)
+        return args, kwargs, inputs
 
     def _propagate(self, func: Any, name: str, args: Any, kwargs: Any, inputs: list[torch.Tensor], out: Any) -> None:
         """Ask the operation's rule where the gains of its inputs go. None may be lost silently."""
