@@ -53,6 +53,20 @@ def fold(
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="With --rotate: of the matrix.", show_default="0")] = None,
+    for_: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="FORMAT",
+            help="What the result will be quantized to (q4_k_m, w8a8-int8, ...): leave the model alone, fold, or fold "
+            "and rotate, as was measured to be best (docs/quantization.md).",
+            show_default=False,
+        ),
+    ] = None,
+    leave_grid: Annotated[
+        bool,
+        typer.Option("--leave-grid", help="Fold also weights that lie on a quantizer's grid (trained for few bits)."),
+    ] = False,
     revision: options.RevisionOpt = None,
     token: options.TokenOpt = None,
     cache_dir: options.CacheDirOpt = None,
@@ -102,7 +116,7 @@ def fold(
     output, (model, revision) = options.one_output(output, to), hub_id(model, revision)
     if push_to is None and (private is not None or commit_message is not None or create_pr):
         raise UsageError("--private, --commit-message and --create-pr need --push-to")
-    if seed is not None and rotate is None:
+    if seed is not None and rotate is None and for_ is None:
         raise UsageError("--seed needs --rotate")
     if push_to is not None and rotate is not None:
         raise UsageError("--push-to does not rotate: fold with --rotate into a folder, then flashnorm push-to-hub")
@@ -110,6 +124,7 @@ def fold(
         raise UsageError("--push-to excludes an output folder and --local-files-only")
     hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     how: dict[str, Any] = {"final_norm": final_norm, "layout": layout, "workers": workers, "overwrite": overwrite}
+    how |= {"target": for_, "leave_grid": leave_grid}
     if push_to is not None:
         commit = {"private": private, "commit_message": commit_message, "create_pr": create_pr}
         _fold_to_hub(out, model, push_to, verify, revision=revision, dask=dask, **hub, **how, **commit)
@@ -206,4 +221,5 @@ def _outcome(result: FoldResult | StreamResult) -> list[str]:
     lines += left_out_lines(result.left_out)
     if result.layout == "dropped":
         lines.append(DROPPED)
-    return lines + [f"Note: {note}." for note in result.notes]
+    notes = [*result.notes, *([result.caution] if result.caution else [])]
+    return lines + [f"Note: {note}." for note in notes]

@@ -18,10 +18,10 @@ from typing import Any
 OPTIONS = frozenset(
     "adopt base base_model base_revision cache_dir commit_message create_pr dask device dry_run dtype final_norm "
     "follow_links layout limit local_files_only max_algebra max_ratio output overwrite private publish record "
-    "revision rotate seed source source_revision text token token_ids trust_remote_code unverified "
-    "workers levels runtimes tasks verify".split()
+    "leave_grid revision rotate seed source source_revision text token token_ids trust_remote_code unverified "
+    "target workers levels runtimes tasks verify".split()
 )
-OTHER_NAMES = {"levels": "level", "runtimes": "runtime", "tasks": "eval", "limit": "eval-limit"}
+OTHER_NAMES = {"target": "for", "levels": "level", "runtimes": "runtime", "tasks": "eval", "limit": "eval-limit"}
 COMMANDS = {
     "fold": "fold",
     "fold_adapter": "fold-adapter",

@@ -28,9 +28,10 @@ from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
 from flashnorm_cli.folding.engine import Engine, any_executor, dask_engine, in_turn, processors
 from flashnorm_cli.folding.finished import not_this_fold, older_fold
 from flashnorm_cli.folding.jobs import shard_edits
+from flashnorm_cli.folding.planning import Planning, caution, check_rotation, plan_for, refuse_grid
 from flashnorm_cli.folding.writing import Writing
-from flashnorm_cli.plan.model import ROTATIONS, Plan
-from flashnorm_cli.plan.planner import FINAL_NORM_CHOICES, make_plan
+from flashnorm_cli.plan.model import Plan
+from flashnorm_cli.plan.planner import FINAL_NORM_CHOICES
 from flashnorm_cli.record import write as record
 from flashnorm_cli.record.read import FoldRecord
 
@@ -45,7 +46,7 @@ class FoldResult(Shown):
     `flushed` counts, per tensor, products that became zero; `resumed` are shards that an earlier run had finished;
     `seconds` are those of planning, of writing, and of waiting until the disk has everything. `notes` say what else
     happened: what an earlier run had left, and what could not be removed. `already_done` says that an earlier run had
-    finished this very fold, and that nothing was written.
+    finished this very fold, and that nothing was written. `caution` warns who may quantize the result.
     """
 
     output: Path
@@ -58,6 +59,7 @@ class FoldResult(Shown):
     seconds: tuple[float, float, float]
     notes: tuple[str, ...] = ()
     already_done: bool = False
+    caution: str | None = None
 
     def _facts(self) -> dict[str, Any]:
         folded, kept = len(self.plan.folded), len(self.plan.kept)
@@ -95,6 +97,8 @@ def fold(
     layout: Layout = "identity",
     rotate: Rotation | None = None,
     seed: int = 0,
+    target: str | None = None,
+    leave_grid: bool = False,
     workers: int | None = None,
     overwrite: bool = False,
     follow_links: bool = False,
@@ -117,6 +121,9 @@ def fold(
         layout: "identity" writes folded norms as the identity of their convention, "dropped" leaves them out.
         rotate: "hadamard" or "random": rotate the residual stream after the fold, by the matrix that this and `seed`
             stand for; see docs/rotation.md.
+        target: the format that the result will be quantized to ("q4_k_m", "w8a8-int8", ...): fold, or fold and rotate,
+            as was measured to be best for it (docs/quantization.md). Excludes `rotate`.
+        leave_grid: fold also weights that lie on a quantizer's grid already (trained or made for few bits).
         workers: threads per shard; by default the number of processors, 8 at most, and one where several shards are
             folded at a time elsewhere.
         overwrite: replace an output folder that holds a folded checkpoint. Without it, a folder that holds this very
@@ -130,10 +137,11 @@ def fold(
         The folder, the plan, and what was written. `verify(result.output)` proves that it is the same model.
     Raises:
         UsageError: the call contradicts itself or the file system.
-        FlashNormError: the checkpoint is broken, folded already, has nothing to fold, or cannot be planned or rotated.
+        FlashNormError: the checkpoint is broken, folded already, has nothing to fold, cannot be planned or rotated, is
+            better left alone for `target`, or lies on a quantizer's grid.
     """
     check_options(final_norm, layout, workers)
-    check_rotation(rotate, seed)
+    check_rotation(rotate, seed, target)
     if dask is not None and executor is not None:
         raise UsageError("`dask` and `executor` exclude each other")
     report = on_progress or (lambda done, total, what: None)
@@ -145,24 +153,15 @@ def fold(
         else:
             engine = any_executor(executor) if executor else in_turn()
         rotation = None if rotate is None else (rotate, seed)
-        planning = _Planning(final_norm, trust_remote_code, rotation)
+        planning = Planning(final_norm, trust_remote_code, rotation, target, leave_grid, seed)
         return _fold(source, output, engine, planning, layout, workers, overwrite, report)
-
-
-@dataclass(frozen=True)
-class _Planning:
-    """What the plan depends on besides the checkpoint; `rotation` is kind and seed."""
-
-    final_norm: FinalNorm
-    trust_remote_code: bool
-    rotation: tuple[str, int] | None
 
 
 def _fold(
     source: Source,
     output: str | Path | None,
     engine: Engine,
-    planning: _Planning,
+    planning: Planning,
     layout: str,
     workers: int | None,
     overwrite: bool,
@@ -177,7 +176,7 @@ def _fold(
     check_names(wanted, (*checkpoint.shards, *checkpoint.others))
     older = None if overwrite else older_fold(wanted)
     target = check_output(wanted, overwrite or older is not None, checkpoint.folder)
-    plan = plan_fold(checkpoint, planning.final_norm, planning.trust_remote_code, report, planning.rotation)
+    plan, chosen = plan_for(checkpoint, planning, report)
     if older is not None:
         if why := not_this_fold(checkpoint, plan, layout, target, older):
             raise UsageError(f"{wanted}: exists already, and {why}; `overwrite=True` replaces it")
@@ -194,6 +193,7 @@ def _fold(
     give_back_memory()
     planned_at = time.monotonic()
     files = _shard_facts(checkpoint)
+    refuse_grid(checkpoint, plan, planning.leave_grid)
     gains = read_gains(checkpoint, plan)
     edits = shard_edits(checkpoint, plan, gains, layout)
     fingerprint = _fingerprint(checkpoint, plan, gains, layout, files)
@@ -218,7 +218,8 @@ def _fold(
         resumed=written.resumed,
         left_out=checkpoint.left_out,
         seconds=seconds,
-        notes=tuple(work.notes),
+        notes=(*chosen, *work.notes),
+        caution=caution(planning, gains.values()),
     )
 
 
@@ -247,41 +248,6 @@ def check_options(final_norm: str, layout: str, workers: int | None) -> None:
         raise UsageError(f"`layout` is one of {', '.join(record.LAYOUTS)}, not {layout!r}")
     if workers is not None and workers < 1:
         raise UsageError(f"`workers` has to be at least 1, not {workers}")
-
-
-def check_rotation(rotate: str | None, seed: int) -> None:
-    """Raises UsageError."""
-    if rotate is not None and rotate not in ROTATIONS:
-        raise UsageError(f"`rotate` is one of {', '.join(ROTATIONS)}, not {rotate!r}")
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"`seed` is a whole number from 0 on, not {seed}")
-
-
-def plan_fold(
-    checkpoint: Checkpoint,
-    final_norm: FinalNorm,
-    trust_remote_code: bool,
-    report: Progress,
-    rotate: tuple[str, int] | None = None,
-) -> Plan:
-    """The plan, with a rotation by kind and seed where one is asked for.
-
-    Raises FlashNormError where there is nothing to fold, UsageError where there is no such rotation of this size.
-    """
-    report(0, 0, f"Tracing {', '.join(checkpoint.config.get('architectures') or ['the model'])}")
-    if rotate is None:
-        plan = make_plan(checkpoint, final_norm, trust_remote_code)
-    else:
-        from flashnorm_cli.folding.rotation import rotation
-        from flashnorm_cli.plan.rotation import make_rotated_plan
-
-        plan = make_rotated_plan(checkpoint, final_norm, trust_remote_code, *rotate)
-        if plan.rotation is not None:
-            rotation(rotate[0], plan.rotation.size, rotate[1])
-    if not plan.folded:
-        reasons = "; ".join(dict.fromkeys(n.reason or "" for n in plan.kept)) or "it has no norm with a weight"
-        raise FlashNormError(f"{checkpoint.source.name}: there is nothing to fold: {reasons}")
-    return plan
 
 
 def give_back_memory() -> None:

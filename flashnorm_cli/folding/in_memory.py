@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from flashnorm_cli.checkpoint.folded import flags_of
 from flashnorm_cli.checkpoint.header import Header, TensorEntry
 from flashnorm_cli.checkpoint.model import Checkpoint, Source
+from flashnorm_cli.checkpoint.names import layer_of, pattern_of
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
 from flashnorm_cli.choices import FinalNorm
 from flashnorm_cli.errors import FlashNormError, GainOverflowError, GainUnderflowError, UsageError
 from flashnorm_cli.folding.jobs import FLUSH_LIMIT
+from flashnorm_cli.folding.planning import LEAVE_GRID
 from flashnorm_cli.modeling import build, disk_names
+from flashnorm_cli.plan.grid import KINDS, OnGrid, grid_in, rows_along
 from flashnorm_cli.plan.planner import FINAL_NORM_CHOICES, TracedPlan, trace_plan
 from flashnorm_cli.record import write as record
 
@@ -30,7 +33,7 @@ Model = TypeVar("Model", bound="PreTrainedModel")
 CHUNK_ELEMENTS = 1 << 24  # that are widened to float32 at a time
 
 
-def fold_model_(model: Model, final_norm: FinalNorm = "auto") -> Model:
+def fold_model_(model: Model, final_norm: FinalNorm = "auto", leave_grid: bool = False) -> Model:
     """Fold the norm gains of a loaded model into the linear layers that read them, in place.
 
     What `fold` does to a checkpoint, for a model that is in memory: the same plan, the same products (float32, rounded
@@ -42,11 +45,13 @@ def fold_model_(model: Model, final_norm: FinalNorm = "auto") -> Model:
     Args:
         model: a transformers model, its parameters in memory (any device), not quantized, without adapters.
         final_norm: "auto", "keep" or "untie"; see `make_plan`. An untied head is a new parameter.
+        leave_grid: fold also weights that lie on a quantizer's grid already (trained or made for few bits).
     Returns:
         The model.
     Raises:
         UsageError: it is no transformers model, or final_norm is none of the three.
-        FlashNormError: the model is folded already, has nothing to fold, or cannot be changed in place.
+        FlashNormError: the model is folded already, has nothing to fold, cannot be changed in place, or lies on a
+            quantizer's grid.
         GainOverflowError: a weight times its gain is beyond what the parameter's dtype can hold.
         GainUnderflowError: too many weights times their gain are too small for it.
         PlanError: the architecture cannot be planned, or the model is not what its config says.
@@ -68,6 +73,7 @@ def fold_model_(model: Model, final_norm: FinalNorm = "auto") -> Model:
     with torch.no_grad():
         gains = _gains(traced, parameters)
         factors = _factors(traced, gains, parameters)
+        _refuse_grid(parameters, {} if leave_grid else factors)
         head, embedding = traced.untied or ("", "")
         untied = None
         if traced.plan.untie and head != embedding:
@@ -90,6 +96,14 @@ def fold_model_(model: Model, final_norm: FinalNorm = "auto") -> Model:
         for key, value in record.config_keys(traced.plan, "identity", in_memory=True).items():
             setattr(config, key, value)
     return model
+
+
+def _refuse_grid(parameters: dict[str, nn.Parameter], factors: Mapping[str, tuple[Tensor, int]]) -> None:
+    kinds = {pattern_of(name): name for name in factors if layer_of(name) and name in parameters}
+    for name in list(kinds.values())[:KINDS]:
+        rows = rows_along(parameters[name], factors[name][1])
+        if rows is not None and (what := grid_in(rows)):
+            raise FlashNormError(f"{OnGrid(name, what).line}; {LEAVE_GRID}")
 
 
 # ---- before the first change -----------------------------------------------------------------------------------------

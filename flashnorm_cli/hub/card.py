@@ -20,7 +20,7 @@ from flashnorm_cli.checkpoint.names import pattern_of
 from flashnorm_cli.hub.headings import below
 from flashnorm_cli.hub.published import Base
 from flashnorm_cli.hub.source_card import check_metadata, read_card
-from flashnorm_cli.plan import wording
+from flashnorm_cli.plan import quantized, wording
 from flashnorm_cli.plan.model import Plan
 from flashnorm_cli.proof.result import Verification
 from flashnorm_cli.report import formats, page
@@ -168,6 +168,7 @@ def _figures(facts: CardFacts) -> dict[str, Any]:
         "picture": PICTURE,
         "report": REPORT,
         "relation": RELATION,
+        "quantizing": quantized.card_line(plan.rotation is not None),
         "mark": SOURCE_CARD,
     }
     if result is not None:

@@ -29,6 +29,7 @@ from flashnorm_cli.display import Shown
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.folding.engine import any_executor, dask_engine, overlapping
 from flashnorm_cli.folding.fold import check_options
+from flashnorm_cli.folding.planning import Planning, check_streamed
 from flashnorm_cli.hub.base import base_info
 from flashnorm_cli.hub.contents import Contents, Fold, file_hashes, make_contents
 from flashnorm_cli.hub.journal import UPLOADED, Uploaded, read_journal
@@ -75,6 +76,7 @@ class StreamResult(Shown):
     left_out: tuple[LeftOut, ...]
     seconds: tuple[float, float, float]
     notes: tuple[str, ...] = ()
+    caution: str | None = None
 
     def _facts(self) -> dict[str, Any]:
         moved = {"downloaded": self.downloaded, "uploaded": self.uploaded}
@@ -109,6 +111,8 @@ def fold_to_hub(
     trust_remote_code: bool = False,
     final_norm: FinalNorm = "auto",
     layout: Layout = "identity",
+    target: str | None = None,
+    leave_grid: bool = False,
     workers: int | None = None,
     overwrite: bool = False,
     private: bool | None = None,
@@ -125,7 +129,8 @@ def fold_to_hub(
         model: the Hub id of the source.
         repo_id: the Hub id of the result; made if it does not exist, `private` or not.
         revision, token, cache_dir: as in huggingface_hub; of the source, but the token has to be good for both.
-        trust_remote_code, final_norm, layout: as in `fold`.
+        trust_remote_code, final_norm, layout, leave_grid: as in `fold`.
+        target: as in `fold`; one that is best rotated is refused.
         workers: threads that fold a shard.
         overwrite: replace what the repository holds.
         commit_message, create_pr: as in huggingface_hub's `create_commit`.
@@ -143,6 +148,7 @@ def fold_to_hub(
     from huggingface_hub import HfApi, get_token
 
     check_options(final_norm, layout, workers)
+    check_streamed(target)
     (model, revision), repo_id = hub_id(model, revision), repository_id(repo_id)
     check_call(model, repo_id, None, create_pr, workers)
     if dask is not None and executor is not None:
@@ -162,7 +168,8 @@ def fold_to_hub(
         else:
             engine = any_executor(executor) if executor else overlapping(AT_ONCE)
         source = Source(model, revision, token, Path(cache_dir) if cache_dir else None)
-        planned = plan_from_hub(source, final_norm, layout, trust_remote_code, report)
+        planning = Planning(final_norm, trust_remote_code, target=target, leave_grid=leave_grid)
+        planned = plan_from_hub(source, planning, layout, report)
         stack.enter_context(quiet_hub())  # after the plan: transformers switches the bars on again
         planned_at = time.monotonic()
 
@@ -177,14 +184,14 @@ def fold_to_hub(
         api = HfApi(token=token)
         options = Options(private, create_pr, commit_message or MESSAGE, overwrite)
         before = {n: u for n, u in read_journal(journal).items() if u.compared or not verify}
-        target = _target(api, repo_id, planned, inside, before, options, verify)
-        uploads = still_there(api, target.repository.repo_id, before)
+        goal = _target(api, repo_id, planned, inside, before, options, verify)
+        uploads = still_there(api, goal.repository.repo_id, before)
         resumed = tuple(edit.name for edit in planned.edits if edit.name in uploads)
-        jobs = hub_jobs(planned, target.repository.repo_id, create_pr, engine, inside.parent, workers, verify)
+        jobs = hub_jobs(planned, goal.repository.repo_id, create_pr, engine, inside.parent, workers, verify)
         downloaded, uploaded = transfer(engine, jobs, uploads, journal, report)
         transferred_at = time.monotonic()
         check_copies(model, uploads, journal)
-        pushed = _publish(planned.as_read(uploads), target, inside, uploads, journal, verify, report)
+        pushed = _publish(planned.as_read(uploads), goal, inside, uploads, journal, verify, report)
         seconds = (planned_at - started, transferred_at - planned_at, time.monotonic() - transferred_at)
     return StreamResult(
         pushed=pushed,
@@ -196,7 +203,8 @@ def fold_to_hub(
         resumed=resumed,
         left_out=planned.checkpoint.left_out,
         seconds=seconds,
-        notes=tuple(work.notes),
+        notes=(*planned.notes, *work.notes),
+        caution=planned.caution,
     )
 
 

@@ -14,9 +14,9 @@ from flashnorm_cli.checkpoint.hub import listed_ids
 from flashnorm_cli.checkpoint.model import Checkpoint, Progress, Source, refuse_adapter, refuse_folded
 from flashnorm_cli.checkpoint.open import fetch_others, open_checkpoint
 from flashnorm_cli.checkpoint.tensors import read_tensors
-from flashnorm_cli.choices import FinalNorm
-from flashnorm_cli.folding.fold import give_back_memory, plan_fingerprint, plan_fold, read_gains
+from flashnorm_cli.folding.fold import give_back_memory, plan_fingerprint, read_gains
 from flashnorm_cli.folding.jobs import ShardEdits, shard_edits
+from flashnorm_cli.folding.planning import Planning, caution, plan_for, refuse_grid
 from flashnorm_cli.hub.journal import SHA256, Uploaded
 from flashnorm_cli.plan.model import Plan
 
@@ -35,6 +35,8 @@ class Planned:
     raw: Mapping[str, bytearray]
     gains: Mapping[str, np.ndarray]
     edits: tuple[ShardEdits, ...]
+    notes: tuple[str, ...]
+    caution: str | None
 
     @cached_property
     def folded_shards(self) -> dict[str, Header]:
@@ -54,10 +56,8 @@ class Planned:
         return dataclasses.replace(self, checkpoint=dataclasses.replace(self.checkpoint, sha256=sha256))
 
 
-def plan_from_hub(
-    source: Source, final_norm: FinalNorm, layout: str, trust_remote_code: bool, report: Progress
-) -> Planned:
-    """Plan the fold of a repository. Raises what `open_checkpoint`, `plan_fold` and `read_gains` raise."""
+def plan_from_hub(source: Source, planning: Planning, layout: str, report: Progress) -> Planned:
+    """Plan the fold of a repository. Raises what `open_checkpoint`, `plan_for` and `read_gains` raise."""
     report(0, 0, "Reading headers")
     checkpoint = open_checkpoint(source, weights=False)
     refuse_folded(checkpoint)
@@ -66,9 +66,11 @@ def plan_from_hub(
     ids = listed_ids(source, checkpoint.commit or "", list(checkpoint.shards))
     meant = {name: known[0] for name, known in ids.items() if SHA256.fullmatch(known[0])}
     checkpoint = dataclasses.replace(checkpoint, sha256=meant)
-    plan = plan_fold(checkpoint, final_norm, trust_remote_code, report)
+    plan, chosen = plan_for(checkpoint, planning, report)
     give_back_memory()
     report(0, 0, "Reading norms")
+    refuse_grid(checkpoint, plan, planning.leave_grid)
     raw = read_tensors(checkpoint, [norm.tensor for norm in plan.folded])
     gains = read_gains(checkpoint, plan, raw)
-    return Planned(checkpoint, ids, plan, layout, raw, gains, tuple(shard_edits(checkpoint, plan, gains, layout)))
+    edits = tuple(shard_edits(checkpoint, plan, gains, layout))
+    return Planned(checkpoint, ids, plan, layout, raw, gains, edits, tuple(chosen), caution(planning, gains.values()))

@@ -51,37 +51,6 @@ def _refuse_unknown_keys(checkpoint: Checkpoint, config: Any, values: dict[str, 
             _refuse_unknown_keys(checkpoint, nested, below, f"{path}{key}.")
 
 
-GRID_BLOCK, GRID_VALUES, GRID_BLOCKS = 32, 16, 64  # of Q4_0 and MXFP4; how many blocks are looked at
-
-
-def grid_notes(checkpoint: Checkpoint, readers: Iterable[str]) -> list[str]:
-    """Whether readers hold few values in each block along their input, as weights made for 4 bits do.
-
-    4 kB of the first readers are looked at, where the shards are on this disk: no header tells.
-    """
-    from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE, read_tensor
-
-    on_grid = []
-    for name in [name for name in readers if layer_of(name) and name in checkpoint.tensors][:3]:
-        entry = checkpoint.tensors[name]
-        if not (checkpoint.folder / checkpoint.shard_of[name]).is_file():
-            return []
-        if entry.dtype not in TORCH_DTYPE or len(entry.shape) != 2 or entry.shape[1] % GRID_BLOCK:
-            return []
-        rows = min(entry.shape[0], -(-GRID_BLOCKS * GRID_BLOCK // entry.shape[1]))
-        blocks = read_tensor(checkpoint, name, (0, rows)).reshape(-1, GRID_BLOCK).tolist()
-        counts = [len(set(block)) for block in blocks]
-        if not counts or max(counts) > GRID_VALUES or max(counts) < 2:
-            return []
-        on_grid.append(name)
-    if not on_grid:
-        return []
-    return [
-        f"`{pattern_of(on_grid[0])}` holds at most {GRID_VALUES} values in each {GRID_BLOCK} (trained or made for 4 "
-        "bits): a fold moves them off that grid, and quantizing the fold will cost more than quantizing the source"
-    ]
-
-
 def notes(checkpoint: Checkpoint, model: PreTrainedModel, missing: set[str], unread: list[str]) -> list[str]:
     """What is worth knowing of how the files are loaded, though no norm depends on it."""
     found = []

@@ -19,6 +19,7 @@ from flashnorm_cli.choices import FinalNorm
 from flashnorm_cli.errors import UsageError
 from flashnorm_cli.plan import disk, load_time, output_head, readers, unseen
 from flashnorm_cli.plan.assemble import assemble
+from flashnorm_cli.plan.grid import grid_notes
 from flashnorm_cli.plan.model import Plan
 from flashnorm_cli.plan.traced import traced
 
@@ -67,7 +68,7 @@ def make_plan(
 ) -> Plan:
     """Derive the plan of a fold from the model's own forward, on the meta device: headers are read, no weights.
 
-    Of the weights, a few kB are looked at where they are on this disk: a note says if they lie on a grid of 4 bits.
+    Of the weights, a few kB are looked at where they are on this disk: a note says if they lie on a quantizer's grid.
 
     Args:
         model: a local folder or a Hub id, or a checkpoint from `open_checkpoint`, with or without its weights.
@@ -149,8 +150,8 @@ def trace_plan(
     lm_head = "kept" if any(g in reasons.kept for g in head_gains) else head.state
     if lm_head in ("folded", "untied"):
         notes.append(HIDDEN_STATES)
-    folded = (name for name, _, ids in found if any(g not in reasons.kept for g in trace.gains_of(ids)))
-    notes += load_time.grid_notes(checkpoint, folded)
+    folded = [(name, dim) for name, dim, ids in found if any(g not in reasons.kept for g in trace.gains_of(ids))]
+    notes += grid_notes(checkpoint, folded)
     plan = assemble(task, head.traced, on_disk, norm_tensors, reasons.kept, found, lm_head, notes)
     return TracedPlan(plan, model, trace, reasons.kept, head.untied, on_disk.places, tuple(every_user))
 

@@ -14,7 +14,7 @@ from flashnorm_cli.checkpoint.places import same_but_places, without_places
 from flashnorm_cli.errors import CheckpointError, PlanError, quoted
 from flashnorm_cli.proof.expected import config_findings, index_findings, json_equal, levels, short, unequal
 from flashnorm_cli.proof.files import CARD, EVAL_RESULTS_DIR, file_facts, is_documentation
-from flashnorm_cli.proof.pairing import DROPPED, SOURCE, Pair
+from flashnorm_cli.proof.pairing import DROPPED, OTHER, SOURCE, Pair
 from flashnorm_cli.proof.result import Finding
 
 # What other tools write into a config without changing the model.
@@ -79,6 +79,7 @@ def _flag(pair: Pair) -> list[Finding]:
         if value is not True:
             continue
         kept = [n.tensor for n in pair.plan.folded if pair.states[n.tensor] == SOURCE and n.tensor not in pair.gains]
+        kept += [n.tensor for n in pair.plan.folded if pair.states[n.tensor] == OTHER]
         if not pair.plan.folded_flag:
             kept += [n.tensor for n in pair.plan.kept]
         if kept:

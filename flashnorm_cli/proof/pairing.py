@@ -20,6 +20,10 @@ from flashnorm_cli.plan.planner import make_plan
 from flashnorm_cli.proof.result import Finding
 from flashnorm_cli.record.read import FoldRecord
 
+SCALED_AGAIN = (
+    "AWQ and SmoothQuant put their scales there: such a checkpoint is not weightless any more, and an ordinary one "
+    "without flashnorm and flashnorm_folded in its config"
+)
 IDENTITY, DROPPED, SOURCE, OTHER = "identity", "dropped", "source", "other"
 
 
@@ -205,9 +209,10 @@ def _wrong_norm(source: Checkpoint, folded: Checkpoint, norm: Norm, state: str) 
     error = ((found - was).norm() / was.norm().clamp(min=torch.finfo(torch.float64).tiny)).item()
     if norm.folded and bool((found == found[0]).all()):
         return Finding(name, f"holds {found[0]:g} everywhere instead of {wanted}", error)
+    again = f"; {SCALED_AGAIN}" if norm.folded and bool((found * norm.scale + norm.offset > 0).all()) else ""
     return Finding(
         name,
         f"does not hold {wanted}: {wrong[0] if norm.folded else wrong[1]} of {len(found)} values differ, the first is "
-        f"element {where}: {found[where]:g}",
+        f"element {where}: {found[where]:g}{again}",
         error,
     )

@@ -31,6 +31,7 @@ from flashnorm_cli.checkpoint.open import open_checkpoint
 from flashnorm_cli.checkpoint.tensors import read_tensors
 from flashnorm_cli.folding.fold import fold
 from flashnorm_cli.hub.shard_job import _bytes_in
+from flashnorm_cli.plan.grid import KINDS, ROWS
 from flashnorm_cli.plan.planner import make_plan
 from flashnorm_cli.proof.shards import check_shard, shard_plan
 
@@ -129,7 +130,8 @@ def test_same_bytes_as_the_local_fold(
     gains = sum(
         e.nbytes for path in model.glob("*.safetensors") for n, e in read_header(path).tensors.items() if "norm" in n
     )
-    assert sum(request.sent for request in ranges) == len(sizes) * FIRST_BYTES + gains
+    samples = sum(request.sent for request in ranges) - len(sizes) * FIRST_BYTES - gains
+    assert 0 < samples <= KINDS * ROWS * 1024  # of each kind of reader, in search of a quantizer's grid
     assert hub.received("PUT /lfs/") == sum(map(len, shards_of(expected).values()))
     assert (result["bytes_downloaded"], result["bytes_uploaded"]) == (sum(sizes.values()), hub.received("PUT /lfs/"))
     assert not list(client.cache.rglob("*.safetensors"))

@@ -193,8 +193,9 @@ def _check_identity(recorded: _Recorded) -> None:
         # Of what is no plain norm the convention is not known here; training moves elements apart.
         if not bool((weight == (weight.flatten()[0] if norm is None else 1 - norm.offset)).all()):
             raise FlashNormError(
-                f"{disk} was folded, but does not hold the identity any more: it was trained or edited; set it back, "
-                "or fold again from the source"
+                f"{disk} was folded, but does not hold the identity any more: a quantizer has put its scales there "
+                "(AWQ, SmoothQuant), or it was trained or edited; load it with transformers, or fold again from the "
+                "source"
             )
 
 

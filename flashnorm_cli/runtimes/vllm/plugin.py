@@ -94,7 +94,8 @@ class _Watch:
         if self.lies:
             log.warning(
                 "flashnorm: the checkpoint's record names %d norm(s) as folded that are not the identity, the first is "
-                "%s: they keep their weights",
+                "%s: they keep their weights (AWQ and SmoothQuant put scales there: take flashnorm and "
+                "flashnorm_folded out of config.json then)",
                 len(self.lies),
                 shown(self.lies[0]),
             )

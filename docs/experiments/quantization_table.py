@@ -1,0 +1,138 @@
+"""Write what follows from docs/benchmarks/quantization_*.json: the table of docs/quantization.md, and quantized.json.
+
+    python docs/experiments/quantization_table.py
+
+`fold --for` reads the second one. A test runs this and compares.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "docs" / "benchmarks"
+RAW = ("smollm2", "gemma3", "demo")
+FIGURES = ROOT / "flashnorm_cli" / "plan" / "quantized.json"
+PAGE = ROOT / "docs" / "quantization.md"
+BEGIN, END = "<!-- table: docs/experiments/quantization_table.py -->", "<!-- end of table -->"
+# What `--for` knows, in the order of the table.
+FORMATS = {
+    "q8_0": "llama.cpp Q8_0",
+    "q4_k_m": "llama.cpp Q4_K_M",
+    "q4_0": "llama.cpp Q4_0",
+    "int8": "int8 weights, a scale per channel",
+    "fp8": "FP8 weights, a scale per tensor",
+    "int4-g128": "int4 weights, groups of 128",
+    "int4-g32": "int4 weights, groups of 32",
+    "nf4": "NF4 weights, blocks of 64",
+    "w8a8-int8": "int8 weights per channel, int8 activations per token",
+    "w8a8-fp8": "FP8 weights per channel, FP8 activations per token",
+    "nvfp4": "NVFP4 weights and activations",
+    "w4a8": "int4 weights in groups of 32, int8 activations per token",
+    "w8a6": "int8 weights per channel, 6-bit activations per token",
+    "w8a4": "int8 weights per channel, 4-bit activations per token",
+}
+TOOLS = {
+    "llm-compressor-w8a8": "llm-compressor W8A8",
+    "llm-compressor-fp8": "llm-compressor FP8_DYNAMIC",
+    "torchao-w8a8": "torchao int8 weights and activations",
+    "torchao-int8": "torchao int8 weights",
+}
+OTHERS = ("fold", "rotated")
+
+
+def models() -> list[dict[str, Any]]:
+    """The raw results, by model; those of tools that run in another environment lie in a file of their own."""
+    found = []
+    for name in RAW:
+        paths = sorted(BENCHMARKS.glob(f"quantization_{name}*.json"), key=lambda path: len(path.name))
+        model, *more = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        for each in more:
+            for variant, rows in each["rows"].items():
+                model["rows"].setdefault(variant, {}).update(rows)
+        found.append(model)
+    return found
+
+
+def row_of(model: dict[str, Any], variant: str, name: str) -> dict[str, Any] | None:
+    row = model["rows"].get(variant, {}).get(name)
+    return row if isinstance(row, dict) and "kl" in row else None
+
+
+def ratio(model: dict[str, Any], variant: str, name: str) -> float | None:
+    row, source = row_of(model, variant, name), row_of(model, "source", name)
+    return round(sum(row["kl"]) / sum(source["kl"]), 3) if row and source else None
+
+
+def figures() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, what in FORMATS.items():
+        ratios = {m["model"]: [ratio(m, variant, name) for variant in OTHERS] for m in models()}
+        found[name] = {"what": what, "ratios": {m: pair for m, pair in ratios.items() if pair[0] is not None}}
+    return {name: each for name, each in found.items() if each["ratios"]}
+
+
+def cell(model: dict[str, Any], variant: str, name: str) -> str:
+    """KL with its standard error over the texts, perplexity, and the ratio to the source with its range over texts."""
+    row, source = row_of(model, variant, name), row_of(model, "source", name)
+    if row is None or source is None:
+        return ""
+    kl = row["kl"]
+    mean = sum(kl) / len(kl)
+    error = math.sqrt(sum((v - mean) ** 2 for v in kl) / (len(kl) - 1) / len(kl))
+    text = f"{mean:.2g} ± {error:.1g}, {row['perplexity']:.4g}"
+    if variant == "source":
+        return text
+    each = sorted(a / b for a, b in zip(kl, source["kl"], strict=True))
+    ratio_of_all = ratio(model, variant, name) or 0
+    shown = f"{ratio_of_all:.2f}"
+    return f"{'**' + shown + '**' if ratio_of_all <= 1 else shown} ({each[0]:.2f} to {each[-1]:.2f}); {text}"
+
+
+def table() -> str:
+    lines = []
+    for model in models():
+        plain = row_of(model, "source", "float32") or {}
+        rotated = model["rows"].get("rotated", {})
+        lines += [f"### {model['model']}", ""]
+        pieces = f"{len(model['texts'])} pieces of {model['tokens']} tokens"
+        lines += [f"Source in float32: perplexity {plain['perplexity']:.4g}, on {pieces}."]
+        if "refused" in rotated:
+            lines += ["", f"`--rotate`: {rotated['refused'].rpartition('cannot be rotated: ')[2]}."]
+        lines += ["", "| format | source: KL, perplexity | fold | fold and rotation |", "|--|--|--|--|"]
+        for name, what in {**FORMATS, **TOOLS}.items():
+            if row_of(model, "source", name):
+                known = f"`{name}`: {what}" if name in FORMATS else what
+                cells = [cell(model, variant, name) for variant in ("source", *OTHERS)]
+                lines.append(f"| {' | '.join([known, *cells])} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def choices() -> str:
+    """What `--for` does, by format."""
+    from flashnorm_cli.plan.quantized import formats
+
+    done = {"keep": "leaves the model alone", "fold": "folds", "rotate": "folds and rotates"}
+    found: dict[str, list[str]] = {}
+    for name, form in formats().items():
+        found.setdefault(form.best(), []).append(f"`{name}`")
+    return "\n".join(f"- **{done[choice]}** for {', '.join(names)}" for choice, names in sorted(found.items()))
+
+
+def page() -> str:
+    text = PAGE.read_text(encoding="utf-8")
+    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    return f"{before}\n\n`fold --for`\n\n{choices()}\n\n{table()}\n\n{after}"
+
+
+def main() -> None:
+    FIGURES.write_text(json.dumps(figures(), indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The plan of a fold as it was asked for: a rotation, or what is best for a format of quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flashnorm_cli.checkpoint.model import Checkpoint, Progress
+from flashnorm_cli.choices import FinalNorm
+from flashnorm_cli.errors import FlashNormError, PlanError, UsageError
+from flashnorm_cli.plan import quantized
+from flashnorm_cli.plan.grid import plan_on_grid
+from flashnorm_cli.plan.model import ROTATIONS, Plan
+from flashnorm_cli.plan.planner import make_plan
+
+if TYPE_CHECKING:
+    import numpy as np
+
+LEAVE_GRID = "quantize the source, or pass `leave_grid=True`"
+
+
+@dataclass(frozen=True)
+class Planning:
+    """What the plan depends on besides the checkpoint.
+
+    `rotation` is kind and seed; `target` is a format of quantization that chooses it (`plan/quantized.py`), with
+    `seed`. `leave_grid` folds weights that lie on a quantizer's grid.
+    """
+
+    final_norm: FinalNorm
+    trust_remote_code: bool
+    rotation: tuple[str, int] | None = None
+    target: str | None = None
+    leave_grid: bool = False
+    seed: int = 0
+
+
+def check_rotation(rotate: str | None, seed: int, target: str | None = None) -> None:
+    """Raises UsageError."""
+    if rotate is not None and rotate not in ROTATIONS:
+        raise UsageError(f"`rotate` is one of {', '.join(ROTATIONS)}, not {rotate!r}")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"`seed` is a whole number from 0 on, not {seed}")
+    if target is not None:
+        quantized.format_of(target)
+        if rotate is not None:
+            raise UsageError("--for chooses whether to rotate: leave --rotate out")
+
+
+def check_streamed(target: str | None) -> None:
+    """Raises UsageError for a format that is best rotated, which a fold from Hub to Hub cannot do."""
+    if target is not None and quantized.format_of(target).best() == quantized.ROTATE:
+        raise UsageError(
+            f"--push-to does not rotate, as is best for {target}: fold with --for into a folder, then flashnorm "
+            "push-to-hub"
+        )
+
+
+def plan_for(checkpoint: Checkpoint, planning: Planning, report: Progress) -> tuple[Plan, list[str]]:
+    """The plan, and what --for has chosen and why.
+
+    Raises FlashNormError where the model is better left alone, and what `plan_fold` raises.
+    """
+    final_norm, trust = planning.final_norm, planning.trust_remote_code
+    if planning.target is None:
+        return plan_fold(checkpoint, final_norm, trust, report, planning.rotation), []
+    form = quantized.format_of(planning.target)
+    choice, why = form.best(), ""
+    if choice == quantized.ROTATE:
+        try:
+            plan = plan_fold(checkpoint, final_norm, trust, report, (quantized.ROTATION, planning.seed))
+            ratios = form.measured(choice)
+            note = f"--for {form.name}: folded and rotated: KL divergence was {ratios} times the source's"
+            return plan, [f"{note} ({quantized.DOCS})"]
+        except (PlanError, UsageError) as error:
+            choice, why = form.best(rotatable=False), f", and it cannot be rotated: {error}"
+    if choice == quantized.KEEP:
+        raise FlashNormError(f"{checkpoint.source.name}: {quantized.keep_line(form, why)}")
+    note = f"--for {form.name}: folded: KL divergence was {form.measured(choice)} times the source's"
+    return plan_fold(checkpoint, final_norm, trust, report), [f"{note}{why} ({quantized.DOCS})"]
+
+
+def plan_fold(
+    checkpoint: Checkpoint,
+    final_norm: FinalNorm,
+    trust_remote_code: bool,
+    report: Progress,
+    rotate: tuple[str, int] | None = None,
+) -> Plan:
+    """The plan, with a rotation by kind and seed where one is asked for.
+
+    Raises FlashNormError where there is nothing to fold, UsageError where there is no such rotation of this size.
+    """
+    report(0, 0, f"Tracing {', '.join(checkpoint.config.get('architectures') or ['the model'])}")
+    if rotate is None:
+        plan = make_plan(checkpoint, final_norm, trust_remote_code)
+    else:
+        from flashnorm_cli.folding.rotation import rotation
+        from flashnorm_cli.plan.rotation import make_rotated_plan
+
+        plan = make_rotated_plan(checkpoint, final_norm, trust_remote_code, *rotate)
+        if plan.rotation is not None:
+            rotation(rotate[0], plan.rotation.size, rotate[1])
+    if not plan.folded:
+        reasons = "; ".join(dict.fromkeys(n.reason or "" for n in plan.kept)) or "it has no norm with a weight"
+        raise FlashNormError(f"{checkpoint.source.name}: there is nothing to fold: {reasons}")
+    return plan
+
+
+def refuse_grid(checkpoint: Checkpoint, plan: Plan, leave: bool) -> None:
+    """Raise FlashNormError where weights that change lie on a quantizer's grid, but for `leave`."""
+    found = None if leave else plan_on_grid(checkpoint, plan)
+    if found is not None:
+        raise FlashNormError(f"{checkpoint.source.name}: {found.line}; {LEAVE_GRID}")
+
+
+def caution(planning: Planning, gains: Iterable[np.ndarray]) -> str | None:
+    """A line for who may quantize the fold, where its gains matter and nothing was chosen with that in mind."""
+    chosen = planning.target is not None or planning.rotation is not None
+    return None if chosen or not quantized.uneven(gains) else quantized.CAUTION

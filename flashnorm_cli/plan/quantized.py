@@ -1,0 +1,116 @@
+"""What quantizing costs before and after a fold, as measured, and what follows for `fold --for`.
+
+The figures are in quantized.json, which docs/experiments/quantization_table.py writes from the raw results; the same
+script writes the table of docs/quantization.md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flashnorm_cli.errors import UsageError, quoted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import numpy as np
+
+KEEP, FOLD, ROTATE = "keep", "fold", "rotate"
+ROTATION = "hadamard"
+DOCS = "docs/quantization.md"
+FIGURES = Path(__file__).with_name("quantized.json")
+CAUTION = (
+    "quantized, this fold may lose far more than its source, up to a useless model in integers of 4 bits: `--for "
+    f"FORMAT` does what was measured to be best for a format ({DOCS})"
+)
+# Gains become part of the weights: the largest in a group of 32, relative to their root mean square, scales the
+# rounding error. It is 1 where all are equal.
+GROUP, UNEVEN = 32, 1.2
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of quantization. `ratios` are KL divergences from the float32 source, relative to the source's own in
+    this format, by model: of the fold, and of the fold with a rotation (None: refused for this model)."""
+
+    name: str
+    what: str
+    ratios: Mapping[str, tuple[float, float | None]]
+
+    def largest(self, choice: str) -> float:
+        """The ratio of a choice on the model where it is worst; infinity where fewer than two models had it."""
+        found = [r for pair in self.ratios.values() if (r := pair[choice == ROTATE]) is not None]
+        return max(found) if len(found) > 1 else math.inf
+
+    def best(self, rotatable: bool = True) -> str:
+        """What to do with a model that will be quantized so: never what was worse than the source on any model."""
+        choices = [FOLD, ROTATE] if rotatable else [FOLD]
+        best = min(choices, key=self.largest)
+        return best if self.largest(best) <= 1 else KEEP
+
+    def measured(self, choice: str) -> str:
+        """Ratios of a choice in words: "0.57 (SmolLM2) and 0.7 (demo) times"."""
+        pairs = [(name, pair[choice == ROTATE]) for name, pair in self.ratios.items()]
+        return ", ".join(f"{ratio:.2g} ({name})" for name, ratio in pairs if ratio is not None)
+
+
+@cache
+def formats() -> dict[str, Format]:
+    """All formats that were measured, by name."""
+    found = json.loads(FIGURES.read_text(encoding="utf-8"))
+    return {
+        name: Format(name, each["what"], {model: (pair[0], pair[1]) for model, pair in each["ratios"].items()})
+        for name, each in found.items()
+    }
+
+
+def format_of(name: str) -> Format:
+    """Raises UsageError for one that was not measured."""
+    known = formats()
+    if name.lower() not in known:
+        raise UsageError(f"--for is one of {', '.join(known)} ({DOCS}), not {quoted(name)}")
+    return known[name.lower()]
+
+
+def keep_line(form: Format, why: str = "") -> str:
+    """Why a model is better left alone, to follow its name."""
+    return (
+        f"--for {form.name}: keep the norms, and quantize the source as it is: KL divergence after a fold was "
+        f"{form.measured(FOLD)} times the source's{why} ({DOCS}); fold without --for to do it all the same"
+    )
+
+
+def card_line(rotated: bool) -> str:
+    """What a model card says of quantizing a fold further, in sentences."""
+    choice = ROTATE if rotated else FOLD
+    better = [name for name, form in formats().items() if form.largest(choice) <= 1]
+    worse = [name for name, form in formats().items() if 1 < form.largest(choice) < math.inf]
+    models = dict.fromkeys(model for form in formats().values() for model in form.ratios)
+    done = "rotated folds" if rotated else "folds"
+    line = (
+        f"not measured on this model. On {_names(models)}, {done} lost more than their sources when quantized to "
+        f"{_names(worse)}: quantize the source for these."
+    )
+    return f"{line} To {_names(better)} they lost no more on any of them." if better else line
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def uneven(gains: Iterable[np.ndarray]) -> bool:
+    """Whether gains, each of shape (elements,), differ so much within groups that quantizing gets worse by them."""
+    import numpy as np
+
+    ratios = []
+    for gain in gains:
+        groups = gain[: len(gain) // GROUP * GROUP].reshape(-1, GROUP).astype(np.float64)
+        square = (groups**2).mean(1)
+        if np.any(square > 0):
+            ratios.append(np.mean(np.abs(groups).max(1)[square > 0] / np.sqrt(square[square > 0])))
+    return bool(ratios) and float(np.median(ratios)) > UNEVEN
