@@ -21,7 +21,7 @@ from flashnorm_cli.errors import FlashNormError, GainOverflowError, GainUnderflo
 from flashnorm_cli.folding.jobs import FLUSH_LIMIT
 from flashnorm_cli.folding.planning import LEAVE_GRID
 from flashnorm_cli.modeling import build, disk_names
-from flashnorm_cli.plan.grid import KINDS, OnGrid, grid_in, rows_along
+from flashnorm_cli.plan.grid import KINDS, on_grid, rows_along
 from flashnorm_cli.plan.planner import FINAL_NORM_CHOICES, TracedPlan, trace_plan
 from flashnorm_cli.record import write as record
 
@@ -100,10 +100,10 @@ def fold_model_(model: Model, final_norm: FinalNorm = "auto", leave_grid: bool =
 
 def _refuse_grid(parameters: dict[str, nn.Parameter], factors: Mapping[str, tuple[Tensor, int]]) -> None:
     kinds = {pattern_of(name): name for name in factors if layer_of(name) and name in parameters}
-    for name in list(kinds.values())[:KINDS]:
-        rows = rows_along(parameters[name], factors[name][1])
-        if rows is not None and (what := grid_in(rows)):
-            raise FlashNormError(f"{OnGrid(name, what).line}; {LEAVE_GRID}")
+    samples = ((name, rows_along(parameters[name], factors[name][1])) for name in list(kinds.values())[:KINDS])
+    found = on_grid((name, rows) for name, rows in samples if rows is not None)
+    if found is not None and found.all_few:
+        raise FlashNormError(f"{found.line}; {LEAVE_GRID}")
 
 
 # ---- before the first change -----------------------------------------------------------------------------------------

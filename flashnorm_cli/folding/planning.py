@@ -109,9 +109,12 @@ def plan_fold(
 
 
 def refuse_grid(checkpoint: Checkpoint, plan: Plan, leave: bool) -> None:
-    """Raise FlashNormError where weights that change lie on a quantizer's grid, but for `leave`."""
+    """Raise FlashNormError where all weights that change were made for few bits, but for `leave`.
+
+    They have no other use than to be quantized so again. On finer grids, a fold costs little, and the plan has a note.
+    """
     found = None if leave else plan_on_grid(checkpoint, plan)
-    if found is not None:
+    if found is not None and found.all_few:
         raise FlashNormError(f"{checkpoint.source.name}: {found.line}; {LEAVE_GRID}")
 
 

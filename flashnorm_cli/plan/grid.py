@@ -38,10 +38,11 @@ MOST_STEPS = 300  # of a row whose smallest value is taken for the step
 
 @dataclass(frozen=True)
 class OnGrid:
-    """A reader whose values lie on a grid, and what tells it."""
+    """A reader whose values lie on a grid, what tells it, and whether all that was looked at is made for few bits."""
 
     tensor: str
     what: str
+    all_few: bool
 
     @property
     def line(self) -> str:
@@ -51,22 +52,31 @@ class OnGrid:
         )
 
 
-def readers_on_grid(checkpoint: Checkpoint, readers: Mapping[str, int]) -> OnGrid | None:
-    """The first of a few kinds of readers whose values lie on a quantizer's grid, or None.
+def on_grid(samples: Iterable[tuple[str, Tensor]]) -> OnGrid | None:
+    """The first of some kinds of readers whose values lie on a quantizer's grid, or None.
 
     Args:
-        readers: names of tensors on disk, and the dimension along which each takes gains. A few hundred kB of each kind
-            are read, from the disk or by ranged requests.
+        samples: the name of one reader of each kind, and rows of it as `grid_in` takes them.
+    """
+    first, every = None, True
+    for name, rows in samples:
+        what = grid_in(rows)
+        first = first or ((name, what) if what else None)
+        every = every and what is not None and _few_bits(rows)
+    return None if first is None else OnGrid(*first, every)
+
+
+def readers_on_grid(checkpoint: Checkpoint, readers: Mapping[str, int]) -> OnGrid | None:
+    """`on_grid` of a checkpoint's readers, by their names on disk and the dimension along which each takes gains.
+
+    A few hundred kB of each kind are read, from the disk or by ranged requests.
     """
     kinds: dict[str, str] = {}
     for name in readers:
         if layer_of(name) and name in checkpoint.tensors:
             kinds.setdefault(pattern_of(name), name)
-    for name in list(kinds.values())[:KINDS]:
-        rows = _sample(checkpoint, name, readers[name])
-        if rows is not None and (what := grid_in(rows)):
-            return OnGrid(name, what)
-    return None
+    looked_at = ((name, _sample(checkpoint, name, readers[name])) for name in list(kinds.values())[:KINDS])
+    return on_grid((name, rows) for name, rows in looked_at if rows is not None)
 
 
 def plan_on_grid(checkpoint: Checkpoint, plan: Plan) -> OnGrid | None:
@@ -148,6 +158,16 @@ def _few_values(rows: Tensor, size: int, most: int) -> bool:
     distinct, zeros = _distinct(groups), groups.eq(0).sum(1)
     others = (size - zeros).sum()
     return bool((distinct <= most).all()) and bool((distinct - zeros.gt(0).int()).sum() <= REPEATED * others)
+
+
+def _few_bits(rows: Tensor) -> bool:
+    """4 bits or fewer, and zero is one of the values: so training for few bits leaves weights.
+
+    What llama.cpp has quantized with a minimum per group (Q4_1, Q4_K) has no zero.
+    """
+    size, values = FEW[0]
+    groups = _groups(rows, size)
+    return _few_values(rows, size, values) and groups is not None and bool(groups.eq(0).any(1).float().mean() > 0.5)
 
 
 def _few_mantissas(rows: Tensor, size: int, most: int) -> bool:
