@@ -105,7 +105,9 @@ app.command(
 app.command(
     cls=Command,
     epilog=options.examples(
-        "flashnorm bench",
+        "flashnorm bench --quick",
+        "flashnorm bench --save results.json",
+        "flashnorm bench --from results.json --plot norms.svg",
         "flashnorm bench --hidden 4096 --tokens 1 --tokens 4096 --plot norms.svg",
         "flashnorm bench llama-3.2-1b",
         "flashnorm bench ./my-model --config-only --batch 8 --json",

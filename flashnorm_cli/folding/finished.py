@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,9 @@ def _other_record(checkpoint: Checkpoint, plan: Plan, layout: str, record: FoldR
 def _other_files(checkpoint: Checkpoint, plan: Plan, layout: str, target: Path) -> str | None:
     from flashnorm_cli.folding.rewrite import changed_header  # torch, which a refused fold does not wait for
 
+    for name in _names(checkpoint):
+        if not (target / name).exists() or not stat.S_ISREG((target / name).lstat().st_mode):  # no link, no pipe
+            return f"its {shown(name)} is missing or another one"
     for name, text in write.texts(checkpoint, plan, layout, {}).items():
         if name != RECORD and (target / name).read_bytes() != text.encode("utf-8", "surrogateescape"):
             return f"its {shown(name)} is another one"
@@ -82,20 +86,25 @@ def _other_files(checkpoint: Checkpoint, plan: Plan, layout: str, target: Path) 
             return f"its {shown(name)} is missing or another one"
     for name in checkpoint.others:  # those of a Hub repository need not be here
         size = checkpoint.seen[name].size if name in checkpoint.seen else None
-        if not (target / name).is_file() or size not in (None, (target / name).stat().st_size):
+        if size not in (None, (target / name).stat().st_size):
             return f"its {shown(name)} is missing or another one"
     return None
 
 
 def _touched(checkpoint: Checkpoint, target: Path) -> str | None:
     """config.json is what a fold writes last. What a commit of the Hub holds never changes."""
-    names = [*checkpoint.shards, *checkpoint.others, *([checkpoint.index_name] if checkpoint.index else [])]
     end = _newest(target, [CONFIG])
-    if _newest(target, names) > end:
+    if _newest(target, _names(checkpoint)) > end:
         return "it was touched after it was finished"
-    if checkpoint.commit is None and _newest(checkpoint.folder, [CONFIG, *names]) >= end:
+    if checkpoint.commit is None and _newest(checkpoint.folder, _names(checkpoint)) >= end:
         return "its source was touched after it was finished"
     return None
+
+
+def _names(checkpoint: Checkpoint) -> list[str]:
+    """The files that a checkpoint and its fold have in common."""
+    index = [checkpoint.index_name] if checkpoint.index else []
+    return [CONFIG, *index, *checkpoint.shards, *checkpoint.others]
 
 
 def _newest(folder: Path, names: Iterable[str]) -> int:

@@ -138,6 +138,20 @@ def test_a_limit_of_time_ends_the_turns() -> None:
     assert 2 <= len(calls) < 20
 
 
+def test_a_turn_is_as_short_as_its_calls_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    many: list[int] = []
+    slow = (
+        "F.rms_norm(None)",
+        False,
+        lambda b: lambda i: (time.sleep(0.01), torch.rms_norm(b.x[0], (64,), None, 1e-5))[1],
+    )
+    monkeypatch.setattr(kernels, "NORMS", [slow])
+    monkeypatch.setattr(kernels, "host_times", lambda calls, n, *more: many.append(n) or dict.fromkeys(calls, 1.0))
+    kernels.measure_cpu(64, 3, torch.float32, 11, seconds=1.0)
+    kernels.measure_cpu(64, 3, torch.float32, 11)
+    assert 1 <= many[0] <= 10 and many[1] == 2_000_000 // 192
+
+
 def test_pictures_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The committed results give the committed tables' figures, and a picture that names GPU and dtype."""
     pytest.importorskip("matplotlib")

@@ -85,6 +85,16 @@ def recorded(root: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def linked(path: Path) -> None:
+    path.rename(path.with_suffix(".moved"))
+    path.symlink_to(path.with_suffix(".moved"))
+
+
+def piped(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def append(path: Path, text: str) -> None:
     path.write_text(path.read_text() + text)
 
@@ -109,6 +119,8 @@ def append(path: Path, text: str) -> None:
         (lambda root: shard(root / "out").unlink(), True, "is missing or another one"),
         (lambda root: (root / "out" / "notes.md").unlink(), True, "its notes.md is missing"),
         (lambda root: append(root / "out" / "config.json", "\n"), True, "its config.json is another one"),
+        (lambda root: linked(shard(root / "out")), True, "is missing or another one"),
+        (lambda root: piped(root / "out" / "config.json"), True, "config.json is missing or another one"),
     ],
 )
 def test_what_is_doubted(
