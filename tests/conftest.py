@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 
 def pytest_configure() -> None:
+    os.environ["FLASHNORM_PROGRESS_SECONDS"] = "0"  # no lines of a slow machine
     torch.set_num_threads(1)  # pytest-xdist runs one process per processor
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()

@@ -14,9 +14,9 @@ import argparse
 import contextlib
 import datetime
 import importlib.metadata
+import io
 import json
 import platform
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -25,6 +25,8 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from flashnorm_cli.cli import main as flashnorm
 
 EXACT = 1e-5
 SIZES = {
@@ -54,14 +56,23 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {},  # known to all three
     "granite": {"tie_word_embeddings": False},  # numbers beside the weights
     "smollm3": {"tie_word_embeddings": True},  # a tied head
-    "helium": {},
     "arcee": {},  # two linears in the MLP
+    "apertus": {},  # its own names of norms
     "phi3": {},  # q, k and v in one linear, gate and up in another
-    "glm": {},  # gate and up in one
+    "glm": {"attention_bias": False},  # gate and up in one
     "seed_oss": {"attention_bias": True, "attention_out_bias": True},  # biases of readers and of writers
     "minicpm3": LATENT,  # latent attention: four linears read the first norm
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},  # layers that differ
     "gemma": {},  # 1 + w, a tied head, --final-norm untie
+    "qwen3_5_text": {  # 1 + w, linear attention
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 12,
+        "linear_value_head_dim": 16,
+    },
 }
+ONE_PLUS = ("gemma", "qwen3_5_text")
 OPTIONS = {"gemma": ["--final-norm", "untie"]}
 PACKAGES = {
     "llm-compressor": ("llmcompressor", "compressed-tensors"),
@@ -77,7 +88,7 @@ def build(family: str) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                one = 0.0 if "Gemma" in type(model).__name__ else 1.0
+                one = 0.0 if family in ONE_PLUS and "linear_attn" not in name else 1.0
                 parameter.copy_(one + 1.4 * (torch.rand_like(parameter) - 0.5))
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.1)
@@ -109,7 +120,7 @@ def auto_round(model: Any, settings: dict[str, Any] | None) -> Any:
 
     if settings:
         register_mapping(settings["register_as"], RotationMapping(**settings["RotationMapping"]))
-    options = {"backend": "inplace", "fuse_online_to_weight": True, "hadamard_type": "hadamard"}
+    options = {"backend": "inplace", "fuse_online_to_weight": True, "hadamard_type": "inplace_hadamard"}
     return apply_hadamard_rotation(model, options, data_type="int")[0]
 
 
@@ -145,9 +156,14 @@ TOOLS = {"llm-compressor": llm_compressor, "auto-round": auto_round, "quark": qu
 
 
 def plan(tool: str, folder: Path, family: str) -> tuple[dict[str, Any] | None, str]:
-    command = [sys.executable, "-m", "flashnorm_cli", "plan", str(folder), "--emit", tool, *OPTIONS.get(family, [])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return (json.loads(done.stdout), "") if done.returncode == 0 else (None, done.stderr.strip().splitlines()[-1])
+    """What `flashnorm plan FOLDER --emit TOOL` prints, or why it does not."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            flashnorm(["plan", str(folder), "--emit", tool, *OPTIONS.get(family, [])])
+        except SystemExit as end:
+            code = end.code
+    return (json.loads(out.getvalue()), "") if code == 0 else (None, err.getvalue().strip().splitlines()[-1])
 
 
 def tried(tool: str, family: str, folder: Path, settings: dict[str, Any] | None) -> dict[str, Any]:
@@ -178,8 +194,9 @@ def main() -> int:
             folder = Path(name) / family
             build(family).save_pretrained(folder)
             settings, refused = plan(arguments.tool, folder, family)
+            theirs = tried(arguments.tool, family, folder, None)  # first: AutoRound keeps what was registered
             ours = tried(arguments.tool, family, folder, settings) if settings else {"not emitted": refused}
-            row = {"model": family, "with the plan": ours, "without": tried(arguments.tool, family, folder, None)}
+            row = {"model": family, "with the plan": ours, "without": theirs}
         results.append(row)
         print(json.dumps(row), flush=True)
     versions = {package: importlib.metadata.version(package) for package in PACKAGES[arguments.tool]}

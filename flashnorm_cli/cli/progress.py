@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from flashnorm_cli.errors import MOST_OF_A_NAME, one_line
 from flashnorm_cli.plan.wording import size
 
 EVERY = 30.0  # seconds between two lines where there is no terminal
+EVERY_SETTING = "FLASHNORM_PROGRESS_SECONDS"  # other ones; 0 for no lines
 WIDE, MEDIUM = 90, 60  # columns from which there is room for bytes and rate, and for a bar
 NARROW = 40  # below, nothing is shown
 
@@ -54,7 +56,8 @@ class _Fitted(bars.Progress):
 def shown(quiet: bool = False) -> Iterator[Progress]:
     """A function of (done, all, what is going on), as long work calls it."""
     console = Console(stderr=True)
-    if quiet:
+    every = _every()
+    if quiet or (every == 0 and not console.is_terminal):
         yield lambda done, total, what: None
     elif "JPY_PARENT_PID" in os.environ and console.is_terminal:
         with bar_of_tqdm() as report:  # `!flashnorm` in a notebook, which keeps all that an animation writes
@@ -63,8 +66,13 @@ def shown(quiet: bool = False) -> Iterator[Progress]:
         with _Fitted(console=console, transient=True) as bar:
             yield _told_to(bar)
     else:
-        with _lines() as report:
+        with _lines(every or EVERY) as report:
             yield report
+
+
+def _every() -> float:
+    said = os.environ.get(EVERY_SETTING, "")
+    return float(said) if re.fullmatch(r"\d{1,6}(\.\d{1,3})?", said) else EVERY
 
 
 def _told_to(bar: _Fitted) -> Progress:
@@ -84,7 +92,7 @@ def _told_to(bar: _Fitted) -> Progress:
 
 
 @contextmanager
-def _lines() -> Iterator[Progress]:
+def _lines(every: float) -> Iterator[Progress]:
     """A thread writes the lines, so that work which says nothing for a while is not silent either."""
     state: tuple[int, int, str] = 0, 0, "Starting"
     over, began = threading.Event(), time.monotonic()
@@ -94,7 +102,7 @@ def _lines() -> Iterator[Progress]:
         state = done, total, what
 
     def write() -> None:
-        while not over.wait(EVERY):
+        while not over.wait(every):
             line = f"flashnorm: {one_line(in_words(*state), MOST_OF_A_NAME)} ({time.monotonic() - began:.0f} s)"
             with suppress(OSError, ValueError):  # nobody is listening
                 print(printable(line, sys.stderr), file=sys.stderr, flush=True)

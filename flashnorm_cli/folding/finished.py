@@ -79,8 +79,9 @@ def _other_files(checkpoint: Checkpoint, plan: Plan, layout: str, target: Path) 
         header = changed_header(header, dropped & header.tensors.keys(), plan.added if name == last else {})
         if not is_shard(target / name, header):
             return f"its {shown(name)} is missing or another one"
-    for name in checkpoint.others:
-        if not (target / name).is_file() or (target / name).stat().st_size != checkpoint.seen[name].size:
+    for name in checkpoint.others:  # those of a Hub repository need not be here
+        size = checkpoint.seen[name].size if name in checkpoint.seen else None
+        if not (target / name).is_file() or size not in (None, (target / name).stat().st_size):
             return f"its {shown(name)} is missing or another one"
     return None
 

@@ -250,7 +250,7 @@ def _adding_product(state: StreamState, call: Call) -> bool:
         return False
     written = state.ids_of(call.out)
     if written is None:
-        return call.ids[0] is None and call.weights[0] is None
+        return call.ids[0] is None and (call.weights[0] is None or call.inputs[0].numel() == 1)
     return _add_term(state, call, written, 0)
 
 

@@ -254,6 +254,15 @@ def test_fold_is_the_fold_of_the_same_folder(
     assert blobs(cache) == before
     for name in files:
         assert (cwd / "again" / name).read_bytes() == (cwd / "tiny-FlashNorm" / name).read_bytes()
+
+    # And by its address: it is done already, which headers tell.
+    hub.log.clear()
+    options = ["--token", "hf_mine", "--cache-dir", tmp_path / "other cache"]
+    result = cli("fold", f"{hub.url}/user/tiny/tree/v1", "again", *options)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"Already done: {cwd / 'again'} holds this fold" in result.stdout
+    assert all(sent <= FIRST_BYTES for sent in weight_bytes(hub).values())
+    assert cli("fold", f"{hub.url}/user/tiny", "again", *options).returncode == 2  # another commit
     assert not (tmp_path / "home" / "hub").exists()
 
 

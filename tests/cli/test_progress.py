@@ -55,7 +55,7 @@ def test_a_terminal_too_narrow_shows_nothing() -> None:
 def test_without_a_terminal_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     err = io.StringIO()
     monkeypatch.setattr(sys, "stderr", err)
-    monkeypatch.setattr(progress, "EVERY", 0.05)
+    monkeypatch.setenv(progress.EVERY_SETTING, "0.05")
     with progress.shown() as report:
         report(*BYTES)
         deadline = time.monotonic() + 20
@@ -67,7 +67,13 @@ def test_without_a_terminal_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch)
     with progress.shown(quiet=True) as report:
         report(*BYTES)
         time.sleep(0.2)
+    monkeypatch.setenv(progress.EVERY_SETTING, "0")
+    with progress.shown() as report:
+        report(*BYTES)
+        time.sleep(0.1)
     assert err.getvalue().splitlines() == lines
+    monkeypatch.delenv(progress.EVERY_SETTING)
+    assert progress._every() == 30.0
     assert progress.in_words(*STEPS).endswith("post_attention_layernorm: step 3 of 25")
     assert progress.in_words(0, 0, "Tracing Llama") == "Tracing Llama"
 

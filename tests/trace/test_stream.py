@@ -227,3 +227,84 @@ def test_what_commutes_is_rotated(name):
     expected = model(ids)
     rotate_(model, stream)
     assert torch.allclose(model(ids), expected, atol=1e-10)
+
+
+def test_steps():
+    """Who writes, who reads, and the norms, in the order of the forward."""
+    assert [(s.kind, s.name, s.dim) for s in traced().steps] == [
+        ("write", "embed.weight", 1),
+        ("write", "positions.weight", 1),
+        ("norm", "norm.weight", 0),
+        ("read", "up.weight", 1),
+        ("write", "down.weight", 0),
+        ("write", "down.bias", 0),
+        ("norm", "final.weight", 0),
+        ("read", "head.weight", 1),
+    ]
+
+
+def test_a_square_matrix_writes_by_one_side_and_reads_by_the_other():
+    stream = traced(lambda self, x: x + self.mix(self.norm(x)), lambda: {"mix": nn.Linear(SIZE, SIZE, bias=False)})
+    assert stream.pinned is None and stream.members["mix.weight"] == (0, 1)
+    assert stream.parameters("write")["mix.weight"] == (0,) and stream.parameters("read")["mix.weight"] == (1,)
+
+
+def test_a_gate_with_one_output_is_a_number_per_token():
+    """As the shared expert's of Qwen2-MoE. A single row of a writer is not."""
+    gate = traced(lambda self, x: x * torch.sigmoid(self.gate(self.norm(x))), lambda: {"gate": nn.Linear(SIZE, 1)})
+    assert gate.pinned is None and gate.parameters("read")["gate.weight"] == (1,)
+    row = traced(lambda self, x: x * torch.sigmoid(torch.tanh(self.up(self.norm(x))) @ self.down.weight[5:6].T))
+    assert row.pinned is not None
+
+
+HEADS, KEYS, HEAD = 4, 2, 6
+
+
+class Attention(nn.Module):
+    """Grouped queries; `change` is what a test does to the values (batch, heads, tokens, channels) or their sums."""
+
+    def __init__(self, change=lambda self, v: v, after=lambda self, out: out):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(SIZE, HEAD * n) for n in (HEADS, KEYS, KEYS))
+        self.o = nn.Linear(HEADS * HEAD, SIZE)
+        self.scale = nn.Parameter(torch.rand(HEAD))
+        self.change, self.after = change, after
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        q, k, v = (m(x).view(batch, length, -1, HEAD).transpose(1, 2) for m in (self.q, self.k, self.v))
+        k, v = (t.repeat_interleave(HEADS // KEYS, 1) for t in (k, self.change(self, v)))
+        sums = (q @ k.transpose(2, 3)).softmax(-1) @ v
+        return self.o(self.after(self, sums).transpose(1, 2).reshape(batch, length, -1))
+
+
+def heads(**changes):
+    return traced(lambda self, x: x + self.attention(self.norm(x)), lambda: {"attention": Attention(**changes)}).carried
+
+
+def test_heads_of_the_values_that_arrive_at_the_output_projection():
+    source, channels = heads()["attention.o.weight"]
+    assert source == "attention.v.weight"
+    assert channels.tolist() == [*range(HEAD), *range(HEAD), *range(HEAD, 2 * HEAD), *range(HEAD, 2 * HEAD)]
+    assert (
+        heads(after=lambda self, out: out.flip(-1))["attention.o.weight"][1].tolist()
+        == channels.view(HEADS, HEAD).flip(-1).flatten().tolist()
+    )
+    # A factor that the channels of a head share does no harm.
+    assert "attention.o.weight" in heads(after=lambda self, out: out * out.new_ones(HEADS, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"change": lambda self, v: v * self.scale},
+        {"change": lambda self, v: v.tanh()},
+        {"change": lambda self, v: v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True))},
+        {"change": lambda self, v: torch.cat([-v[..., 3:], v[..., :3]], -1)},
+        {"after": lambda self, out: out * torch.sigmoid(out)},
+        {"after": lambda self, out: out + self.scale},
+    ],
+    ids=["gain", "tanh", "norm", "half turned", "gate", "vector added"],
+)
+def test_values_that_something_else_touches(changes):
+    assert "attention.o.weight" not in heads(**changes)

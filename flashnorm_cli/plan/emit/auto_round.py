@@ -110,6 +110,8 @@ def _layer(modules: Modules, prefix: str) -> _Layer:
             f"`{pattern_of(first.norm)}` is not read by three linears of which one alone makes what "
             f"`{pattern_of(out)}` sums up; the tool takes q, k and v"
         )
+    if modules.model.get_submodule(values).bias is not None:
+        raise modules.refusal(f"the tool rotates the heads that `{pattern_of(values)}` makes, and not their bias")
     query, key = (name for name in first.linears if name != values)
     names = (first.norm, query, key, values, out, second.norm, *second.linears, mlp_out)
     if not all(name.startswith(prefix) for name in names):
