@@ -97,7 +97,6 @@ class Launch:
         self._attribute = ctypes.create_string_buffer(driver.ATTRIBUTE, len(driver.ATTRIBUTE))
         self._pointers = (ctypes.c_void_p * 1)(at + struct.calcsize(driver.CONFIG))
         self.before, self.after = ctypes.c_void_p(at), ctypes.c_void_p(ctypes.addressof(self._pointers))
-        self._config = variant.threads, variant.shared_bytes
         # fmt: off
         _LAUNCH.pack_into(
             self.block, 0, variant.blocks(problem.n, problem.activation), 1, 1, variant.threads, 1, 1,
