@@ -206,7 +206,8 @@ def _words(error: Exception) -> tuple[str, int]:
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "flashnorm"
         message = error.format_message() if hasattr(error, "format_message") else str(error)
-        return f"{' '.join(message.split()).rstrip('.')}. See: {where} --help", EXIT_USAGE
+        message = " ".join(message.split()).rstrip(".")
+        return f"{message}{'' if message.endswith('?') else '.'} See: {where} --help", EXIT_USAGE
     if isinstance(error, OSError) and error.errno:  # of the disk, where no better words were found
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}", EXIT_ERROR
