@@ -58,7 +58,7 @@ def fold(
         typer.Option(
             "--for",
             metavar="FORMAT",
-            help="What the result will be quantized to (q4_k_m, w8a8-int8, ...): leave the model alone, fold, or fold "
+            help="What the result will be quantized to (as q4_k_m or w8a8-int8): leave the model alone, fold, or fold "
             "and rotate, as was measured to be best (docs/quantization.md).",
             show_default=False,
         ),

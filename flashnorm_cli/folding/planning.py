@@ -45,20 +45,19 @@ def check_rotation(rotate: str | None, seed: int, target: str | None = None) -> 
     if target is not None:
         quantized.format_of(target)
         if rotate is not None:
-            raise UsageError("--for chooses whether to rotate: leave --rotate out")
+            raise UsageError("`target` chooses whether to rotate: leave `rotate` out")
 
 
 def check_streamed(target: str | None) -> None:
     """Raises UsageError for a format that is best rotated, which a fold from Hub to Hub cannot do."""
     if target is not None and quantized.format_of(target).best() == quantized.ROTATE:
         raise UsageError(
-            f"--push-to does not rotate, as is best for {target}: fold with --for into a folder, then flashnorm "
-            "push-to-hub"
+            f"a fold from Hub to Hub does not rotate, as is best for {target}: fold into a folder, then `push_to_hub`"
         )
 
 
 def plan_for(checkpoint: Checkpoint, planning: Planning, report: Progress) -> tuple[Plan, list[str]]:
-    """The plan, and what --for has chosen and why.
+    """The plan, and what it has chosen for a format and why.
 
     Raises FlashNormError where the model is better left alone, and what `plan_fold` raises.
     """
@@ -71,13 +70,13 @@ def plan_for(checkpoint: Checkpoint, planning: Planning, report: Progress) -> tu
         try:
             plan = plan_fold(checkpoint, final_norm, trust, report, (quantized.ROTATION, planning.seed))
             ratios = form.measured(choice)
-            note = f"--for {form.name}: folded and rotated: KL divergence was {ratios} times the source's"
+            note = f"`target={form.name!r}`: folded and rotated: KL divergence was {ratios} times the source's"
             return plan, [f"{note} ({quantized.DOCS})"]
         except (PlanError, UsageError) as error:
             choice, why = form.best(rotatable=False), f", and it cannot be rotated: {error}"
     if choice == quantized.KEEP:
         raise FlashNormError(f"{checkpoint.source.name}: {quantized.keep_line(form, why)}")
-    note = f"--for {form.name}: folded: KL divergence was {form.measured(choice)} times the source's"
+    note = f"`target={form.name!r}`: folded: KL divergence was {form.measured(choice)} times the source's"
     return plan_fold(checkpoint, final_norm, trust, report), [f"{note}{why} ({quantized.DOCS})"]
 
 

@@ -25,8 +25,8 @@ ROTATION = "hadamard"
 DOCS = "docs/quantization.md"
 FIGURES = Path(__file__).with_name("quantized.json")
 CAUTION = (
-    "quantized, this fold may lose far more than its source, up to a useless model in integers of 4 bits: `--for "
-    f"FORMAT` does what was measured to be best for a format ({DOCS})"
+    "quantized, this fold may lose far more than its source, up to a useless model in integers of 4 bits: with "
+    f"`target` a fold does what was measured to be best for a format ({DOCS})"
 )
 # Gains become part of the weights: the largest in a group of 32, relative to their root mean square, scales the
 # rounding error. It is 1 where all are equal.
@@ -73,15 +73,15 @@ def format_of(name: str) -> Format:
     """Raises UsageError for one that was not measured."""
     known = formats()
     if name.lower() not in known:
-        raise UsageError(f"--for is one of {', '.join(known)} ({DOCS}), not {quoted(name)}")
+        raise UsageError(f"`target` is one of {', '.join(known)} ({DOCS}), not {quoted(name)}")
     return known[name.lower()]
 
 
 def keep_line(form: Format, why: str = "") -> str:
     """Why a model is better left alone, to follow its name."""
     return (
-        f"--for {form.name}: keep the norms, and quantize the source as it is: KL divergence after a fold was "
-        f"{form.measured(FOLD)} times the source's{why} ({DOCS}); fold without --for to do it all the same"
+        f"`target={form.name!r}`: keep the norms, and quantize the source as it is: KL divergence after a fold was "
+        f"{form.measured(FOLD)} times the source's{why} ({DOCS}); fold without `target` to do it all the same"
     )
 
 

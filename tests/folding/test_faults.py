@@ -231,7 +231,7 @@ class Push(Command):
         assert tree(self.out) == self.expected
         repo = self.world.hub.repos.get("me/folded")
         published = self.world.hub.files("me/folded") if repo is not None else {}
-        papers = {"README.md", "flashnorm.json", ".gitattributes"}
+        papers = {"README.md", "flashnorm.json", "flashnorm-plan.svg", ".gitattributes"}
         mine = {p.relative_to(self.out).as_posix(): p.read_bytes() for p in self.out.rglob("*") if p.is_file()}
         there = {name: data for name, data in published.items() if name not in papers}
         assert not there or there == {name: data for name, data in mine.items() if name not in papers}

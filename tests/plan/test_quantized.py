@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from flashnorm_cli.cli import main
+from flashnorm_cli.cli.wording import in_flags
 from flashnorm_cli.plan import quantized
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +87,7 @@ def test_rotated(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     name = of("rotate")
     code, out, err = run(capsys, "fold", llama, tmp_path / "out", "--for", name, "--seed", 4)
     assert (code, err) == (0, "")
-    assert f"--for {name}: folded and rotated: KL divergence was " in out and quantized.CAUTION not in out
+    assert f"--for {name}: folded and rotated: KL divergence was " in out and in_flags(quantized.CAUTION) not in out
     record = json.loads((tmp_path / "out" / "flashnorm.json").read_text())
     assert (record["rotation"]["kind"], record["rotation"]["seed"]) == ("hadamard", 4)
 
@@ -111,12 +112,12 @@ def test_bad_calls(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         code, _, err = run(capsys, "fold", llama, out, *more)
         assert (code, len(err.splitlines())) == (2, 1) and words in err
     code, _, err = run(capsys, "fold", "a/b", "--push-to", "c/d", "--for", of("rotate"))
-    assert code == 2 and "--push-to does not rotate" in err
+    assert code == 2 and "a fold from Hub to Hub does not rotate" in err
 
 
 def test_a_plain_fold_warns_where_gains_matter(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "fold", llama, tmp_path / "out")
-    assert code == 0 and quantized.CAUTION in out
+    assert code == 0 and in_flags(quantized.CAUTION) in out
     flat = families.build("llama", 0)
     with torch.no_grad():
         for name, parameter in flat.named_parameters():
@@ -124,4 +125,4 @@ def test_a_plain_fold_warns_where_gains_matter(llama: Path, tmp_path: Path, caps
                 parameter.fill_(0.5).mul_(1 + 0.05 * torch.randn(parameter.shape))
     families.save(flat, tmp_path / "flat", torch.bfloat16)
     code, out, _ = run(capsys, "fold", tmp_path / "flat", tmp_path / "flat-out")
-    assert code == 0 and quantized.CAUTION not in out
+    assert code == 0 and in_flags(quantized.CAUTION) not in out
