@@ -114,7 +114,7 @@ def planned_wrongly(change: Callable[[Plan], Plan] | None) -> Iterator[None]:
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("flashnorm_cli.folding.fold", "flashnorm_cli.proof.pairing"):
+        for module in ("flashnorm_cli.folding.planning", "flashnorm_cli.proof.pairing"):
             patch.setattr(f"{module}.make_plan", lambda *a, **k: change(make_plan(*a, **k)))
         yield
 
