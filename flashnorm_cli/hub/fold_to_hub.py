@@ -177,9 +177,8 @@ def fold_to_hub(
         place = Path.cwd() / repo_id.replace("/", "--")
         fingerprint = planned.fingerprint(repo_id, create_pr)
         work = stack.enter_context(work_folder(place, fingerprint, (), keep=UPLOADED, source=model))
-        inside = work.inside
         stack.enter_context(hub_errors(repo_id, writing=True))
-        journal = inside.parent / UPLOADED
+        inside, journal = work.inside, work.path / UPLOADED
         report(0, 0, "Asking the Hub")
         api = HfApi(token=token)
         options = Options(private, create_pr, commit_message or MESSAGE, overwrite)

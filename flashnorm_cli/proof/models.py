@@ -67,7 +67,7 @@ class Setting:
 
         Looking for cycles walks through all of transformers, which takes longer than to run a small model.
         """
-        if self.need > LARGE:
+        if self.need > LARGE or self.from_disk:
             gc.collect()
 
     def placement(self) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def test_pull_request(hub: HubServer, client: Client, model: Path, expected: dic
     """To a repository of somebody else."""
     hub.add_repo(TARGET).commit({".gitattributes": hub.store(".gitattributes", hub.gitattributes)})
     result = client.succeeds("--create-pr", token="hf_other")
-    assert str(result["pull_request"]).endswith(f"/{TARGET}/discussions/1")
+    assert str(result["published"]["pull_request"]).endswith(f"/{TARGET}/discussions/1")
     assert_nothing_visible(hub)
     assert_published(hub, expected, "refs/pr/1")
 

@@ -180,7 +180,7 @@ def test_an_edited_norm_is_named(folds):
     ("flags", "error", "says"),
     [
         ({}, FlashNormError, "fold_model_"),
-        ({"flashnorm_folded": True}, FlashNormError, "--adopt"),
+        ({"flashnorm_folded": True}, FlashNormError, "adopt=True"),
         ({"flashnorm": "yes"}, CheckpointError, "no list of folded norms"),
         ({"flashnorm": {"format": 1, "folded": "model.norm.weight"}}, CheckpointError, "no list of folded norms"),
         ({"flashnorm": {"format": 99, "folded": ["model.norm.weight"]}}, CheckpointError, "upgrade"),
