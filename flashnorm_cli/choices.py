@@ -11,6 +11,5 @@ Level = Literal["weights", "layers", "logits"]
 Runtime = Literal["vllm", "gguf"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 LmHead = Literal["folded", "untied", "kept", "none"]
-Status = Literal["passed", "failed", "skipped"]
 # Nothing is called equivalent that was not run.
 Verdict = Literal["equivalent", "as planned, not run", "not equivalent"]

@@ -59,7 +59,7 @@ def plan(
     quiet: options.QuietOpt = False,
     debug: options.DebugOpt = False,
 ) -> None:
-    """Show which norms a fold would fold, which it keeps, and why. Reads headers, never weights."""
+    """Show which norms a fold would fold, which it keeps, and why. Reads headers, and few of the weights."""
     alone = _document_alone(svg, emit, emit_to, json)
     output, (model, revision) = Output(json, quiet), hub_id(model, revision)
     if alone:

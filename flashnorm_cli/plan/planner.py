@@ -66,7 +66,7 @@ def make_plan(
     local_files_only: bool = False,
     follow_links: bool = False,
 ) -> Plan:
-    """Derive the plan of a fold from the model's own forward, on the meta device: headers are read, no weights.
+    """Derive the plan of a fold from the model's own forward, on the meta device, where headers stand for weights.
 
     Of the weights, a few kB are looked at where they are on this disk: a note says if they lie on a quantizer's grid.
 

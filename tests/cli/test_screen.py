@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import pty
 import subprocess
 import sys
 
 import pytest
+from terminal import on_a_terminal
 
 from flashnorm_cli.cli import app
 from flashnorm_cli.cli.text import Coloured, coloured, fitted
@@ -24,23 +24,6 @@ out.text(*summary(Verification("out", "model", None, False, None, levels, {}, {}
 out.next("flashnorm verify " + "very-long-name/" * 12)
 """
 GREEN, RED, YELLOW = "\x1b[32m", "\x1b[31m", "\x1b[33m"
-
-
-def on_a_terminal(command: list[str], **environment: str) -> str:
-    leader, follower = pty.openpty()
-    plain = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES", "TERM", "CI")}
-    env = plain | {"TERM": "xterm"} | environment
-    with subprocess.Popen([sys.executable, *command], env=env, stdout=follower, stderr=subprocess.DEVNULL) as run:
-        os.close(follower)
-        data = b""
-        try:
-            while piece := os.read(leader, 4096):
-                data += piece
-        except OSError:  # how a terminal ends
-            pass
-        os.close(leader)
-        run.wait()
-    return data.decode().replace("\r\n", "\n")
 
 
 def test_verdicts_have_colours_on_a_terminal_only() -> None:

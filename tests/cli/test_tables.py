@@ -1,11 +1,11 @@
 """Tables: aligned whatever stands in them, never cut, and the same in every environment."""
 
 import os
-import pty
 import subprocess
 import sys
 
 import pytest
+from terminal import on_a_terminal
 
 from flashnorm_cli.cli.tables import aligned
 
@@ -47,18 +47,6 @@ def test_a_pipe_gets_whole_lines(environment: dict[str, str]) -> None:
 
 def test_a_narrow_terminal_folds_the_last_column() -> None:
     """Nothing of it is lost, and it stays in its column."""
-    leader, follower = pty.openpty()
-    environment = {k: v for k, v in os.environ.items() if k != "LINES"} | {"COLUMNS": "40"}
-    with subprocess.Popen([sys.executable, "-c", SHOW, LONG], env=environment, stdout=follower) as run:
-        os.close(follower)
-        data = b""
-        try:
-            while piece := os.read(leader, 4096):
-                data += piece
-        except OSError:  # how a terminal ends
-            pass
-        os.close(leader)
-    assert run.returncode == 0
-    lines = data.decode().splitlines()
+    lines = on_a_terminal(["-c", SHOW, LONG], COLUMNS="40").splitlines()
     assert len(lines) > 2 and all(len(line) <= 40 and line[1:3] == "  " for line in lines)
     assert "".join(line[3:] for line in lines) == LONG * 2
