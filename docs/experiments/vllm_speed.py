@@ -1,6 +1,7 @@
 """vLLM's decode step on a GPU: the source in stock vLLM, the fold with the plugin, and with its norms inside linears.
 
-    python docs/experiments/vllm_speed.py OUT.json SOURCE FOLDED [--batches 1,4,8,16,64] [--turns 15]
+    python docs/experiments/vllm_speed.py OUT.json SOURCE FOLDED [--batches 1,4,8,16,64] [--turns 15] [--served]
+    python docs/experiments/vllm_speed.py OUT.json SOURCE FOLDED --gpus 2
 
 One process, one card: the three engines stand side by side and take turns. Needs vLLM for GPUs and this package. For
 each batch
@@ -44,7 +45,7 @@ CONTEXT, NEW, TOP = 256, 128, 20
 CLEAR = 0.25  # nats between the two likeliest tokens: ten times what bf16 does to a log-probability here
 
 
-def engine(way: str, source: str, folded: str, batches: list[int], cpu: bool) -> LLM:
+def engine(way: str, source: str, folded: str, batches: list[int], cpu: bool, gpus: int = 1) -> LLM:
     torch._dynamo.reset()  # vLLM's compiled code has no guards: an earlier model's must not be found
     more: dict[str, Any] = {
         "compilation_config": {"cudagraph_capture_sizes": batches},
@@ -53,6 +54,9 @@ def engine(way: str, source: str, folded: str, batches: list[int], cpu: bool) ->
     }
     if cpu:
         more = {}
+    if gpus > 1:  # a pass that hands norms' weights to another kernel would keep them there
+        more["compilation_config"]["pass_config"] = {"fuse_allreduce_rms": False}
+        more |= {"tensor_parallel_size": gpus, "disable_custom_all_reduce": True}
     if way == "deferred":
         more["additional_config"] = {"flashnorm": {"deferred": "anywhere" if cpu else True}}
     return LLM(
@@ -170,6 +174,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,4,8,16,64")
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--served", action="store_true", help="tokens_per_s alone, each engine in a process of its own")
+    parser.add_argument("--gpus", type=int, default=1, help="tensor parallelism: distances and tokens_per_s alone")
     parser.add_argument("--cpu", action="store_true", help="only whether it runs")
     chosen = parser.parse_args()
     from flashnorm_cli.runtimes.vllm.norms import deferred_state, norm_states
@@ -186,11 +191,11 @@ def main() -> None:
     engines: dict[str, LLM] = {}
     for way in WAYS:
         start = time.perf_counter()
-        llm = engines[way] = engine(way, chosen.source, chosen.folded, batches, chosen.cpu)
+        llm = engines[way] = engine(way, chosen.source, chosen.folded, batches, chosen.cpu, chosen.gpus)
         data["engines"][way] = {
             "seconds_to_start": round(time.perf_counter() - start, 1),
             "norms_without_weight": sum(llm.apply_model(norm_states)[0].values()),
-            "deferred": llm.apply_model(deferred_state)[0],
+            "deferred": llm.apply_model(deferred_state)[-1],
         }
         print(way, data["engines"][way], flush=True)
     vocabulary = engines["stock"].llm_engine.model_config.get_vocab_size()
@@ -199,7 +204,7 @@ def main() -> None:
         print(data["distance_from_float32"], flush=True)
     for batch in batches if not chosen.cpu else []:
         asked = prompts(batch, CONTEXT, vocabulary)
-        if chosen.served:
+        if chosen.served or chosen.gpus > 1:
             speeds = data["batches"][str(batch)] = {"tokens_per_s": served(engines, asked, chosen.turns)}
             print(batch, {way: round(median(s), 1) for way, s in speeds["tokens_per_s"].items()}, flush=True)
             continue
