@@ -7,7 +7,7 @@ Before the model is compiled, one forward of it is watched (observe.py). From wh
 - which linears read which weightless norm, and nobody else does: these norm it themselves;
 - which linears are followed by SiLU or GELU of the first half times the second: these do that, too;
 - which linears' output a norm adds to the residual stream: these add it themselves. Not under tensor parallelism,
-  where their outputs are parts of a sum.
+  where their outputs are parts of a sum, nor in models of images, which may add something between layers.
 
 The rewired model has to give the same hidden states, or it is put back. Names and classes of models play no part.
 Needs vLLM; what is touched are norms (`_forward_method`), linears (`quant_method`) and activations of this model.
@@ -49,11 +49,9 @@ class Slot:
     def total(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """The residual stream, of what a norm is given."""
         summed, self.summed = self.summed, None
-        if residual is None:
-            return x
         if summed is None:
-            return x + residual
-        if x is not summed:
+            return x if residual is None else x + residual
+        if x is not summed or residual is None:
             raise RuntimeError(
                 "flashnorm: a norm was given another tensor than the product that holds the residual stream: this "
                 "forward differs from the one that was watched; start vLLM without deferred norms"
@@ -125,7 +123,9 @@ def defer(model: nn.Module, config: Any, without: list[str]) -> dict[str, Any]:
         body = body_of(model)
         vocabulary = config.model_config.get_vocab_size()
         calls, want = observe(body, norms, vocabulary)
-        wiring = find(modules, norms, calls, config.parallel_config.tensor_parallel_size == 1)
+        # Parts of a sum are added up elsewhere, and what an image adds between layers was not watched.
+        alone = config.parallel_config.tensor_parallel_size == 1 and not config.model_config.is_multimodal_model
+        wiring = find(modules, norms, calls, alone)
         if not wiring.readers:
             raise NotFit("no norm is read by linears alone")
         with _Rewired(model, modules, wiring) as rewired:
@@ -151,6 +151,8 @@ def _why_not(config: Any) -> str | None:
         return "speculative decoding may read hidden states between the layers"
     if config.parallel_config.pipeline_parallel_size > 1:
         return "pipeline stages hand on hidden states and residual apart"
+    if getattr(config.parallel_config, "use_ubatching", False):
+        return "two halves of a batch run beside each other in threads"
     if getattr(config.compilation_config.pass_config, "enable_sp", False):
         return "sequence parallelism splits the norms' input"
     if envs.VLLM_BATCH_INVARIANT:
