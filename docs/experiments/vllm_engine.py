@@ -95,7 +95,8 @@ def misread() -> None:
 
     def wrongly(*arguments: Any) -> Any:
         wiring = find(*arguments)
-        wiring.kinds[next(iter(wiring.kinds))] = "gelu"
+        linear, (child, _) = next(iter(wiring.activations.items()))
+        wiring.activations[linear] = child, "gelu"
         return wiring
 
     deferred.find = wrongly
