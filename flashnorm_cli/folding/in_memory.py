@@ -14,7 +14,7 @@ from flashnorm_cli.checkpoint.folded import flags_of
 from flashnorm_cli.checkpoint.header import Header, TensorEntry
 from flashnorm_cli.checkpoint.model import Checkpoint, Source
 from flashnorm_cli.checkpoint.names import layer_of, pattern_of
-from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
+from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE, float32_products
 from flashnorm_cli.choices import FinalNorm
 from flashnorm_cli.choices import Rotation as Kind
 from flashnorm_cli.errors import FlashNormError, UsageError
@@ -84,7 +84,7 @@ def fold_model_(
         reasons = "; ".join(dict.fromkeys(n.reason or "" for n in plan.kept)) or "it has no norm with a weight"
         raise FlashNormError(f"there is nothing to fold: {reasons}")
     parameters = _same_parameters(model, traced)
-    with torch.no_grad():
+    with torch.no_grad(), float32_products():
         gains = _gains(traced, parameters)
         scales = _scales(traced, gains, parameters)
         _refuse_grid(parameters, {} if leave_grid else scales)

@@ -16,7 +16,7 @@ from flashnorm_cli.errors import FlashNormError, GainOverflowError, GainUnderflo
 from flashnorm_cli.folding.jobs import FLUSH_LIMIT
 from flashnorm_cli.folding.rotation import Rotation
 
-CHUNK_ELEMENTS = 1 << 24  # that are widened to float32 at a time
+CHUNK_ELEMENTS = 1 << 21  # that are widened to float32 at a time: three such buffers are taken
 
 Part = tuple[slice, ...]
 
@@ -62,12 +62,11 @@ class Change:
         wide = self._wide(weight)
         for part in self._parts(weight):
             values = weight[part].to(wide, memory_format=torch.contiguous_format)
-            if self.factor is not None:
-                values = values * self._factor(self.factor.to(wide), part, weight)
-            for dim in self.dims:
-                shape = values.shape
-                vectors = math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])
-                values = self.rotation.along(values.reshape(vectors)).view(shape) if self.rotation else values
+            factor = None if self.factor is None else self.factor.to(values.device, wide)
+            if factor is not None and self.dim not in self.dims[:1]:
+                values, factor = values * self._shaped(factor, part), None
+            if self.rotation is not None:
+                values = self._turned(values, factor, self.rotation)
             yield part, values
 
     def _parts(self, weight: Tensor) -> Iterator[Part]:
@@ -79,10 +78,17 @@ class Change:
         for i in range(0, weight.shape[cut], step):
             yield tuple(slice(i, i + step) if d == cut else slice(None) for d in range(weight.ndim))
 
-    def _factor(self, factor: Tensor, part: Part, weight: Tensor) -> Tensor:
-        """The part of a factor that multiplies a part of `weight`, shaped so that it does."""
-        mine = factor[part[self.dim]].to(weight.device)
-        return mine.view([-1 if d == self.dim else 1 for d in range(weight.ndim)])
+    def _turned(self, values: Tensor, gain: Tensor | None, rotation: Rotation) -> Tensor:
+        """Rotated along each of `dims`; times a gain along the first of them. Overwrites `values`."""
+        shape = values.shape
+        for dim in self.dims:
+            vectors = values.view(math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :]))
+            values, gain = rotation.turn(vectors, torch.empty_like(vectors), gain), None
+        return values.view(shape)
+
+    def _shaped(self, factor: Tensor, part: Part) -> Tensor:
+        """What multiplies a part of a parameter, shaped so that it does."""
+        return factor[part[self.dim]].view([-1 if d == self.dim else 1 for d in range(len(part))])
 
     # ---- refusals ---------------------------------------------------------------------------------------------------
 
@@ -104,7 +110,7 @@ class Change:
             return
         flushed = 0
         for part, product in self._products(weight):
-            nonzero = self._factor(factor != 0, part, weight) & (weight[part] != 0)
+            nonzero = self._shaped((factor != 0).to(weight.device), part) & (weight[part] != 0)
             flushed += int((nonzero & (product.to(weight.dtype) == 0)).sum())
         _refuse_zeros(name, weight, flushed, "times their gain")
 
