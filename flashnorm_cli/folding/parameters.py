@@ -61,10 +61,11 @@ class Change:
         """What each part of `weight` becomes, not rounded yet."""
         wide = self._wide(weight)
         for part in self._parts(weight):
-            values = weight[part].to(wide, memory_format=torch.contiguous_format)
+            values = weight[part].to(wide, copy=True, memory_format=torch.contiguous_format)
             factor = None if self.factor is None else self.factor.to(values.device, wide)
             if factor is not None and self.dim not in self.dims[:1]:
-                values, factor = values * self._shaped(factor, part), None
+                values.mul_(self._shaped(factor, part))
+                factor = None
             if self.rotation is not None:
                 values = self._turned(values, factor, self.rotation)
             yield part, values
