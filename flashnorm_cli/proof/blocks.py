@@ -80,15 +80,15 @@ class ShardReader:
 
     def read(self, offset: int, length: int) -> bytes:
         data = bytearray(length)
-        self._into(memoryview(data), offset)
+        self.read_into(memoryview(data), offset)
         return bytes(data)
 
     def view(self, offset: int, length: int) -> memoryview:
         view = memoryview(self.buffer)[:length]
-        self._into(view, offset)
+        self.read_into(view, offset)
         return view
 
-    def _into(self, view: memoryview, offset: int) -> None:
+    def read_into(self, view: memoryview, offset: int) -> None:
         try:
             with _open_files.lent(self) as fd:
                 if offset + len(view) > self.ahead:  # the disk works while this block is looked at
