@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import families
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from torch import nn
 
@@ -17,6 +19,10 @@ from flashnorm_cli import fold, fold_model_, verify, weightless
 from flashnorm_cli.errors import FlashNormError, GainOverflowError, GainUnderflowError, PlanError, UsageError
 from flashnorm_cli.folding import parameters
 from flashnorm_cli.folding.rotation import Rotation
+
+SURVEY = Path(__file__).parents[2] / "docs" / "rotated_families.json"
+STALE = "docs/rotated_families.json is stale: run `python tests/folding/test_rotate_in_memory.py`"
+EXACT = 1e-5  # of float32 logits, relative
 
 
 def model_of(family: str) -> Any:
@@ -176,3 +182,55 @@ def test_products_are_float32_whatever_the_process_has_chosen(monkeypatch, tmp_p
         assert verify(tmp_path / "out", tmp_path / "source", levels=("logits",), record=False).equivalent
     finally:
         cpu.fp32_precision, gpu.fp32_precision = before
+
+
+# ---- every family ----------------------------------------------------------------------------------------------------
+
+
+def surveyed(family: str) -> dict[str, float | str]:
+    """How far a family's logits are from the source's after a rotation (float32, relative), or why it is refused."""
+    model = model_of(family).float()
+    inputs = families.text_inputs(model, seed=3)
+    want = families.logits(model, inputs)
+    if not bool(want.isfinite().all()) or not bool(want.any()):
+        return {"refused": "transformers' own model gives no logits for text"}
+    try:
+        fold_model_(model, rotate="hadamard", seed=5)
+    except FlashNormError as error:
+        return {"refused": str(error)[:160]}
+    error = float((families.logits(model, inputs) - want).norm() / want.norm())
+    return {"error": float(f"{error:.1e}")}
+
+
+def test_the_survey():
+    """What it says of 60 families and more; a few are looked at again."""
+    said = json.loads(SURVEY.read_text())
+    if Version(said["transformers"]) > Version(transformers.__version__):
+        pytest.skip("docs/rotated_families.json was written with a newer transformers")
+    found = said["families"]
+    assert list(found) == list(families.families()), STALE
+    exact = {name for name, row in found.items() if "error" in row}
+    assert len(exact) >= 60 and all(found[name]["error"] < EXACT for name in exact)
+    assert all(found[name]["refused"] for name in found.keys() - exact)
+    again = random.sample(sorted(found), 3)
+    for family in again:
+        row = surveyed(family)
+        assert row.keys() == found[family].keys() and row.get("error", 0.0) < EXACT, (family, row, STALE)
+
+
+def survey() -> None:
+    """Write docs/rotated_families.json: every family rotated in memory."""
+    found = {}
+    for family in families.families():
+        try:
+            found[family] = surveyed(family)
+        except Exception as error:  # a family that transformers itself cannot run
+            found[family] = {"refused": f"transformers cannot run it: {type(error).__name__}: {error}"[:160]}
+        print(family, found[family], flush=True)
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__, "device": "cpu"}
+    rows = ",\n".join(f"  {json.dumps(family)}: {json.dumps(row)}" for family, row in found.items())
+    SURVEY.write_text(f'{json.dumps(versions)[:-1]}, "families": {{\n{rows}\n}}}}\n')
+
+
+if __name__ == "__main__":
+    survey()
