@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from flashnorm_cli.errors import FlashNormError, GainOverflowError, GainUnderflowError
+from flashnorm_cli.folding.edits import any_zero_or_inf
 from flashnorm_cli.folding.jobs import FLUSH_LIMIT
 from flashnorm_cli.folding.rotation import Rotation
 
-CHUNK_ELEMENTS = 1 << 21  # that are widened to float32 at a time: three such buffers are taken
+CHUNK_ELEMENTS = 1 << 19  # that are widened to float32 at a time: they stay in a processor's cache
 
 Part = tuple[slice, ...]
 
@@ -58,16 +59,19 @@ class Change:
         return torch.float64 if double else torch.float32
 
     def _products(self, weight: Tensor) -> Iterator[tuple[Part, Tensor]]:
-        """What each part of `weight` becomes, not rounded yet."""
+        """What each part of `weight` becomes, not rounded yet; until the next one is asked for."""
         wide = self._wide(weight)
+        factor = None if self.factor is None else self.factor.to(weight.device, wide)
+        buffers: list[Tensor] = []  # fresh ones for each part fault on every page
         for part in self._parts(weight):
-            values = weight[part].to(wide, copy=True, memory_format=torch.contiguous_format)
-            factor = None if self.factor is None else self.factor.to(values.device, wide)
+            old = weight[part]
+            buffers = buffers or [torch.empty(old.numel(), dtype=wide, device=old.device) for _ in range(2)]
+            values, spare = (buffer[: old.numel()].view(old.shape) for buffer in buffers)
+            values.copy_(old)
             if factor is not None and self.dim not in self.dims[:1]:
                 values.mul_(self._shaped(factor, part))
-                factor = None
             if self.rotation is not None:
-                values = self._turned(values, factor, self.rotation)
+                values = self._turned(values, spare, factor if self.dim in self.dims[:1] else None, self.rotation)
             yield part, values
 
     def _parts(self, weight: Tensor) -> Iterator[Part]:
@@ -79,13 +83,16 @@ class Change:
         for i in range(0, weight.shape[cut], step):
             yield tuple(slice(i, i + step) if d == cut else slice(None) for d in range(weight.ndim))
 
-    def _turned(self, values: Tensor, gain: Tensor | None, rotation: Rotation) -> Tensor:
-        """Rotated along each of `dims`; times a gain along the first of them. Overwrites `values`."""
+    def _turned(self, values: Tensor, spare: Tensor, gain: Tensor | None, rotation: Rotation) -> Tensor:
+        """Rotated along each of `dims`, times a gain along the first of them: in `values` or in `spare`."""
         shape = values.shape
         for dim in self.dims:
-            vectors = values.view(math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :]))
-            values, gain = rotation.turn(vectors, torch.empty_like(vectors), gain), None
-        return values.view(shape)
+            vectors = math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])
+            turned = rotation.turn(values.view(vectors), spare.view(vectors), gain).view(shape)
+            if turned.data_ptr() != values.data_ptr():
+                values, spare = spare, values
+            gain = None
+        return values
 
     def _shaped(self, factor: Tensor, part: Part) -> Tensor:
         """What multiplies a part of a parameter, shaped so that it does."""
@@ -118,9 +125,11 @@ class Change:
     def _refuse_rotated(self, name: str, weight: Tensor) -> None:
         flushed = 0
         for _, product in self._products(weight):
+            rounded = product.to(weight.dtype)
+            if not any_zero_or_inf(rounded):
+                continue
             if not bool(product.isfinite().all()):
                 raise FlashNormError(f"{name}: holds inf or NaN, which a rotation would spread")
-            rounded = product.to(weight.dtype)
             if not bool(rounded.isfinite().all()):
                 raise GainOverflowError(
                     f"{name}: a rotated value is beyond the largest {_kind(weight)}; fold in another dtype"
