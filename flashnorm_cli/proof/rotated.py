@@ -15,9 +15,9 @@ from flashnorm_cli.proof.blocks import ShardReader
 from flashnorm_cli.proof.difference import Difference
 from flashnorm_cli.proof.rotation import noise, rotated
 
-PANEL_BYTES = 2**24  # of each checkpoint that a thread holds at a time
+PANEL_BYTES = 2**22  # of each checkpoint that a thread holds at a time
 BLOCK_ELEMENTS = 2**17  # that are multiplied at a time: a few float64 copies of them stay in a core's cache
-BLOCK_COLUMNS, ROW_BYTES = 64, 4096  # at the least: torch is slow at short loops, and the system at short reads
+BLOCK_COLUMNS, ROW_BYTES = 64, 8192  # at the least: torch is slow at short loops, and the system at short reads
 
 
 class RotatedTensor:
