@@ -59,6 +59,7 @@ def doctor(json: options.JsonOpt = False, quiet: options.QuietOpt = False, debug
         from flashnorm_cli.norms.linear import describe
 
         found, broken = info() | describe(), None
+        versions["torch"] = found["torch"]  # with what it was built for, which its package does not say
     except Exception as error:  # a torch that cannot be imported, say: this command is for that, too
         found, broken = None, one_line(f"{type(error).__name__}: {error}")
     advice = _advice(versions, found, broken)

@@ -83,12 +83,15 @@ def test_garbage_is_looked_for_rarely(folders: Path) -> None:
     assert len(searches) <= 10
 
 
-def test_nothing_is_searched_when_the_process_ends() -> None:
+@pytest.mark.parametrize(("extension", "frozen"), [("", True), ("class nb_meta(type): __module__ = 'nanobind'", False)])
+def test_nothing_is_searched_when_the_process_ends(extension: str, frozen: bool) -> None:
+    """But where extensions made with nanobind would print what is left, and triton 3.9 in torch 2.15 is one."""
     code = (
         "import atexit, gc\n"
         "atexit.register(lambda: print('FROZEN', gc.get_freeze_count()))\n"  # the first that is registered runs last
+        f"{extension}\n"
         "from flashnorm_cli.cli import main\n"
         "main(['plan', 'nowhere/at/all'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert int(done.stdout.split("FROZEN")[1]) > 0
+    assert (int(done.stdout.split("FROZEN")[1]) > 0) == frozen
