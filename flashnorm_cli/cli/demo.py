@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -32,6 +31,8 @@ def demo(
     """Fold the small trained Llama that comes with flashnorm, offline, and compare it with its source."""
     out = Output(json, quiet)
     output = options.one_output(output, to)
+    from tempfile import TemporaryDirectory
+
     with TemporaryDirectory() as scratch, out.progress() as report:
         report(0, 0, "Folding and comparing the demo model")
         from flashnorm_cli.demo import run_demo

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -77,6 +76,8 @@ def doctor(json: options.JsonOpt = False, quiet: options.QuietOpt = False, debug
 
 def _versions() -> dict[str, str | None]:
     """What a bug report has to say."""
+    from importlib.metadata import PackageNotFoundError, version
+
     found: dict[str, str | None] = {"flashnorm": __version__, "Python": platform.python_version()}
     found["OS"] = f"{_distribution()}{platform.system()} {platform.release()} {platform.machine()}"
     for package in PACKAGES:

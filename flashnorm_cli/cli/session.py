@@ -8,7 +8,6 @@ libraries, child processes) goes to standard error; under --quiet, nowhere.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -93,6 +92,8 @@ class Session:
         else:
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
+            import ctypes
+
             ctypes.CDLL(None).fflush(None)  # what C code has printed and not written yet
             os.dup2(self._stream.fileno(), 1)
             self._stream.close()

@@ -52,6 +52,13 @@ def test_what_the_files_tell_needs_no_torch(
     assert not {"torch", "transformers"} & {*modules["after"]}
 
 
+def test_help_imports_little() -> None:
+    """What commands alone need is imported in them: together these were a third of the time that help takes."""
+    modules, _ = in_a_process("--help")
+    heavy = {"importlib.metadata", "concurrent.futures", "hashlib", "ctypes", "tempfile", "logging", "torch", "rich"}
+    assert not heavy & {*modules["after"]}
+
+
 def test_a_plan_imports_what_the_model_class_needs(folders: Path) -> None:
     """Beyond the class's own module: the command line and this package, and of it no folding, proof or publishing."""
     first = "import torch, transformers.models.llama.modeling_llama"
