@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,6 +75,7 @@ def doctor(json: options.JsonOpt = False, quiet: options.QuietOpt = False, debug
 
 def _versions() -> dict[str, str | None]:
     """What a bug report has to say."""
+    import platform
     from importlib.metadata import PackageNotFoundError, version
 
     found: dict[str, str | None] = {"flashnorm": __version__, "Python": platform.python_version()}
@@ -89,6 +89,8 @@ def _versions() -> dict[str, str | None]:
 
 
 def _distribution() -> str:
+    import platform
+
     try:
         return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, "
     except (OSError, KeyError):  # not Linux, or one without a name
