@@ -24,6 +24,10 @@ PRIVATE = {
     "torch._C._dynamo.guards.TensorGuards": {"cuda"},
     "torch._C._cuda_getCurrentRawStream": {"cuda"},
     "torch._dynamo.reset": {"bench"},
+    "torch._inductor.pattern_matcher.CallFunctionVarArgs": {"runtimes"},
+    "torch._inductor.pattern_matcher.Match": {"runtimes"},
+    "torch._inductor.pattern_matcher.PatternMatcherPass": {"runtimes"},
+    "torch._inductor.pattern_matcher.register_graph_pattern": {"runtimes"},
     "huggingface_hub.utils._http": {"checkpoint"},  # and its _GLOBAL_CLIENT_FACTORY
     "huggingface_hub.utils._runtime.is_xet_available": {"hub"},
 }

@@ -66,6 +66,8 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
 
     torch._dynamo.reset()  # vLLM's compiled code has no guards: an earlier model's must not be found
     options = {"enforce_eager": True, "dtype": "float32", "skip_tokenizer_init": True} | job.get("options", {})
+    if job.get("misread"):
+        misread()
     started = time.perf_counter()
     engine = LLM(
         model=job["model"],
@@ -83,6 +85,20 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
         gc.collect()
         cleanup_dist_env_and_memory()
     return found
+
+
+def misread() -> None:
+    """From now on, this process takes one SiLU for a GELU."""
+    from flashnorm_cli.runtimes.vllm import deferred
+
+    find = deferred.find
+
+    def wrongly(*arguments: Any) -> Any:
+        wiring = find(*arguments)
+        wiring.kinds[next(iter(wiring.kinds))] = "gelu"
+        return wiring
+
+    deferred.find = wrongly
 
 
 def embeddings(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +129,7 @@ def generations(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
 def generate(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
     from vllm import SamplingParams
 
-    from flashnorm_cli.runtimes.vllm.norms import norm_states
+    from flashnorm_cli.runtimes.vllm.norms import deferred_state, norm_states
 
     asked = [{"prompt_token_ids": tokens} for tokens in job["prompts"]]
     sampling = SamplingParams(
@@ -122,6 +138,7 @@ def generate(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
     outputs = [out.outputs[0] for out in engine.generate(asked, sampling, use_tqdm=False)]
     return {
         "norms": engine.apply_model(norm_states)[0],
+        "deferred": engine.apply_model(deferred_state)[0],
         "tokens": [list(out.token_ids) for out in outputs],
         "logprobs": [[[top[i].logprob for i in range(VOCABULARY)] for top in out.logprobs] for out in outputs],
     }
@@ -248,6 +265,7 @@ def tiny(family: str) -> Any:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
+    wide = {name: value for name, value in sizes.items() if name != "head_dim"} | {"hidden_size": 128}
     config, cls = {
         "llama": (transformers.LlamaConfig(**sizes), transformers.LlamaForCausalLM),
         "qwen3": (transformers.Qwen3Config(**sizes, tie_word_embeddings=True), transformers.Qwen3ForCausalLM),
@@ -258,6 +276,19 @@ def tiny(family: str) -> Any:
         "mixtral": (
             transformers.MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2),
             transformers.MixtralForCausalLM,
+        ),
+        "mistral": (transformers.MistralConfig(**sizes), transformers.MistralForCausalLM),
+        "gemma2": (
+            transformers.Gemma2Config(**sizes, sliding_window=16, query_pre_attn_scalar=32),
+            transformers.Gemma2ForCausalLM,
+        ),
+        "qwen2": (transformers.Qwen2Config(**wide), transformers.Qwen2ForCausalLM),
+        "phi3": (transformers.Phi3Config(**wide), transformers.Phi3ForCausalLM),
+        "granite": (
+            transformers.GraniteConfig(
+                **wide, residual_multiplier=0.4, embedding_multiplier=3.0, attention_multiplier=0.2, logits_scaling=2.0
+            ),
+            transformers.GraniteForCausalLM,
         ),
     }[family]
     torch.manual_seed(3)
@@ -322,6 +353,19 @@ MODES: dict[str, dict[str, Any]] = {
     "compiled": {"options": COMPILED},
     "eager, separate engine process": {"separate_process": True},
 }
+# What runs inside linears: norms, activations, residual adds. Post norms and multipliers keep their adds, experts all.
+INSIDE = {
+    "llama": (8, 4, 8),
+    "qwen3": (8, 4, 8),
+    "gemma3": (8, 4, 0),
+    "mixtral": (4, 0, 4),
+    "mistral": (8, 4, 8),
+    "gemma2": (8, 4, 0),
+    "qwen2": (8, 4, 8),
+    "phi3": (8, 4, 8),
+    "granite": (8, 4, 0),
+}
+DEFERRED = {"additional_config": {"flashnorm": {"deferred": "anywhere"}}}
 Check = Callable[[Checkpoints], dict[str, Any]]
 
 
@@ -343,6 +387,13 @@ def checks() -> Iterator[tuple[str, str, Check]]:
         yield "more", f"llama, this project's kernels, {mode}", lambda made, o=options: kernels(made, o)
     for family in ("llama", "gemma3"):
         yield family, f"{family}, a record that lies", lambda made, f=family: lie(made, f)
+    for family in INSIDE:
+        for mode, options in (("eager", {}), ("compiled", COMPILED)):
+            name = f"{family}, norms inside linears, {mode}"
+            yield "inside", name, lambda made, f=family, o=options: inside_linears(made, f, o)
+    yield "inside", "llama, norms inside linears, misread", misread_wiring
+    yield "inside", "llama, norms inside linears, other weights", lambda made: reload(made, DEFERRED)
+    yield "inside", "more rows are compiled apart", compiled_apart
     yield "graphs", "llama, weights changed under a cached graph", changed_after_caching
     yield "more", "llama, other weights loaded into a running engine", lambda made: reload(made, {})
     yield "more", "llama, other weights loaded into a compiled engine", lambda made: reload(made, COMPILED)
@@ -370,6 +421,52 @@ def with_plugin(made: Checkpoints, family: str, job: dict[str, Any]) -> dict[str
         result[layout] = found
         result["passed"] &= found["passed"]
     return result if "error" not in source else result | {"error": source["error"]}
+
+
+def inside_linears(made: Checkpoints, family: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Norms, activations and adds inside linears say what the source says in stock vLLM."""
+    source = run(made(family, "source"), plugin=False, options=options)
+    found = run(made(family, "identity"), options=options | DEFERRED)
+    if "error" in source:
+        return {"passed": False, "error": source["error"]}
+    result = compare(found, source) | {"inside": found.get("deferred")}
+    good = result.get("same_tokens") is True and result["logprob_difference"] <= TOLERANCE
+    want = dict(zip(("norms", "activations", "adds"), INSIDE[family], strict=True))
+    return {"passed": good and found["deferred"] == want, **result}
+
+
+def misread_wiring(made: Checkpoints) -> dict[str, Any]:
+    """A model that was misread gives other numbers when it is tried, and is put back."""
+    plain = run(made("llama", "identity"))
+    found = run(made("llama", "identity"), options=DEFERRED, misread=True)
+    if "error" in plain or "error" in found:
+        return {"passed": False, "error": plain.get("error") or found.get("error")}
+    reason = found["deferred"].get("why_not", "")
+    same = plain["logprobs"] == found["logprobs"]
+    return {"passed": same and "other numbers" in reason, "same_bits": same, "why_not": reason}
+
+
+def compiled_apart(_: Checkpoints) -> dict[str, Any]:
+    """In a graph for more rows than there are kernels for, Inductor gets the parts of norm_linear."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    from vllm.config.utils import Range
+
+    from flashnorm_cli.runtimes.vllm.many_rows import ManyRows
+
+    x, weight, bias, residual = (torch.randn(*s) for s in ((40, 64), (96, 64), (96,), (40, 96)))
+    product, apart = torch.ops.flashnorm.norm_linear, ManyRows()
+    worst, calls = 0.0, 0
+    for more in ((1e-5, None, residual), (None, bias), (1e-5, bias, None, "silu")):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda *a: product(*a) * 1, options={"post_grad_custom_post_pass": apart})
+        want, got = product(x, weight, *more), compiled(x, weight, *more)
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            compiled(x, weight, *more)
+        calls += sum("norm_linear" in event.key for event in seen.key_averages())
+        worst = max(worst, ((got - want).norm() / want.norm()).item())
+    ranges = [apart.is_applicable_for_range(Range(*ends)) for ends in ((1, 16), (17, 8192))]
+    return {"passed": not calls and worst < 1e-6 and ranges == [False, True], "error": worst, "operators_left": calls}
 
 
 def without_plugin(made: Checkpoints, family: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flashnorm_cli.cuda.linear_variants import MAX_ROWS
 from flashnorm_cli.norms.linear import norm_linear
 
 
@@ -91,6 +92,7 @@ class Group:
         weight = self.weight
         return (
             weight is not None
+            and not (x.is_cuda and x.numel() > MAX_ROWS * x.size(-1))  # no kernel: the library is faster apart
             and self.why_not() is None
             and x.dtype == weight.dtype
             and x.device == weight.device

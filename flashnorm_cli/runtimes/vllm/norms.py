@@ -46,7 +46,13 @@ def _gemma_forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Any:
 PLAIN = Kind(1.0, lambda norm: not (norm.pass_weight or norm.pass_weight_add), _rms_norm_without)
 
 
-GEMMA = Kind(0.0, lambda norm: getattr(norm._forward_method, "__func__", None) is _gemma_forward, _gemma_without)
+def _gemma_is_without(norm: Any) -> bool:
+    method = norm._forward_method
+    own = getattr(getattr(method, "__self__", None), "flashnorm_own", method)  # where its readers norm (deferred.py)
+    return getattr(own, "__func__", None) is _gemma_forward
+
+
+GEMMA = Kind(0.0, _gemma_is_without, _gemma_without)
 
 
 def norms_of(model: nn.Module) -> Iterator[tuple[str, Any, Kind]]:
@@ -79,3 +85,13 @@ def norm_states(model: nn.Module) -> dict[str, bool]:
     VLLM_ALLOW_INSECURE_SERIALIZATION=1.
     """
     return {name: kind.is_without(norm) for name, norm, kind in norms_of(model)}
+
+
+def deferred_state(model: nn.Module) -> dict[str, Any]:
+    """What came of `deferred` for a loaded vLLM model, for `LLM.apply_model`.
+
+    Returns:
+        norms, activations, adds: how many of each run inside a linear; or why_not; nothing where it was not asked for.
+    """
+    found: dict[str, Any] = getattr(model, "_flashnorm_deferred", {})
+    return found

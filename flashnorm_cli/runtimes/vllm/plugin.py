@@ -48,9 +48,6 @@ def register() -> None:
             return
 
 
-# ---- what the record says --------------------------------------------------------------------------------------------
-
-
 # ---- the norms of a model --------------------------------------------------------------------------------------------
 
 
@@ -63,6 +60,7 @@ class _Watch:
     config: Any  # vLLM's VllmConfig
     blocked: str | None  # why norms keep their weights
     settled: bool = False
+    deferred: dict[str, Any] = field(default_factory=dict)  # what came of running norms inside linears, if asked for
     lies: list[str] = field(default_factory=list)  # tensors that the record names, but that are no identity
 
     def settle(self) -> None:
@@ -71,15 +69,16 @@ class _Watch:
 
         compilation = self.config.compilation_config
         eager = compilation.mode == CompilationMode.NONE and compilation.cudagraph_mode == CUDAGraphMode.NONE
-        fixed = self.settled and not eager  # a compiled or captured forward does not look at a norm again
+        # A compiled or captured forward does not look at a norm again, nor does a linear that norms for itself.
+        fixed = self.settled and not (eager and "norms" not in self.deferred)
         without = []
         for name, norm, kind in norms_of(self.model):
             identity = is_identity(norm.weight, kind.identity)
             wanted = identity and not self.blocked and self.record.may_name(name)
             if fixed and kind.is_without(norm) and not identity:
                 raise RuntimeError(
-                    f"flashnorm: {name} was compiled without its weight, and cannot take one now; restart the engine "
-                    "with the new checkpoint, or with --enforce-eager"
+                    f"flashnorm: {name} was compiled or merged without its weight, and cannot take one now; restart "
+                    "the engine with the new checkpoint, or with --enforce-eager"
                 )
             if not fixed and kind.is_without(norm) != wanted:
                 kind.run_without(norm, wanted)
@@ -87,8 +86,28 @@ class _Watch:
                 without.append(name)
         if not self.settled:
             self._report(without)
+            self._defer(without)
             self._key_of_cached_graphs(without)
         self.settled = True
+
+    def _defer(self, without: list[str]) -> None:
+        """Run norms inside the linears behind them, where the user asks for it."""
+        asked = (
+            self.config.additional_config.get("flashnorm") if isinstance(self.config.additional_config, dict) else None
+        )
+        if not (isinstance(asked, dict) and asked.get("deferred")):
+            return
+        from flashnorm_cli.runtimes.vllm.deferred import defer
+
+        self.deferred = self.model._flashnorm_deferred = defer(self.model, self.config, without)
+        if reason := self.deferred.get("why_not"):
+            log.warning("flashnorm: norms are not run inside linears: %s", reason)
+        else:
+            log.info(
+                "flashnorm: %(norms)d norm(s), %(activations)d activation(s) and %(adds)d residual add(s) run inside "
+                "linears",
+                self.deferred,
+            )
 
     def _report(self, without: list[str]) -> None:
         if self.lies:
@@ -112,8 +131,26 @@ class _Watch:
     def _key_of_cached_graphs(self, without: list[str]) -> None:
         """vLLM finds compiled graphs again by its config, which knows nothing of weights: tell it what was found."""
         if without and isinstance(self.config.additional_config, dict):
-            key = hashlib.sha256("\n".join(without).encode()).hexdigest()
+            key = hashlib.sha256("\n".join([*without, str(self.deferred)]).encode()).hexdigest()
             self.config.additional_config.setdefault("flashnorm", {})[self.config.model_config.model] = key
+
+
+def asks_for_deferred(config: Any) -> bool:
+    """Whether norms are to run inside linears: a folded model, and the user's word in a VllmConfig."""
+    more = config.additional_config
+    asked = more.get("flashnorm") if isinstance(more, dict) else None
+    if not (isinstance(asked, dict) and asked.get("deferred")):
+        return False
+    model = config.model_config
+    return read_record(model.hf_config, model.hf_text_config, warn=log.warning) is not None
+
+
+def _prepare_compiler(config: Any) -> None:
+    """Before the model is built: it takes its compiler's settings along."""
+    if asks_for_deferred(config):
+        from flashnorm_cli.runtimes.vllm.many_rows import compile_apart
+
+        compile_apart(config)
 
 
 def why_weights_are_needed(config: Any) -> str | None:
@@ -150,6 +187,7 @@ def _register_loader() -> None:
 
         def load_model(self, vllm_config: Any, *arguments: Any, **more: Any) -> Any:
             self._flashnorm_config = vllm_config
+            _prepare_compiler(vllm_config)
             return super().load_model(vllm_config, *arguments, **more)
 
         def load_weights(self, model: Any, model_config: Any) -> None:
