@@ -59,8 +59,8 @@ class Session:
             "next": self.next,
             "seconds": round(time.monotonic() - self.started, 3),
         }
-        said = {key: plain(value, word=key not in VERBATIM) for key, value in content.items()}
-        return json.dumps(said, indent=2, allow_nan=False)
+        document = {key: plain(value, word=key not in VERBATIM) for key, value in content.items()}
+        return json.dumps(document, indent=2, allow_nan=False)
 
     def keep_stdout(self, quiet: bool) -> None:
         """From here on, only `stream` leads to standard output."""

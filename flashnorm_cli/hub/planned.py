@@ -64,8 +64,8 @@ def plan_from_hub(source: Source, planning: Planning, layout: str, report: Progr
     refuse_adapter(checkpoint)
     checkpoint = fetch_others(checkpoint, report)
     ids = listed_ids(source, checkpoint.commit or "", list(checkpoint.shards))
-    meant = {name: known[0] for name, known in ids.items() if SHA256.fullmatch(known[0])}
-    checkpoint = dataclasses.replace(checkpoint, sha256=meant)
+    expected = {name: known[0] for name, known in ids.items() if SHA256.fullmatch(known[0])}
+    checkpoint = dataclasses.replace(checkpoint, sha256=expected)
     plan, chosen = plan_for(checkpoint, planning, report)
     give_back_memory()
     report(0, 0, "Reading norms")

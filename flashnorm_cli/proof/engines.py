@@ -81,13 +81,13 @@ def compare_runtime(
         except EngineError as error:
             return LevelResult(level, "skipped", reason=f"{title} does not run the source: {error}")
         try:
-            mine = run(folded, "folded checkpoint", dtype)
+            answer = run(folded, "folded checkpoint", dtype)
         except EngineError as error:
             finding = Finding(title, f"does not run the folded checkpoint: {error}")
             return LevelResult(level, "failed", RuntimeFigures(title, _version(package)), (finding,))
     tokens = [[_likeliest(top) for top in row] for row in reference["tops"]]
-    measured, findings = judge(reference["tops"], plain["tops"], mine["tops"], tokens)
-    figures = RuntimeFigures(title, _version(package), len(asked), **measured, **mine["facts"])
+    measured, findings = judge(reference["tops"], plain["tops"], answer["tops"], tokens)
+    figures = RuntimeFigures(title, _version(package), len(asked), **measured, **answer["facts"])
     return LevelResult(level, "failed" if findings else "passed", figures, findings)
 
 

@@ -209,10 +209,10 @@ def _wrong_norm(source: Checkpoint, folded: Checkpoint, norm: Norm, state: str) 
     error = ((found - was).norm() / was.norm().clamp(min=torch.finfo(torch.float64).tiny)).item()
     if norm.folded and bool((found == found[0]).all()):
         return Finding(name, f"holds {found[0]:g} everywhere instead of {wanted}", error)
-    again = f"; {SCALED_AGAIN}" if norm.folded and bool((found * norm.scale + norm.offset > 0).all()) else ""
+    hint = f"; {SCALED_AGAIN}" if norm.folded and bool((found * norm.scale + norm.offset > 0).all()) else ""
     return Finding(
         name,
         f"does not hold {wanted}: {wrong[0] if norm.folded else wrong[1]} of {len(found)} values differ, the first is "
-        f"element {where}: {found[where]:g}{again}",
+        f"element {where}: {found[where]:g}{hint}",
         error,
     )
