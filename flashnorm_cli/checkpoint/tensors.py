@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
 
 import torch
 
@@ -18,23 +19,50 @@ from flashnorm_cli.errors import CheckpointError
 # What can be scaled or filled, and the integers that show its bits.
 TORCH_DTYPE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
-_thread_setting = threading.Lock()
-_at_work: list[int] = []  # torch's setting as each job that is at work in this process found it
+_settings = threading.Lock()
+# What each job that is at work in this process found: torch's number of threads, and its precision of float32 products.
+_threads: list[int] = []
+_precisions: list[tuple[str, ...]] = []
+Setting = TypeVar("Setting")
 
 
 @contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Keep torch from starting threads where ours are the parallelism. Several jobs may be under way at a time."""
-    with _thread_setting:
-        _at_work.append(torch.get_num_threads() if not _at_work else _at_work[0])
-        torch.set_num_threads(1)
+def _while_at_work(
+    jobs: list[Setting], read: Callable[[], Setting], write: Callable[[Setting], object], value: Setting
+) -> Iterator[None]:
+    """A setting of the whole process. Several jobs may be under way at a time: the last one restores it."""
+    with _settings:
+        jobs.append(jobs[0] if jobs else read())
+        write(value)
     try:
         yield
     finally:
-        with _thread_setting:
-            before = _at_work.pop()
-            if not _at_work:
-                torch.set_num_threads(before)
+        with _settings:
+            before = jobs.pop()
+            if not jobs:
+                write(before)
+
+
+def one_thread_each() -> AbstractContextManager[None]:
+    """Keep torch from starting threads where ours are the parallelism."""
+    return _while_at_work(_threads, torch.get_num_threads, torch.set_num_threads, 1)
+
+
+def float32_products() -> AbstractContextManager[None]:
+    """Products of float32 matrices in float32, and not in TF32 or bf16, whatever the process has chosen for models.
+
+    By backend: torch's one setting for all raises where they differ.
+    """
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+    def write(values: tuple[str, ...]) -> None:
+        for backend, value in zip(backends, values, strict=True):
+            backend.fp32_precision = value
+
+    def read() -> tuple[str, ...]:
+        return tuple(backend.fp32_precision for backend in backends)
+
+    return _while_at_work(_precisions, read, write, ("ieee", "ieee"))
 
 
 def read_bytes(checkpoint: Checkpoint, tensor: str, start: int, end: int) -> bytearray:

@@ -121,7 +121,8 @@ def _without_short_loops(gain: torch.Tensor, inner: int) -> tuple[torch.Tensor, 
     return gain, inner
 
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# As wide as values of so many bytes.
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def any_zero_or_inf(values: torch.Tensor, order: torch.Tensor | None = None) -> bool:
@@ -131,7 +132,7 @@ def any_zero_or_inf(values: torch.Tensor, order: torch.Tensor | None = None) -> 
     for NaN, for inf, and then for the finite values. Adding half of the unsigned range instead of subtracting one makes
     it the same order for signed numbers. `order` is a buffer for that, of integers as wide as the values.
     """
-    bits = _BITS[values.itemsize]
+    bits = INTEGERS[values.itemsize]
     half = torch.iinfo(bits).max
     order = torch.add(half, values.view(bits), alpha=2, out=order)
     inf = int(torch.tensor(torch.inf, dtype=values.dtype).view(bits).item())

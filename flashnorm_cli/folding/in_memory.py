@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,14 +14,18 @@ from flashnorm_cli.checkpoint.folded import flags_of
 from flashnorm_cli.checkpoint.header import Header, TensorEntry
 from flashnorm_cli.checkpoint.model import Checkpoint, Source
 from flashnorm_cli.checkpoint.names import layer_of, pattern_of
-from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
+from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE, float32_products
 from flashnorm_cli.choices import FinalNorm
-from flashnorm_cli.errors import FlashNormError, GainOverflowError, GainUnderflowError, UsageError
-from flashnorm_cli.folding.jobs import FLUSH_LIMIT
-from flashnorm_cli.folding.planning import LEAVE_GRID
+from flashnorm_cli.choices import Rotation as Kind
+from flashnorm_cli.errors import FlashNormError, UsageError
+from flashnorm_cli.folding.parameters import Change
+from flashnorm_cli.folding.planning import LEAVE_GRID, check_rotation
+from flashnorm_cli.folding.rotation import Rotation, rotation
 from flashnorm_cli.modeling import build, disk_names
 from flashnorm_cli.plan.grid import KINDS, on_grid, rows_along
+from flashnorm_cli.plan.model import Plan
 from flashnorm_cli.plan.planner import FINAL_NORM_CHOICES, TracedPlan, trace_plan
+from flashnorm_cli.plan.rotation import rotatable, with_rotation
 from flashnorm_cli.record import write as record
 
 if TYPE_CHECKING:
@@ -30,10 +33,15 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="PreTrainedModel")
 
-CHUNK_ELEMENTS = 1 << 24  # that are widened to float32 at a time
 
-
-def fold_model_(model: Model, final_norm: FinalNorm = "auto", leave_grid: bool = False) -> Model:
+def fold_model_(
+    model: Model,
+    final_norm: FinalNorm = "auto",
+    leave_grid: bool = False,
+    *,
+    rotate: Kind | None = None,
+    seed: int = 0,
+) -> Model:
     """Fold the norm gains of a loaded model into the linear layers that read them, in place.
 
     What `fold` does to a checkpoint, for a model that is in memory: the same plan, the same products (float32, rounded
@@ -46,15 +54,18 @@ def fold_model_(model: Model, final_norm: FinalNorm = "auto", leave_grid: bool =
         model: a transformers model, its parameters in memory (any device), not quantized, without adapters.
         final_norm: "auto", "keep" or "untie"; see `make_plan`. An untied head is a new parameter.
         leave_grid: fold also weights that lie on a quantizer's grid already (trained or made for few bits).
+        rotate: "hadamard" or "random": rotate the residual stream after the fold, by the matrix that this and `seed`
+            stand for; see docs/rotation.md. All hidden states come out rotated.
     Returns:
         The model.
     Raises:
-        UsageError: it is no transformers model, or final_norm is none of the three.
+        UsageError: it is no transformers model, final_norm is none of the three, or there is no such rotation.
         FlashNormError: the model is folded already, has nothing to fold, cannot be changed in place, or lies on a
             quantizer's grid.
-        GainOverflowError: a weight times its gain is beyond what the parameter's dtype can hold.
-        GainUnderflowError: too many weights times their gain are too small for it.
-        PlanError: the architecture cannot be planned, or the model is not what its config says.
+        GainOverflowError: a weight times its gain, or rotated, is beyond what the parameter's dtype can hold.
+        GainUnderflowError: too many weights times their gain, or rotated, are too small for it.
+        PlanError: the architecture cannot be planned, the residual stream cannot be rotated, or the model is not what
+            its config says.
     """
     from transformers import PreTrainedModel
 
@@ -64,49 +75,60 @@ def fold_model_(model: Model, final_norm: FinalNorm = "auto", leave_grid: bool =
         )
     if final_norm not in FINAL_NORM_CHOICES:
         raise UsageError(f"`final_norm` is one of {', '.join(FINAL_NORM_CHOICES)}, not {final_norm!r}")
+    check_rotation(rotate, seed)
     _refuse(model)
-    traced = trace_plan(_as_checkpoint(model), model.config, type(model), final_norm)
-    if not traced.plan.folded:
-        reasons = "; ".join(dict.fromkeys(n.reason or "" for n in traced.plan.kept)) or "it has no norm with a weight"
+    checkpoint = _as_checkpoint(model)
+    traced = trace_plan(checkpoint, model.config, type(model), final_norm)
+    plan, turns = _rotated(checkpoint, traced, rotate, seed)
+    if not plan.folded:
+        reasons = "; ".join(dict.fromkeys(n.reason or "" for n in plan.kept)) or "it has no norm with a weight"
         raise FlashNormError(f"there is nothing to fold: {reasons}")
     parameters = _same_parameters(model, traced)
-    with torch.no_grad():
+    with torch.no_grad(), float32_products():
         gains = _gains(traced, parameters)
-        factors = _factors(traced, gains, parameters)
-        _refuse_grid(parameters, {} if leave_grid else factors)
+        scales = _scales(traced, gains, parameters)
+        _refuse_grid(parameters, {} if leave_grid else scales)
+        changes = {**scales, **{name: scales.get(name, Change()).rotated(*turn) for name, turn in turns.items()}}
         head, embedding = traced.untied or ("", "")
+        for name, change in changes.items():
+            change.refuse(name, parameters[name if name in parameters else embedding])
         untied = None
-        if traced.plan.untie and head != embedding:
+        if plan.untie and head != embedding:
             tied = parameters[embedding]
             untied = nn.Parameter(torch.empty_like(tied), tied.requires_grad)
-            _scale(tied, *factors.pop(head), out=untied)
-        for name, (factor, dim) in factors.items():
-            _scale(parameters[name], factor, dim, out=parameters[name])
+            changes.pop(head).apply(tied, out=untied)
+        for name, change in changes.items():
+            change.apply(parameters[name], out=parameters[name])
         for name in gains:
             gain = traced.trace.gains[name]
             parameters[name].fill_((1.0 - gain.offset) / gain.scale)
         if untied is not None:
             model.get_submodule(head.rpartition(".")[0]).register_parameter(head.rpartition(".")[2], untied)
-    _own_config(model)
-    if traced.plan.untie:
-        _untie(model, head)
-        for name in traced.plan.added:
-            disk_names.save_as(model, head, name)
-    for config in _levels(model.config, traced.plan.text_config):
-        for key, value in record.config_keys(traced.plan, "identity", in_memory=True).items():
-            setattr(config, key, value)
+    _mark(model, plan, head)
     return model
 
 
-def _refuse_grid(parameters: dict[str, nn.Parameter], factors: Mapping[str, tuple[Tensor, int]]) -> None:
-    kinds = {pattern_of(name): name for name in factors if layer_of(name) and name in parameters}
-    samples = ((name, rows_along(parameters[name], factors[name][1])) for name in list(kinds.values())[:KINDS])
+def _refuse_grid(parameters: dict[str, nn.Parameter], scales: Mapping[str, Change]) -> None:
+    kinds = {pattern_of(name): name for name in scales if layer_of(name) and name in parameters}
+    samples = ((name, rows_along(parameters[name], scales[name].dim)) for name in list(kinds.values())[:KINDS])
     found = on_grid((name, rows) for name, rows in samples if rows is not None)
     if found is not None and found.all_few:
         raise FlashNormError(f"{found.line}; {LEAVE_GRID}")
 
 
 # ---- before the first change -----------------------------------------------------------------------------------------
+
+
+def _rotated(
+    checkpoint: Checkpoint, traced: TracedPlan, kind: str | None, seed: int
+) -> tuple[Plan, dict[str, tuple[Rotation, tuple[int, ...]]]]:
+    """The plan with its rotation, and what is rotated along which dimensions, by runtime name; nothing for no kind."""
+    if kind is None:
+        return traced.plan, {}
+    stream = rotatable(checkpoint, traced)
+    plan = with_rotation(checkpoint, traced, stream, kind, seed)
+    matrix = rotation(kind, stream.size, seed)
+    return plan, {name: (matrix, dims) for name, dims in stream.members.items()}
 
 
 def _refuse(model: PreTrainedModel) -> None:
@@ -195,87 +217,36 @@ def _gains(traced: TracedPlan, parameters: dict[str, nn.Parameter]) -> dict[str,
     return gains
 
 
-def _factors(
-    traced: TracedPlan, gains: dict[str, Tensor], parameters: dict[str, nn.Parameter]
-) -> dict[str, tuple[Tensor, int]]:
-    """What each reader is multiplied by, float32 (float64 if a gain is) of shape (shape[dim],), and dim.
-
-    None that would overflow, or flush too much to zero.
-    """
+def _scales(traced: TracedPlan, gains: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> dict[str, Change]:
+    """What each reader is multiplied by, by runtime name."""
     trace = traced.trace
     by_id = [torch.ones(1)]  # id 0 and kept gains: unscaled
     by_id += [gains.get(name, torch.ones(gain.size)) for name, gain in trace.gains.items()]
     table = torch.cat(by_id)
     double = torch.cat([torch.full(part.shape, part.dtype == torch.float64) for part in by_id])
-    factors = {}
+    scales = {}
     for name, reader in trace.readers.items():
         ids = reader.ids.clamp(min=0)
         factor = table[ids] if bool(double[ids].any()) else table[ids].float()
         new = traced.plan.untie and name not in parameters  # a head, which is made in any case
-        if not new and bool((factor == 1.0).all()):
-            continue
-        weight = parameters[name] if name in parameters else parameters[(traced.untied or ("", ""))[1]]
-        factors[name] = factor, reader.dim
-        _refuse_overflow(name, weight, factor, reader.dim)
-        _refuse_flushed(name, weight, factor, reader.dim)
-    return factors
-
-
-def _refuse_overflow(name: str, weight: Tensor, factor: Tensor, dim: int) -> None:
-    others = [d for d in range(weight.ndim) if d != dim]
-    peak = torch.linalg.vector_norm(weight, math.inf, others)
-    if not bool(peak.isfinite().all()):  # inf and NaN that are there already are carried over
-        finite = torch.where(weight.isfinite(), weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
-        peak = torch.linalg.vector_norm(finite, math.inf, others)
-    wide = _wide(weight, factor)
-    if not bool((peak.to(wide) * factor.to(peak.device, wide).abs()).to(weight.dtype).isfinite().all()):
-        kind = str(weight.dtype).removeprefix("torch.")
-        raise GainOverflowError(f"{name}: a weight times its gain is beyond the largest {kind}; fold in another dtype")
-
-
-def _refuse_flushed(name: str, weight: Tensor, factor: Tensor, dim: int) -> None:
-    magnitudes = factor[factor != 0].abs()
-    if not bool((magnitudes < 0.75).any()):  # less than about half of the smallest nonzero value rounds to zero
-        return
-    flushed = 0
-    for rows, product in _products(weight, factor, dim):
-        nonzero = _factor_of(rows, weight, (factor != 0), dim) & (weight[rows] != 0)
-        flushed += int((nonzero & (product.to(weight.dtype) == 0)).sum())
-    if flushed > FLUSH_LIMIT * weight.numel():
-        kind = str(weight.dtype).removeprefix("torch.")
-        raise GainUnderflowError(
-            f"{name}: {flushed:,} of {weight.numel():,} values times their gain are too small for {kind} and would "
-            "become zero: that would be another model; fold in another dtype"
-        )
+        if new or not bool((factor == 1.0).all()):
+            scales[name] = Change(factor, reader.dim)
+    return scales
 
 
 # ---- changes ---------------------------------------------------------------------------------------------------------
 
 
-def _scale(weight: Tensor, factor: Tensor, dim: int, out: Tensor) -> None:
-    """`out` becomes weight times factor along dim, rounded once; out may be weight."""
-    for rows, product in _products(weight, factor, dim):
-        out[rows].copy_(product)
-
-
-def _wide(weight: Tensor, factor: Tensor) -> torch.dtype:
-    """What a product is computed in."""
-    return torch.float64 if torch.float64 in (weight.dtype, factor.dtype) else torch.float32
-
-
-def _products(weight: Tensor, factor: Tensor, dim: int) -> Iterator[tuple[slice, Tensor]]:
-    """weight times factor along dim, some rows at a time, not rounded yet."""
-    wide = _wide(weight, factor)
-    step = max(CHUNK_ELEMENTS * weight.shape[0] // max(weight.numel(), 1), 1)
-    for i in range(0, weight.shape[0], step):
-        rows = slice(i, i + step)
-        yield rows, weight[rows].to(wide) * _factor_of(rows, weight, factor.to(wide), dim)
-
-
-def _factor_of(rows: slice, weight: Tensor, factor: Tensor, dim: int) -> Tensor:
-    """A factor along dim, shaped so that it multiplies these rows of a weight."""
-    shaped = factor.to(weight.device).view([-1 if d == dim else 1 for d in range(weight.ndim)])
-    return shaped[rows] if dim == 0 else shaped
+def _mark(model: PreTrainedModel, plan: Plan, head: str) -> None:
+    """Write the record into a config of the model's own; `head` is the parameter that was untied, if one was."""
+    _own_config(model)
+    if plan.untie:
+        _untie(model, head)
+        for name in plan.added:
+            disk_names.save_as(model, head, name)
+    for config in _levels(model.config, plan.text_config):
+        for key, value in record.config_keys(plan, "identity", in_memory=True).items():
+            setattr(config, key, value)
 
 
 def _own_config(model: PreTrainedModel) -> None:

@@ -35,10 +35,10 @@ from pathlib import Path
 import torch
 
 from flashnorm_cli.checkpoint.header import Header, build_header
-from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE, one_thread_each
+from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE, float32_products, one_thread_each
 from flashnorm_cli.errors import GainOverflowError, GainUnderflowError, PlanError
-from flashnorm_cli.folding.edits import _BITS, Edit, Fill, Rotate, Scale, _Scaling, any_zero_or_inf
-from flashnorm_cli.folding.rotating import Panel, Rotating, panels, rotate_panel
+from flashnorm_cli.folding.edits import INTEGERS, Edit, Fill, Rotate, Scale, _Scaling, any_zero_or_inf
+from flashnorm_cli.folding.rotating import PANEL_BYTES, Panel, Rotating, Turner, panels
 from flashnorm_cli.folding.shard_files import SourceFile, SourceFiles, new_file, read_into, write_at
 
 CHUNK_BYTES = 2**20
@@ -181,10 +181,10 @@ def _plan(job: ShardJob, header: Header, files: SourceFiles) -> tuple[list[_Rang
     return ranges, scalings
 
 
-def _parts(whole: _Range) -> Iterator[_Range | Panel]:
+def _parts(whole: _Range, workers: int) -> Iterator[_Range | Panel]:
     """What a worker takes from the queue at a time."""
     if isinstance(whole.action, Rotating):
-        return panels(whole.action, whole.source, whole.source_offset, whole.target_offset)
+        return panels(whole.action, whole.source, whole.source_offset, whole.target_offset, PANEL_BYTES // workers)
     return _split(whole, RANGE_BYTES)
 
 
@@ -215,7 +215,7 @@ def _after(whole: _Range, length: int) -> _Range:
 
 def _run(ranges: list[_Range], target: int, workers: int, on_bytes: Callable[[int], None] | None) -> None:
     """Do all ranges in `workers` threads; the first error stops the others and is raised."""
-    queue = (part for whole in ranges for part in _parts(whole))
+    queue = (part for whole in ranges for part in _parts(whole, workers))
     lock = threading.Lock()
     stop = threading.Event()
 
@@ -236,7 +236,7 @@ def _run(ranges: list[_Range], target: int, workers: int, on_bytes: Callable[[in
             stop.set()
             raise
 
-    with one_thread_each(), ThreadPoolExecutor(workers) as pool:
+    with one_thread_each(), float32_products(), ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(work) for _ in range(workers)]
         try:
             for future in futures:
@@ -256,10 +256,11 @@ class _Worker:
         self.chunk = mmap.mmap(-1, CHUNK_BYTES)
         self.scratch = mmap.mmap(-1, 4 * CHUNK_BYTES)  # a bf16 chunk in float32, or in float64
         self.view = memoryview(self.chunk)
+        self.turner = Turner(target)
 
     def do(self, part: _Range | Panel) -> None:
         if isinstance(part, Panel):
-            flushed = rotate_panel(part, self.target)
+            flushed = self.turner.turn(part)
             with self.lock:
                 part.rotating.flushed += flushed
             return
@@ -285,7 +286,7 @@ class _Worker:
             wide.copy_(values)
             scaling.multiply(wide, chunk.first, scaling.gain)
             values.copy_(wide)
-        order = _tensor(self.scratch, _BITS[values.itemsize], values.nbytes)
+        order = _tensor(self.scratch, INTEGERS[values.itemsize], values.nbytes)
         if scaling.needs_check and any_zero_or_inf(values, order):
             self._count(chunk, scaling, values)
 

@@ -1,26 +1,36 @@
-"""Rotate tensors on their way from shard to shard: panels that hold whole vectors, one product each, rounded once.
+"""Rotate tensors on their way from shard to shard: panels that hold whole vectors, rounded once.
 
 A tensor is seen as (outer, channels, inner) around the dimension that is rotated. A panel is some of `outer` as a
 whole, which lies in one piece on disk, or, where one alone is too large, some of `inner`, which is read and written
 row by row: a memory map would be shorter, and would kill the process where a file is cut off underneath.
+
+What makes it fast, in CPU time per value, where reading and writing bf16 take 0.6 ns: a panel is multiplied in blocks
+that stay in a core's cache, through buffers that each thread keeps (fresh ones fault on every page). A Hadamard
+matrix of order 2048 is three passes of small matrix products, 1.0 ns (matrices of 64 and 32: 1.3 ns); widening with
+gain and signs, rounding, and looking for zeros and inf take 0.5 ns. Rows of 4 kB cost twice as much to read and
+write as whole tensors do, where they do not begin with a page three times.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from flashnorm_cli.checkpoint.header import TensorEntry
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
 from flashnorm_cli.errors import CheckpointError, GainOverflowError, PlanError
-from flashnorm_cli.folding.edits import Rotate, any_zero_or_inf
+from flashnorm_cli.folding.edits import INTEGERS, Rotate, any_zero_or_inf
 from flashnorm_cli.folding.shard_files import SourceFile, read_into, write_at
 
-PANEL_ELEMENTS = 2**20  # that are multiplied at a time: larger matrices fall out of the processor's cache
-ROW_BYTES = 4096  # of a panel that is read row by row, at the least: a call for each row takes as long as 4 kB
+BLOCK_ELEMENTS = 2**17  # that are multiplied at a time: two float32 buffers of them stay in a core's cache
+BLOCK_COLUMNS = 64  # at the least, of a block that is a part of `inner`: torch is slow at short loops
+PANEL_BYTES = 2**26  # that all threads hold at a time
+PAGE = 4096  # bytes of a panel's rows, at the least
 
 
 class Rotating:
@@ -42,41 +52,49 @@ class Rotating:
             fits = 0 <= self.scale.dim < number and gain.shape == (entry.shape[self.scale.dim],)
             if not fits or not gain.isfinite().all():
                 raise PlanError(f"tensor {entry.name!r}: its gain does not fit, or is not finite")
+        self.outer, self.inner = (
+            math.prod(part) for part in (self.shape[: self.dims[0]], self.shape[self.dims[0] + 1 :])
+        )
         self.dtype = TORCH_DTYPE[entry.dtype]
         self.itemsize = self.dtype.itemsize
         double = self.dtype == torch.float64 or (gain is not None and gain.dtype == torch.float64)
         self.wide = torch.float64 if double else torch.float32
 
-    def factor(self, panel: Panel, inner: tuple[int, int]) -> torch.Tensor | None:
-        """The gain of each value of a part of a panel, to be broadcast to its shape (outer, channels, inner)."""
-        if self.scale is None:
+    @property
+    def gain(self) -> torch.Tensor | None:
+        """The gain of each channel along the first dimension that is rotated, if that is where the gain lies."""
+        here = self.scale is not None and self.scale.dim == self.dims[0]
+        return self.scale.gain.to(self.wide) if self.scale and here else None
+
+    def factor(self, outer: tuple[int, int], inner: tuple[int, int]) -> torch.Tensor | None:
+        """A gain along another dimension, for a part of the tensor: broadcasts to its (outer, channels, inner)."""
+        if self.scale is None or self.scale.dim == self.dims[0]:
             return None
-        at, dim = self.scale.dim, panel.dim
-        gain = self.scale.gain.to(self.wide)
-        if at == dim:
-            return gain[None, :, None]
+        at, dim, gain = self.scale.dim, self.dims[0], self.scale.gain.to(self.wide)
         if at > dim:
             columns = torch.arange(inner[0], inner[1])
             return gain[columns // math.prod(self.shape[at + 1 :]) % len(gain)][None, None, :]
-        outer = torch.arange(panel.outer[0], panel.outer[1])
-        return gain[outer // math.prod(self.shape[at + 1 : dim]) % len(gain)][:, None, None]
+        rows = torch.arange(outer[0], outer[1])
+        return gain[rows // math.prod(self.shape[at + 1 : dim]) % len(gain)][:, None, None]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A part of a tensor: `outer` and `inner` are ranges around `dim`, offsets those of the whole tensor, in bytes."""
+    """A part of a tensor: `outer` and `inner` are ranges around its first dimension that is rotated.
+
+    Offsets are those of the whole tensor in its files, in bytes.
+    """
 
     rotating: Rotating
     source: SourceFile
     source_offset: int
     target_offset: int
-    dim: int
     outer: tuple[int, int]
     inner: tuple[int, int]
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return self.outer[1] - self.outer[0], self.rotating.shape[self.dim], self.inner[1] - self.inner[0]
+        return self.outer[1] - self.outer[0], self.rotating.rotation.size, self.inner[1] - self.inner[0]
 
     @property
     def length(self) -> int:
@@ -85,76 +103,108 @@ class Panel:
     def pieces(self) -> Iterator[tuple[int, int]]:
         """Where it lies, from the start of the tensor: (offset, length) in bytes, in order."""
         _, channels, inner = self.shape
-        whole, itemsize = math.prod(self.rotating.shape[self.dim + 1 :]), self.rotating.itemsize
+        whole, itemsize = self.rotating.inner, self.rotating.itemsize
         if inner == whole:
             yield self.outer[0] * channels * whole * itemsize, self.length
             return
         for row in range(self.outer[0] * channels, self.outer[1] * channels):
             yield (row * whole + self.inner[0]) * itemsize, inner * itemsize
 
+    def blocks(self) -> Iterator[tuple[slice, slice]]:
+        """Parts of it that are multiplied at a time. Along several dimensions, whole vectors of each are needed."""
+        outer, channels, inner = self.shape
+        several = len(self.rotating.dims) > 1
+        columns = inner if several else max(BLOCK_ELEMENTS // channels, BLOCK_COLUMNS)
+        rows = max(BLOCK_ELEMENTS // (channels * inner), 1)
+        for o in range(0, outer, rows):
+            for i in range(0, inner, columns):
+                yield slice(o, min(o + rows, outer)), slice(i, min(i + columns, inner))
 
-def panels(rotating: Rotating, source: SourceFile, source_offset: int, target_offset: int) -> Iterator[Panel]:
-    """The panels of a tensor, in order. One that is rotated along several dimensions is cut before the first only."""
-    shape, dim = rotating.shape, rotating.dims[0]
-    outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
+
+def panels(
+    rotating: Rotating, source: SourceFile, source_offset: int, target_offset: int, panel_bytes: int
+) -> Iterator[Panel]:
+    """The panels of a tensor, in order, of about `panel_bytes`. Along several dimensions, only the first is cut."""
+    outer, channels, inner = rotating.outer, rotating.rotation.size, rotating.inner
     if not rotating.elements:
         return
-    one = shape[dim] * inner
-    if one <= PANEL_ELEMENTS or len(rotating.dims) > 1:
-        step, width = max(PANEL_ELEMENTS // one, 1), inner
+    most, first = panel_bytes // rotating.itemsize, inner
+    if channels * inner <= most or len(rotating.dims) > 1:
+        step, width = max(min(most, BLOCK_ELEMENTS) // (channels * inner), 1), inner
     else:
-        step, width = 1, max(PANEL_ELEMENTS // shape[dim], ROW_BYTES // rotating.itemsize)
+        pages = PAGE // rotating.itemsize
+        step, width = 1, max(most // channels // pages * pages, pages)
+        into = (target_offset // rotating.itemsize) % pages
+        first = min(width, inner) - (into if inner % pages == 0 else 0)
     for o in range(0, outer, step):
-        for i in range(0, inner, width):
-            ends = (o, min(o + step, outer)), (i, min(i + width, inner))
-            yield Panel(rotating, source, source_offset, target_offset, dim, *ends)
+        ends = [0, *range(first, inner, width), inner]
+        for i in pairwise(ends):
+            yield Panel(rotating, source, source_offset, target_offset, (o, min(o + step, outer)), i)
 
 
-def rotate_panel(panel: Panel, target: int) -> int:
-    """Read, scale, rotate, round and write one panel; returns how many values became zero.
+class Turner:
+    """What one thread rotates panels with: its buffers, which it keeps."""
 
-    Raises GainOverflowError at a new inf, CheckpointError at one that is there already: it would spread.
-    """
-    rotating = panel.rotating
-    raw = memoryview(bytearray(panel.length))
-    done = 0
-    for offset, length in panel.pieces():
-        read_into(panel.source, panel.source_offset + offset, raw[done : done + length])
-        done += length
-    values = torch.frombuffer(raw, dtype=rotating.dtype).view(panel.shape)
-    flushed = 0
-    step = max(PANEL_ELEMENTS // (panel.shape[0] * panel.shape[1]), 1) if len(rotating.dims) == 1 else panel.shape[2]
-    for first in range(panel.inner[0], panel.inner[1], step):
-        inner = first, min(first + step, panel.inner[1])
-        flushed += _rotate(panel, values[:, :, inner[0] - panel.inner[0] : inner[1] - panel.inner[0]], inner)
-    done = 0
-    for offset, length in panel.pieces():
-        write_at(target, panel.target_offset + offset, raw[done : done + length])
-        done += length
-    return flushed
+    def __init__(self, target: int) -> None:
+        self.target = target
+        self.buffers = [mmap.mmap(-1, PAGE) for _ in range(4)]
+
+    def turn(self, panel: Panel) -> int:
+        """Read, scale, rotate, round and write one panel; returns how many values became zero.
+
+        Raises GainOverflowError at a new inf, CheckpointError at one that is there already: it would spread.
+        """
+        rotating = panel.rotating
+        raw = memoryview(self._buffer(0, panel.length))[: panel.length]
+        done = 0
+        for offset, length in panel.pieces():
+            read_into(panel.source, panel.source_offset + offset, raw[done : done + length])
+            done += length
+        values = torch.frombuffer(raw, dtype=rotating.dtype).view(panel.shape)
+        flushed = sum(self._block(panel, values, *block) for block in panel.blocks())
+        done = 0
+        for offset, length in panel.pieces():
+            write_at(self.target, panel.target_offset + offset, raw[done : done + length])
+            done += length
+        return flushed
+
+    def _block(self, panel: Panel, values: torch.Tensor, rows: slice, columns: slice) -> int:
+        """Scale, rotate and round a part of a panel in place; returns how many values became zero."""
+        rotating = panel.rotating
+        part = values[rows, :, columns]
+        wide, spare = self._like(part, rotating.wide, 1), self._like(part, rotating.wide, 2)
+        wide.copy_(part)
+        outer = panel.outer[0] + rows.start, panel.outer[0] + rows.stop
+        factor = rotating.factor(outer, (panel.inner[0] + columns.start, panel.inner[0] + columns.stop))
+        if factor is not None:
+            wide.mul_(factor)
+        gain = rotating.gain
+        for dim in rotating.dims:
+            before = math.prod(rotating.shape[rotating.dims[0] : dim])
+            shape = (len(part) * before, rotating.shape[dim], -1)
+            turned = rotating.rotation.turn(wide.view(shape), spare.view(shape), gain)
+            if turned.data_ptr() != wide.data_ptr():
+                wide, spare = spare, wide
+            gain = None
+        part.copy_(wide)
+        if not any_zero_or_inf(part, self._like(part, INTEGERS[part.itemsize], 3)):
+            return 0
+        _refuse_infinite(rotating, wide)
+        return int(wide.count_nonzero() - part.count_nonzero())
+
+    def _like(self, part: torch.Tensor, dtype: torch.dtype, number: int) -> torch.Tensor:
+        """A buffer as a tensor of the shape of `part`."""
+        buffer = self._buffer(number, part.numel() * dtype.itemsize)
+        return torch.frombuffer(buffer, dtype=dtype, count=part.numel()).view(part.shape)
+
+    def _buffer(self, number: int, nbytes: int) -> mmap.mmap:
+        if len(self.buffers[number]) < nbytes:
+            self.buffers[number] = mmap.mmap(-1, nbytes)
+        return self.buffers[number]
 
 
-def _rotate(panel: Panel, values: torch.Tensor, inner: tuple[int, int]) -> int:
-    """Scale, rotate and round a part of a panel in place; returns how many values became zero."""
-    rotating = panel.rotating
-    wide = values.to(rotating.wide, memory_format=torch.contiguous_format)
-    factor = rotating.factor(panel, inner)
-    wide = rotating.rotation.along(wide if factor is None else wide * factor)
-    for dim in rotating.dims[1:]:
-        between = math.prod(rotating.shape[panel.dim : dim])
-        wide = rotating.rotation.along(wide.reshape(panel.shape[0] * between, rotating.shape[dim], -1))
-    wide = wide.reshape(values.shape)
-    rounded = wide.to(rotating.dtype)
-    values.copy_(rounded)
-    if not any_zero_or_inf(rounded):
-        return 0
-    _refuse_infinite(panel, wide)
-    return int(wide.count_nonzero() - rounded.count_nonzero())
-
-
-def _refuse_infinite(panel: Panel, wide: torch.Tensor) -> None:
+def _refuse_infinite(rotating: Rotating, wide: torch.Tensor) -> None:
     """Raise for what is not finite."""
-    rotating = panel.rotating
     if not bool(wide.isfinite().all()):
         raise CheckpointError(f"tensor {rotating.name!r}: holds inf or NaN, which a rotation would spread")
     values = wide.to(rotating.dtype)

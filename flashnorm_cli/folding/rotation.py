@@ -21,8 +21,11 @@ import torch
 from flashnorm_cli.errors import UsageError
 from flashnorm_cli.plan.model import ROTATIONS
 
-# Kronecker factors are multiplied out up to one of these orders: one matrix product beats several passes over memory.
-BLOCKS = (16, 32, 64, 128)
+# Kronecker factors are multiplied out up to this order: one matrix product beats several passes over memory.
+LARGEST_BLOCK = 128
+# What a pass costs besides its products, in products per value, where the factors behind it have this order or a
+# larger one. As measured: BLAS is slow at batches of narrow matrices. No factor behind makes it one product of rows.
+PASSES = {64: 12, 32: 20, 16: 35, 8: 70, 2: 300, 1: 12}
 
 
 @dataclass(frozen=True)
@@ -39,23 +42,43 @@ class Rotation:
 
     def along(self, values: torch.Tensor) -> torch.Tensor:
         """`Q x` for each vector x along the middle dimension of float32 or float64 `values` (outer, size, inner)."""
-        outer, _, inner = values.shape
-        if self.kind == "random":
-            return _times(_random(self.size, self.seed, values.dtype), values)
-        rotated = values * _signs(self.size, self.seed, values.dtype)[:, None]
+        values = values.clone(memory_format=torch.contiguous_format)
+        return self.turn(values, torch.empty_like(values))
+
+    def turn(self, values: torch.Tensor, spare: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
+        """As `along`, with each x multiplied by `gain` (size,) before. The result is in `values` or in `spare`.
+
+        Both are contiguous, of the same shape, dtype and device, and both are overwritten.
+        """
+        outer, _, inner = shape = values.shape
+        factors = gain
+        blocks = [self._matrix(values)] if self.kind == "random" else _blocks(self.size, values.dtype, values.device)
+        if self.kind != "random":
+            signs = _signs(self.size, self.seed, values.dtype, values.device)
+            factors = signs if gain is None else signs * gain
+        if factors is not None:
+            values.mul_(factors[:, None])
         left = self.size
-        for block in _blocks(self.size, values.dtype):
-            left //= block.shape[0]
+        for block in blocks:
+            left //= len(block)
             # (..., block, left): the first factor of the Kronecker product strides over all that follow.
-            rotated = _times(block, rotated.view(-1, block.shape[0], left * inner))
-        return rotated.view(outer, self.size, inner)
+            part = (-1, len(block), left * inner) if outer else (0, len(block), left * inner)
+            _times(block, values.view(part), spare.view(part))
+            values, spare = spare, values
+        return values.view(shape)
+
+    def _matrix(self, like: torch.Tensor) -> torch.Tensor:
+        return _random(self.size, self.seed, like.dtype).to(like.device)
 
 
-def _times(matrix: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """`matrix` times each vector along the middle dimension."""
+def _times(matrix: torch.Tensor, values: torch.Tensor, out: torch.Tensor) -> None:
+    """`matrix` times each vector along the middle dimension, into `out`."""
     if values.shape[2] == 1:
-        return (values[:, :, 0] @ matrix.T)[:, :, None]
-    return torch.bmm(matrix.expand(len(values), -1, -1), values)
+        torch.mm(values[:, :, 0], matrix.T, out=out[:, :, 0])
+    elif len(values) == 1:
+        torch.mm(matrix, values[0], out=out[0])
+    else:
+        torch.bmm(matrix.expand(len(values), -1, -1), values, out=out)
 
 
 def rotation(kind: str, size: int, seed: int) -> Rotation:
@@ -105,35 +128,31 @@ def _random(size: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
     return (q * torch.sign(torch.diagonal(r))).to(dtype)
 
 
-@functools.lru_cache(2)
-def _signs(size: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+@functools.lru_cache(4)
+def _signs(size: int, seed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The signs over the square root of the size."""
-    return (signs(size, seed).double() / math.sqrt(size)).to(dtype)
+    return (signs(size, seed).double() / math.sqrt(size)).to(dtype).to(device)
 
 
 @functools.lru_cache(4)
-def _blocks(size: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def _blocks(size: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
     """Hadamard matrices whose Kronecker product has order `size`; small ones multiplied out."""
-    blocks = []
-    for together in min((_grouped(orders(size) or (), most) for most in BLOCKS), key=_cost):
-        blocks.append(functools.reduce(torch.kron, map(hadamard, together)).to(dtype))
-    return tuple(blocks)
+    groups = _grouped(orders(size) or ())[1]
+    return tuple(functools.reduce(torch.kron, map(hadamard, group)).to(dtype).to(device) for group in groups)
 
 
-def _grouped(found: tuple[int, ...], most: int) -> list[list[int]]:
-    """Orders in their order, in groups whose product is at most `most`."""
-    groups: list[list[int]] = []
-    for order in found:
-        if groups and math.prod(groups[-1]) * order <= most:
-            groups[-1].append(order)
-        else:
-            groups.append([order])
-    return groups
-
-
-def _cost(groups: list[list[int]]) -> int:
-    """Roughly, in time: a pass costs as much as 32 products, and a small matrix as one of 32."""
-    return sum(32 + max(math.prod(group), 32) for group in groups)
+def _grouped(found: tuple[int, ...]) -> tuple[int, list[tuple[int, ...]]]:
+    """Orders in their order, in the groups that cost least, and what they cost."""
+    best: tuple[int, list[tuple[int, ...]]] | None = None
+    for end in range(1, len(found) + 1):
+        order, behind = math.prod(found[:end]), math.prod(found[end:])
+        if best is not None and order > LARGEST_BLOCK:
+            break
+        cost, rest = _grouped(found[end:])
+        cost += order + next(more for least, more in PASSES.items() if behind >= least)
+        if best is None or cost < best[0]:
+            best = cost, [found[:end], *rest]
+    return best or (0, [])
 
 
 @functools.cache

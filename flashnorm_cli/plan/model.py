@@ -250,9 +250,20 @@ def rotation_from_json(content: Any, where: str = RECORD) -> PlannedRotation | N
         "tensors", lambda v: isinstance(v, dict) and all(map(is_dims, v.values())), "an object of lists of dimensions"
     )
     size = fields.get("size", lambda v: is_count(v) and 0 < v <= MOST_CHANNELS, "the width of a residual stream")
-    kind = fields.get("kind", lambda v: v in ROTATIONS, f"one of {', '.join(ROTATIONS)}")
-    seed = fields.get("seed", lambda v: is_count(v) and v < 2**63, "a whole number from 0 on")
+    kind, seed = _kind_and_seed(fields)
     return PlannedRotation(kind, size, seed, {name: tuple(dims) for name, dims in tensors.items()})
+
+
+def claimed_rotation(content: Any, where: str) -> tuple[str, int] | None:
+    """Kind and seed that the object `flashnorm` of a config tells of, None for no rotation. Raises CheckpointError."""
+    if not isinstance(content, dict) or "rotation" not in content:
+        return None
+    return _kind_and_seed(Fields(content["rotation"], where, REMEDY, "rotation."))
+
+
+def _kind_and_seed(fields: Fields) -> tuple[str, int]:
+    kind = fields.get("kind", lambda v: v in ROTATIONS, f"one of {', '.join(ROTATIONS)}")
+    return kind, fields.get("seed", lambda v: is_count(v) and v < 2**63, "a whole number from 0 on")
 
 
 def _reader(fields: Fields, sizes: dict[str, int]) -> Reader:

@@ -38,13 +38,13 @@ def make_rotated_plan(
     Raises:
         FlashNormError, PlanError: as `make_plan`, and PlanError where the stream cannot be rotated, with the reason.
     """
-    return with_rotation(checkpoint, plan_checkpoint(checkpoint, final_norm, trust_remote_code), kind, seed)
+    traced = plan_checkpoint(checkpoint, final_norm, trust_remote_code)
+    return with_rotation(checkpoint, traced, rotatable(checkpoint, traced), kind, seed)
 
 
-def with_rotation(checkpoint: Checkpoint, traced: TracedPlan, kind: str, seed: int) -> Plan:
-    """The plan of what was traced, and its rotation. Raises PlanError where the stream cannot be rotated."""
-    stream = rotatable(checkpoint, traced)
-    tensors = tensors_of(checkpoint, traced, stream)
+def with_rotation(checkpoint: Checkpoint, traced: TracedPlan, stream: Stream, kind: str, seed: int) -> Plan:
+    """The plan of what was traced, and the rotation of its stream. Raises PlanError where the disk forbids it."""
+    tensors = lying_in(checkpoint, traced, stream.size, stream.members)
     changed = {*tensors, *(r.tensor for r in traced.plan.readers), *(n.tensor for n in traced.plan.folded)}
     return dataclasses.replace(
         traced.plan,
@@ -100,11 +100,6 @@ def rotatable(checkpoint: Checkpoint, traced: TracedPlan) -> Stream:
     if plan.not_traced:
         raise PlanError(f"{REFUSED}`{pattern_of(plan.not_traced[0])}` was not reached by the forward")
     return stream
-
-
-def tensors_of(checkpoint: Checkpoint, traced: TracedPlan, stream: Stream) -> dict[str, tuple[int, ...]]:
-    """The tensors on disk that lie in the stream; see `lying_in`."""
-    return lying_in(checkpoint, traced, stream.size, stream.members)
 
 
 def lying_in(

@@ -80,28 +80,39 @@ class ShardReader:
 
     def read(self, offset: int, length: int) -> bytes:
         data = bytearray(length)
-        self._into(memoryview(data), offset)
+        self.read_into(memoryview(data), offset)
         return bytes(data)
 
     def view(self, offset: int, length: int) -> memoryview:
         view = memoryview(self.buffer)[:length]
-        self._into(view, offset)
+        self.read_into(view, offset)
         return view
 
-    def _into(self, view: memoryview, offset: int) -> None:
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill a buffer from `offset` of the shard."""
+        self.read_rows(view, offset, len(view), 0)
+
+    def read_rows(self, view: memoryview, offset: int, length: int, stride: int) -> None:
+        """Fill a buffer with stretches of `length` bytes, `stride` bytes from the start of one to the next one's."""
+        end = offset + (len(view) // length - 1) * stride + length if length else offset
         try:
             with _open_files.lent(self) as fd:
-                if offset + len(view) > self.ahead:  # the disk works while this block is looked at
-                    os.posix_fadvise(fd, offset + len(view), READ_AHEAD, os.POSIX_FADV_WILLNEED)
-                    self.ahead = offset + len(view) + READ_AHEAD // 2
-                done = 0
-                while done < len(view):
-                    n = os.preadv(fd, [view[done:]], offset + done)
-                    if n == 0:
-                        raise CheckpointError(f"{self.path}: truncated while it was being read")
-                    done += n
+                if end > self.ahead:  # the disk works while this block is looked at
+                    os.posix_fadvise(fd, end, READ_AHEAD, os.POSIX_FADV_WILLNEED)
+                    self.ahead = end + READ_AHEAD // 2
+                for start in range(0, len(view), max(length, 1)):
+                    self._fill(fd, view[start : start + length], offset)
+                    offset += stride
         except OSError as error:
             raise CheckpointError(f"{self.path}: {error.strerror}") from error
+
+    def _fill(self, fd: int, view: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(view):
+            n = os.preadv(fd, [view[done:]], offset + done)
+            if n == 0:
+                raise CheckpointError(f"{self.path}: truncated while it was being read")
+            done += n
 
     def open(self) -> int:
         """A new file descriptor. Raises CheckpointError where this is no longer the file that was read before."""

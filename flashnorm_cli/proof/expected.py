@@ -102,8 +102,11 @@ def _note_findings(pair: Pair, where: str, note: Any) -> list[Finding]:
         "lm_head": pair.plan.lm_head,
     }
     if (rotation := pair.plan.rotation) is not None:
-        patterns = list(dict.fromkeys(pattern_of(name) for name in rotation.tensors))
-        wanted["rotation"] = {**rotation.to_json(), "tensors": patterns}
+        patterns = {pattern_of(name) for name in rotation.tensors}
+        wanted["rotation"] = {**rotation.to_json(), "tensors": sorted(patterns)}
+        said = note.get("rotation")
+        if isinstance(said, dict) and (names := _names(said.get("tensors"))) is not None:  # in any order
+            note = {**note, "rotation": {**said, "tensors": sorted(names)}}
     findings = [
         _instead(CONFIG, f"{where}.{key}", note.get(key, MISSING), value)
         for key, value in wanted.items()

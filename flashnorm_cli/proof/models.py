@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from flashnorm_cli.checkpoint.model import Checkpoint
-from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
+from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE, float32_products
 from flashnorm_cli.errors import FlashNormError
 from flashnorm_cli.modeling import build
 from flashnorm_cli.modeling.quiet import first_line, quiet_transformers
@@ -117,13 +117,8 @@ def memory(device: str) -> float:
 @contextmanager
 def deterministic() -> Iterator[None]:
     """float32 products in float32, and no gradients."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with float32_products(), torch.inference_mode():
+        yield
 
 
 @contextmanager

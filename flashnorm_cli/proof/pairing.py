@@ -11,11 +11,11 @@ from functools import cached_property
 
 import torch
 
-from flashnorm_cli.checkpoint.model import RECORD, Checkpoint
+from flashnorm_cli.checkpoint.model import CONFIG, RECORD, Checkpoint
 from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
 from flashnorm_cli.choices import FinalNorm
 from flashnorm_cli.errors import PlanError
-from flashnorm_cli.plan.model import Norm, Plan, Reader, rotation_from_json
+from flashnorm_cli.plan.model import Norm, Plan, Reader, claimed_rotation, rotation_from_json
 from flashnorm_cli.plan.planner import plan_checkpoint
 from flashnorm_cli.proof.result import Finding
 from flashnorm_cli.record.read import FoldRecord
@@ -96,11 +96,11 @@ def pair(source: Checkpoint, folded: Checkpoint, trust_remote_code: bool = False
         plan, chosen = _replan_if_better(source, folded, plan, "untie", trust_remote_code)
     elif any(states[n.tensor] == SOURCE for n in plan.folded):
         plan, chosen = _replan_if_better(source, folded, plan, "keep", trust_remote_code)
-    claimed = rotation_from_json(record.content, record.where) if record else None
+    claimed = _claimed_rotation(folded, record)
     if claimed is not None:  # kind and seed are a claim to check; what lies in the stream is traced
         from flashnorm_cli.plan.rotation import make_rotated_plan
 
-        plan = make_rotated_plan(source, chosen, trust_remote_code, claimed.kind, claimed.seed)
+        plan = make_rotated_plan(source, chosen, trust_remote_code, *claimed)
     states = _states(source, folded, plan)
     findings = []
     gains = {}
@@ -113,6 +113,14 @@ def pair(source: Checkpoint, folded: Checkpoint, trust_remote_code: bool = False
         elif state == OTHER or (state != SOURCE and not norm.folded):
             findings.append(_wrong_norm(source, folded, norm, state))
     return Pair(source, folded, plan, states, record, gains, tuple(findings))
+
+
+def _claimed_rotation(folded: Checkpoint, record: FoldRecord | None) -> tuple[str, int] | None:
+    """Kind and seed; of a model that was folded in memory, which has no flashnorm.json, from config.json."""
+    if record is not None:
+        found = rotation_from_json(record.content, record.where)
+        return None if found is None else (found.kind, found.seed)
+    return claimed_rotation(folded.config.get("flashnorm"), f"{folded.source.name}/{CONFIG}: flashnorm")
 
 
 def _claims(record: FoldRecord | None, tensor: str) -> bool:

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 
@@ -25,8 +25,10 @@ NOISE = {"hadamard": 128.0, "random": 512.0}
 
 def rotated(rotation: PlannedRotation, values: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
     """float64 `values` with each vector along each of `dims` multiplied by Q."""
+    shape = values.shape
     for dim in dims:
-        values = _along(rotation, values.movedim(dim, -1)).movedim(-1, dim)
+        vectors = values.reshape(math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :]))
+        values = _along(rotation, vectors).reshape(shape)
     return values
 
 
@@ -35,21 +37,28 @@ def noise(rotation: PlannedRotation, values: torch.Tensor, dims: tuple[int, ...]
 
     `values` are those that are rotated, float64.
     """
-    squares = values.square().mean(dims, keepdim=True)
-    return squares.sqrt() * 2.0**-24 * len(dims) * NOISE[rotation.kind]
+    norms = torch.linalg.vector_norm(values, dim=dims, keepdim=True)
+    return norms * (math.sqrt(rotation.size) ** -len(dims) * 2.0**-24 * len(dims) * NOISE[rotation.kind])
 
 
 def _along(rotation: PlannedRotation, values: torch.Tensor) -> torch.Tensor:
+    """Q times each vector along the middle one of three dimensions."""
     n = rotation.size
     if rotation.kind == "random":
-        return values @ gaussian(n, rotation.seed).T
+        return _times(gaussian(n, rotation.seed), values)
     shape = values.shape
-    values = values * random_signs(n, rotation.seed) / math.sqrt(n)
-    factors = _factors(n)
-    values = values.reshape(-1, *(len(factor) for factor in factors))
-    for axis, factor in enumerate(factors, 1):
-        values = torch.tensordot(values, factor, dims=([axis], [1])).movedim(-1, axis)
+    values = values * _scaled_signs(n, rotation.seed)[:, None]
+    behind = n * shape[2]
+    for factor in _factors(n):  # which of its channels the vector's index names: the first factor's change slowest
+        behind //= len(factor)
+        values = _times(factor, values.reshape(values.numel() // (len(factor) * behind), len(factor), behind))
     return values.reshape(shape)
+
+
+def _times(matrix: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    if values.shape[2] == 1:  # one product instead of many narrow ones
+        return (values[:, :, 0] @ matrix.T)[:, :, None]
+    return torch.bmm(matrix.expand(len(values), *matrix.shape), values)  # `matmul` would copy them into other orders
 
 
 # ---- from a seed -----------------------------------------------------------------------------------------------------
@@ -72,6 +81,11 @@ def random_signs(n: int, seed: int) -> torch.Tensor:
         byte = next(stream)
         found += [-1.0 if byte >> bit & 1 else 1.0 for bit in range(8)]
     return torch.tensor(found[:n], dtype=torch.float64)
+
+
+@lru_cache(2)
+def _scaled_signs(n: int, seed: int) -> torch.Tensor:
+    return random_signs(n, seed) / math.sqrt(n)
 
 
 @lru_cache(1)
@@ -122,22 +136,15 @@ def _split(n: int) -> list[_Kind] | None:
 
 @lru_cache(2)
 def _factors(n: int) -> tuple[torch.Tensor, ...]:
-    """The Kronecker factors, the largest order first; the twos at the end multiplied out, 64 at the most."""
-    found: list[torch.Tensor] = []
+    """The Kronecker factors, the largest order first; the twos at the end multiplied out to sixteens."""
     kinds = _split(n)
     if kinds is None:
         raise PlanError(f"there is no Hadamard matrix of order {n} that docs/rotation.md defines")
-    for kind in kinds:
-        matrix = _matrix(kind)
-        if found and kind.paley == 0 and _is_power_of_two(len(found[-1])) and len(found[-1]) < 64:
-            found[-1] = torch.kron(found[-1], matrix)
-        else:
-            found.append(matrix)
+    found = [_matrix(kind) for kind in kinds if kind.paley]
+    twos = len(kinds) - len(found)
+    for together in (twos % 4, *[4] * (twos // 4)):
+        found += [reduce(torch.kron, [_matrix(_Kind(2, 0, 0))] * together)] if together else []
     return tuple(found)
-
-
-def _is_power_of_two(n: int) -> bool:
-    return n & (n - 1) == 0
 
 
 def _matrix(kind: _Kind) -> torch.Tensor:

@@ -44,7 +44,7 @@ def config_record(plan: Plan, layout: str) -> dict[str, Any]:
 
 
 def _rotation(rotation: PlannedRotation) -> dict[str, Any]:
-    return {**rotation.to_json(), "tensors": list(dict.fromkeys(map(pattern_of, rotation.tensors)))}
+    return {**rotation.to_json(), "tensors": sorted(set(map(pattern_of, rotation.tensors)))}
 
 
 def folded_config(config: dict[str, Any], plan: Plan, layout: str) -> dict[str, Any]:

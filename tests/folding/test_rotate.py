@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from flashnorm_cli.checkpoint.header import read_header
 from flashnorm_cli.errors import CheckpointError, GainOverflowError, GainUnderflowError, PlanError, UsageError
-from flashnorm_cli.folding import rotating
+from flashnorm_cli.folding import rewrite, rotating
 from flashnorm_cli.folding.edits import Rotate, Scale
 from flashnorm_cli.folding.fold import fold
 from flashnorm_cli.folding.rewrite import ShardJob, rewrite_shard
@@ -187,8 +187,10 @@ def test_every_layout(tmp_path, monkeypatch, kind, dtype, shape, dims, gain):
     edit = Rotate(q, dims, None if factor is None else Scale(gain, factor))
     found = []
     for elements in (1, 48 * 7, 2**20):
-        monkeypatch.setattr(rotating, "PANEL_ELEMENTS", elements)
-        monkeypatch.setattr(rotating, "ROW_BYTES", 16)
+        monkeypatch.setattr(rewrite, "PANEL_BYTES", 2 * elements * dtype.itemsize)
+        monkeypatch.setattr(rotating, "BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(rotating, "BLOCK_COLUMNS", 3)
+        monkeypatch.setattr(rotating, "PAGE", 16)
         found.append(one_tensor(tmp_path, values, edit)[0])
         limit = torch.finfo(dtype).eps * expected.abs() * 0.5001 + 2e-6
         assert bool(((found[-1].double() - expected).abs() <= limit).all())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,30 @@ from safetensors.torch import load_file, save_file
 from flashnorm_cli.folding.fold import fold
 from flashnorm_cli.folding.rotation import orders, rotation
 from flashnorm_cli.plan.model import PlannedRotation
+from flashnorm_cli.proof import rotated as proof_rotated
 from flashnorm_cli.proof.result import EQUIVALENT, NOT_EQUIVALENT
 from flashnorm_cli.proof.rotation import rotated
 from flashnorm_cli.proof.verify import verify
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DOWN, UP, OUT = (f"model.layers.1.{name}.weight" for name in ("mlp.down_proj", "mlp.up_proj", "self_attn.o_proj"))
-NORM = "model.layers.1.input_layernorm.weight"
+NORM, BIAS = "model.layers.1.input_layernorm.weight", "model.layers.1.self_attn.o_proj.bias"
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> tuple[Path, Path]:
-    """A source with a tied head, and its rotated fold, which has a head of its own."""
+    """A source with a tied head and biases, and its rotated fold, which has a head of its own."""
     folder = tmp_path_factory.mktemp("rotated")
     model = families.build("smollm3", seed=0)
+    model.config.attention_bias = model.config.mlp_bias = True
+    model = type(model)(model.config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
     families.randomize_gains(model, seed=1)
     families.save(model, folder / "source", torch.bfloat16)
     fold(folder / "source", folder / "out", rotate="hadamard", seed=5, workers=1)
+    fold(folder / "source", folder / "plain", workers=1)
     return folder / "source", folder / "out"
 
 
@@ -70,8 +78,7 @@ def plain(name: str) -> Callable[[Path, Path], None]:
     """The tensor of a fold that was not rotated."""
 
     def apply(source: Path, out: Path) -> None:
-        fold(source, out.parent / "plain", workers=1)
-        edit(name, lambda _: load_file(out.parent / "plain" / "model.safetensors")[name])(source, out)
+        edit(name, lambda _: load_file(source.parent / "plain" / "model.safetensors")[name])(source, out)
 
     return apply
 
@@ -101,6 +108,8 @@ MUTATIONS = {
     "one value is NaN": (edit(OUT, set_one(lambda x: x * torch.nan)), OUT, "1 of"),
     "a reader is not rotated": (plain(UP), UP, "it is not rotated"),
     "a writer is not rotated": (plain(OUT), OUT, "it is not rotated"),
+    "a bias is not rotated": (plain(BIAS), BIAS, "it is not rotated"),
+    "a bias is left out": (edit(BIAS, torch.zeros_like), BIAS, "differ"),
     "a sign is swapped": (edit(EMBEDDING, flipped), EMBEDDING, "differ"),
     "the new head is the embedding": (edit(HEAD, lambda x: x.flip(0)), HEAD, "differ"),
     "rotated twice": (edit(DOWN, lambda x: (rotation("hadamard", 64, 5).apply(x.float().T).T).to(x.dtype)), DOWN, ""),
@@ -139,8 +148,31 @@ def test_mutations_are_caught(tmp_path, pair, name):
     assert any(f.what == what and words in f.message for f in found.level("weights").findings), found
 
 
-@pytest.mark.parametrize("size", [1, 2, 12, 20, 24, 28, 36, 48, 60, 76, 576, 896])
-@pytest.mark.parametrize("kind", ["hadamard", "random"])
+def test_a_tensor_is_read_in_parts(tmp_path, pair, monkeypatch):
+    """Panels that are a part of each row, and blocks that are a part of each panel: as of a tensor of gigabytes."""
+    source, out = pair
+    monkeypatch.setattr(proof_rotated, "PANEL_BYTES", 64 * 2 * 10)
+    monkeypatch.setattr(proof_rotated, "ROW_BYTES", 16)
+    monkeypatch.setattr(proof_rotated, "BLOCK_ELEMENTS", 64 * 3)
+    monkeypatch.setattr(proof_rotated, "BLOCK_COLUMNS", 3)
+    assert verify(out, source, levels=["weights"], record=False).level("weights").status == "passed"
+    shutil.copytree(out, tmp_path / "out")
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor[41, 29] += 0.5
+        return tensor
+
+    edit(DOWN, change)(source, tmp_path / "out")
+    found = verify(tmp_path / "out", source, levels=["weights"], record=False).level("weights").findings
+    assert [f.what for f in found] == [DOWN] and "1 of 7,168 values differ, the first at [41, 29]" in found[0].message
+
+
+TWICE = [1, 2, 12, 20, 24, 28, 36, 48, 60, 76, 576, 896]
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [*product(["hadamard", "random"], TWICE), *product(["hadamard"], [2048, 3584, 5120, 8192])]
+)
 def test_two_definitions_agree(kind, size):
     assert orders(size) is not None
     values = torch.randn(3, size, dtype=torch.float64)
