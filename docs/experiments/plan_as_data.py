@@ -71,6 +71,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "linear_key_head_dim": 12,
         "linear_value_head_dim": 16,
     },
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},  # experts and routers
 }
 ONE_PLUS = ("gemma", "qwen3_5_text")
 OPTIONS = {"gemma": ["--final-norm", "untie"]}

@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
@@ -66,17 +67,16 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
 
     torch._dynamo.reset()  # vLLM's compiled code has no guards: an earlier model's must not be found
     options = {"enforce_eager": True, "dtype": "float32", "skip_tokenizer_init": True} | job.get("options", {})
-    if job.get("misread"):
-        misread()
     started = time.perf_counter()
-    engine = LLM(
-        model=job["model"],
-        max_model_len=64,
-        max_num_seqs=8,
-        max_logprobs=VOCABULARY,
-        enable_prefix_caching=False,
-        **options,
-    )
+    with misread() if job.get("misread") else nullcontext():
+        engine = LLM(
+            model=job["model"],
+            max_model_len=64,
+            max_num_seqs=8,
+            max_logprobs=VOCABULARY,
+            enable_prefix_caching=False,
+            **options,
+        )
     found = {"seconds_to_load": round(time.perf_counter() - started, 1)}
     try:
         found |= embeddings(engine, job) if "embed" in job else generations(engine, job)
@@ -87,18 +87,24 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def misread() -> None:
-    """From now on, this process takes one SiLU for a GELU."""
+@contextmanager
+def misread() -> Iterator[None]:
+    """One SiLU is taken for a GELU."""
     from flashnorm_cli.runtimes.vllm import deferred
 
     find = deferred.find
 
     def wrongly(*arguments: Any) -> Any:
         wiring = find(*arguments)
-        wiring.kinds[next(iter(wiring.kinds))] = "gelu"
+        linear, (child, _) = next(iter(wiring.activations.items()))
+        wiring.activations[linear] = child, "gelu"
         return wiring
 
     deferred.find = wrongly
+    try:
+        yield
+    finally:
+        deferred.find = find
 
 
 def embeddings(engine: Any, job: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -63,8 +62,7 @@ class Wiring(NamedTuple):
     """What was found, by the names of modules."""
 
     readers: dict[str, tuple[str, ...]]  # weightless norms, and the linears that norm for themselves
-    activations: dict[str, str]  # activations that linears take over, all calls of them
-    kinds: dict[str, str]  # these linears, and which of norm_linear's activations it is
+    activations: dict[str, tuple[str, str]]  # linear -> its parent's child that is its activation, and which it is
     adds: dict[str, tuple[str, str]]  # linear -> norm that knows the stream before it, norm that adds its output
 
 
@@ -103,10 +101,6 @@ class _Norm:
         return y if residual is None else (y, stream)
 
 
-def _as_it_comes(_: Any, x: Tensor) -> Tensor:
-    return x
-
-
 def defer(model: nn.Module, config: Any, without: list[str]) -> dict[str, Any]:
     """Rewire a loaded model whose norms `without` run without a weight.
 
@@ -136,7 +130,7 @@ def defer(model: nn.Module, config: Any, without: list[str]) -> dict[str, Any]:
             rewired.keep = True
     except NotFit as reason:
         return {"why_not": str(reason)}
-    return {"norms": len(wiring.readers), "activations": len(wiring.kinds), "adds": len(wiring.adds)}
+    return {"norms": len(wiring.readers), "activations": len(wiring.activations), "adds": len(wiring.adds)}
 
 
 def _why_not(config: Any) -> str | None:
@@ -171,8 +165,7 @@ def find(modules: dict[str, nn.Module], norms: dict[str, Any], calls: list[Call]
     made = {id(call.out[0]): call.name for call in calls if call.out and is_plain_linear(modules[call.name])}
     once = [(at, call) for at, call in enumerate(calls) if counts[call.name] == 1 and call.out and call.given]
     readers: dict[str, tuple[str, ...]] = {}
-    activations: dict[str, str] = {}
-    kinds: dict[str, str] = {}
+    activations: dict[str, tuple[str, str]] = {}
     adds: dict[str, tuple[str, str]] = {}
     for at, call in once:
         if call.name in norms and norms[call.name].__dict__.get("variance_size_override") is None:
@@ -181,15 +174,16 @@ def find(modules: dict[str, nn.Module], norms: dict[str, Any], calls: list[Call]
             around = tuple(f"{name}." for name in plain)
             if plain and all(u.name in plain or any(r.startswith(f"{u.name}.") for r in around) for u in users):
                 readers[call.name] = tuple(plain)
-    for name in counts:
-        kind, given = _kind_of(modules[name]), [call.given[0] for call in calls if call.name == name and call.given]
-        before = [made.get(id(x)) for x in given]
-        if kind and all(before) and all([u.name for u in _users(calls, x)] == [name] for x in given):
-            activations[name] = kind
-            kinds |= {str(each): kind for each in before}
+    for call in calls:
+        kind, product = _kind_of(modules[call.name]), made.get(id(call.given[0])) if call.given else None
+        if kind and product and [u.name for u in _users(calls, call.given[0])] == [call.name]:
+            parent = modules[product.rpartition(".")[0]]
+            child = next((key for key, each in parent.named_children() if each is modules[call.name]), None)
+            if child:
+                activations[product] = child, kind
     if may_add:
         adds = dict(_adds(modules, once, made, calls))
-    return Wiring(readers, activations, kinds, adds)
+    return Wiring(readers, activations, adds)
 
 
 def _adds(
@@ -240,11 +234,12 @@ class _Rewired:
     def __enter__(self) -> _Rewired:
         wiring, modules = self.wiring, self.modules
         eps = {reader: _eps(modules[norm]) for norm, readers in wiring.readers.items() for reader in readers}
-        for name in {*eps, *wiring.kinds, *wiring.adds}:
-            method = _Product(self.slot, eps.get(name), wiring.kinds.get(name), name in wiring.adds)
-            self._set(modules[name], "quant_method", method)
-        for name in wiring.activations:
-            self._set(modules[name], "_forward_method", MethodType(_as_it_comes, modules[name]))
+        for name in {*eps, *wiring.activations, *wiring.adds}:
+            kind = wiring.activations[name][1] if name in wiring.activations else None
+            self._set(modules[name], "quant_method", _Product(self.slot, eps.get(name), kind, name in wiring.adds))
+        for name, (child, _) in wiring.activations.items():
+            # Not the activation itself: vLLM has one for all layers and models of a process.
+            self._set(modules[name.rpartition(".")[0]], child, nn.Identity())
         feeding = {source for source, _ in wiring.adds.values()}
         for name in {*wiring.readers, *feeding, *(taker for _, taker in wiring.adds.values())}:
             norm: Any = modules[name]
