@@ -79,10 +79,10 @@ def _lines(result: DemoResult, output: Path | None) -> list[str]:
         f"Checked  all {weights['tensors']} tensors hold the very bits that source and plan ask for.",
         *(f"         {line}" for line in table),
         f"         In float32 the logits agree to {logits['algebra_error']:.0e} (relative): the algebra is exact.",
-        f"         Running the folded model in bfloat16 moves them by {logits['rounding_error']:.2e}; running the",
-        f"         source in bfloat16 moves them by {logits['noise_floor']:.2e}, the noise floor.",
-        f"         The most likely next byte is that of float32 at {folded['top1']:.2%} of positions",
-        f"         (the source in bfloat16: {source['top1']:.2%}).",
+        f"         Running the folded model in bfloat16 moves them by {logits['rounding_error']:.2e}; running the "
+        f"source in bfloat16 moves them by {logits['noise_floor']:.2e}, the noise floor.",
+        f"         The most likely next byte is that of float32 at {folded['top1']:.2%} of positions "
+        f"(the source in bfloat16: {source['top1']:.2%}).",
         "",
         f"Wrote    {same}:",
         *(
