@@ -14,9 +14,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "docs" / "benchmarks"
-RAW = ("smollm2", "gemma3", "demo")
+RAW = ("smollm2", "qwen25", "gemma3", "demo")
 FIGURES = ROOT / "flashnorm_cli" / "plan" / "quantized.json"
 PAGE = ROOT / "docs" / "quantization.md"
+SUMMARY, END_OF_SUMMARY = "<!-- summary: docs/experiments/quantization_table.py -->", "<!-- end of summary -->"
 BEGIN, END = "<!-- table: docs/experiments/quantization_table.py -->", "<!-- end of table -->"
 # What `--for` knows, in the order of the table.
 FORMATS = {
@@ -42,6 +43,10 @@ TOOLS = {
     "torchao-int8": "torchao int8 weights",
 }
 OTHERS = ("fold", "rotated")
+# What the sentences above the table put together.
+ROUND_WEIGHTS = ("q8_0", "q4_k_m", "q4_0", "int8", "int4-g128", "int4-g32", "nf4", "w4a8")
+FLOAT8 = ("fp8", "w8a8-fp8")
+ROUND_ACTIVATIONS = {"w8a8-int8": 8, "w8a6": 6, "w8a4": 4}
 
 
 def models() -> list[dict[str, Any]]:
@@ -112,6 +117,39 @@ def table() -> str:
     return "\n".join(lines).rstrip()
 
 
+def span(model: dict[str, Any], variant: str, names: tuple[str, ...]) -> str:
+    """The smallest and the largest ratio of a model's formats; nothing where none was measured."""
+    found = sorted(r for name in names if (r := ratio(model, variant, name)) is not None)
+    low, high = (f"{found[k]:.2g}" if found[k] < 100 else f"{found[k]:.0f}" for k in (0, -1)) if found else ("", "")
+    return low if low == high else f"{low} to {high}"
+
+
+def summary() -> str:
+    """The sentences with figures above the table."""
+    found = models()
+
+    def spans(variant: str, names: tuple[str, ...]) -> str:
+        each = {m["model"]: span(m, variant, names) for m in found}
+        return ", ".join(f"{figures} on {name}" for name, figures in each.items() if figures)
+
+    activations = []
+    for model in found:
+        ratios = [(bits, ratio(model, "rotated", name)) for name, bits in ROUND_ACTIVATIONS.items()]
+        known = [f"{value:.2f} with {bits} bits" for bits, value in ratios if value is not None]
+        if known:
+            activations.append(f"on {model['model']} {', '.join(known)}")
+    return "\n".join(
+        [
+            "Error (KL) relative to that of the source in the same format:",
+            "",
+            f"- **Weights in integers or NF4**, folded: {spans('fold', ROUND_WEIGHTS)}.",
+            f"- **FP8 weights, with or without FP8 activations**, folded: {spans('fold', FLOAT8)}; folded and rotated: "
+            f"{spans('rotated', FLOAT8)}.",
+            f"- **Integer activations, weights in 8 bits**, folded and rotated: {'; '.join(activations)}.",
+        ]
+    )
+
+
 def choices() -> str:
     """What `--for` does, by format."""
     from flashnorm_cli.plan.quantized import formats
@@ -125,6 +163,8 @@ def choices() -> str:
 
 def page() -> str:
     text = PAGE.read_text(encoding="utf-8")
+    before, after = text[: text.index(SUMMARY) + len(SUMMARY)], text[text.index(END_OF_SUMMARY) :]
+    text = f"{before}\n\n{summary()}\n\n{after}"
     before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
     return f"{before}\n\n`fold --for`\n\n{choices()}\n\n{table()}\n\n{after}"
 

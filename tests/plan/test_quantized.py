@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -32,6 +33,30 @@ def table() -> ModuleType:
 def test_what_is_shipped_and_documented_is_what_was_measured(table: ModuleType) -> None:
     assert json.loads(table.FIGURES.read_text()) == table.figures()
     assert table.PAGE.read_text() == table.page()
+
+
+def test_figures_of_the_readme_are_those_of_the_raw_results() -> None:
+    """Each "NAME: 0.43 times the source's error" of an int8 model with int8 activations, by sums of this test's own."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"([\w.-]+): (\d+\.\d+) times the\s+source's\s+error", readme)
+    assert quoted
+    measured = {}
+    for path in BENCHMARKS.glob("quantization_*.json"):
+        raw = json.loads(path.read_text())
+        kl = {v: np.mean(raw["rows"].get(v, {}).get("w8a8-int8", {}).get("kl", np.nan)) for v in ("source", "rotated")}
+        if np.isfinite([*kl.values()]).all():
+            measured[raw["model"]] = kl["rotated"] / kl["source"]
+    for name, figure in quoted:
+        (ratio,) = (r for model, r in measured.items() if model.startswith(name))
+        assert f"{ratio:.2f}" == figure, (name, ratio)
+
+
+def test_the_page_types_no_ratio_by_hand(table: ModuleType) -> None:
+    """What the page says in "times" stands where the script writes it."""
+    text = table.PAGE.read_text(encoding="utf-8")
+    for begin, end in ((table.SUMMARY, table.END_OF_SUMMARY), (table.BEGIN, table.END)):
+        text = text[: text.index(begin)] + text[text.index(end) :]
+    assert not re.findall(r"[\d.]+ times", text)
 
 
 def test_no_choice_is_worse_than_the_source_left_alone() -> None:
