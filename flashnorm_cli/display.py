@@ -17,8 +17,8 @@ class Shown:
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        said = ", ".join(f"{name}={quoted(value)}" for name, value in self._facts().items())
-        return f"{type(self).__name__}({said})"
+        facts = ", ".join(f"{name}={quoted(value)}" for name, value in self._facts().items())
+        return f"{type(self).__name__}({facts})"
 
     def _repr_html_(self) -> str:
         """A table for notebooks. Names come from files that anybody may have written: they are escaped."""

@@ -93,7 +93,7 @@ def test_documented(name: str) -> None:
             assert re.search(rf"\b{parameter.name}\b", public.__doc__), f"{name}: {parameter.name}"
     if len(inspect.signature(public).parameters) > 1:
         for part in ("Args:", "Returns:", "Raises:"):
-            assert f"\n    {part}\n" in public.__doc__, f"{name}: {part}"
+            assert f"\n{part}\n" in (inspect.getdoc(public) or ""), f"{name}: {part}"
 
 
 # ---- plans -----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -210,7 +210,7 @@ def main() -> None:
     import transformers
 
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    date = datetime.now(UTC).strftime("%Y-%m-%d")
     result = {**commits, "date": date, **versions, "families": options.families, **result, "otherwise": strange}
     print(json.dumps(result, indent=1))
     if options.save:

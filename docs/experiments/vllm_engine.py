@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
@@ -684,7 +684,7 @@ def weight_costs(made: Checkpoints) -> dict[str, Any]:
 
 
 def now() -> str:
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def main() -> int:

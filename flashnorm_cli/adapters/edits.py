@@ -40,10 +40,10 @@ class Ratio:
     offset: float
 
     def apply(self, values: torch.Tensor) -> torch.Tensor:
-        mine, folded = values.double() * self.scale + self.offset, self.gain.double()
-        if bool(((folded == 0) & (mine != 0)).any()):
+        gain, folded = values.double() * self.scale + self.offset, self.gain.double()
+        if bool(((folded == 0) & (gain != 0)).any()):
             raise AdapterError("the source's norm is zero where this one is not, so the folded base lost the channel")
-        ratio = torch.where(folded == 0, torch.ones_like(mine), mine / folded)
+        ratio = torch.where(folded == 0, torch.ones_like(gain), gain / folded)
         return ((ratio - self.offset) / self.scale).to(values.dtype)
 
 

@@ -149,19 +149,19 @@ def adapter_warnings(model: Any) -> list[str]:
     as its base, because it was trained on it or folded for it, or if its kind reads no norm.
     """
     inner = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
-    mine = str(getattr(inner, "name_or_path", "") or "")
+    base_name = str(getattr(inner, "name_or_path", "") or "")
     configs = getattr(model, "peft_config", None) or getattr(inner, "peft_config", None)
     found = []
     for name, config in configs.items() if isinstance(configs, dict) else ():
         made_for = getattr(config, "base_model_name_or_path", None)
         kind = getattr(config, "peft_type", "")
         kind = str(getattr(kind, "value", kind))
-        if not made_for or not mine or kind in FITTING_TYPES or _same_place(str(made_for), mine):
+        if not made_for or not base_name or kind in FITTING_TYPES or _same_place(str(made_for), base_name):
             continue
         found.append(
-            f"adapter {name!r} was made for {made_for}, and this model is {mine}, a folded checkpoint: what it learned "
-            f"reads norm weights that are gone from here. Unless the two are one model under two names, run "
-            f'`fold_adapter("<the adapter>", base={mine!r})`'
+            f"adapter {name!r} was made for {made_for}, and this model is {base_name}, a folded checkpoint: what it "
+            f"learned reads norm weights that are gone from here. Unless the two are one model under two names, run "
+            f'`fold_adapter("<the adapter>", base={base_name!r})`'
         )
     return found
 

@@ -50,8 +50,8 @@ class AdapterResult(Shown):
     commit: str | None = None
 
     def _facts(self) -> dict[str, Any]:
-        said = {"output": str(self.output), "base": self.base, "peft_type": self.peft_type, "tensors": self.tensors}
-        return {**said, "changed": sum(self.changed.values()), "bytes_written": self.bytes_written}
+        fields = {"output": str(self.output), "base": self.base, "peft_type": self.peft_type, "tensors": self.tensors}
+        return {**fields, "changed": sum(self.changed.values()), "bytes_written": self.bytes_written}
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""

@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 from typing import Any
@@ -169,7 +169,7 @@ def record(command: str, results: Sequence[Measurement], **more: Any) -> dict[st
             continue
     return {
         "command": command,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "norms": info(),
         "versions": versions,

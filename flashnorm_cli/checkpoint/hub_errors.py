@@ -188,8 +188,8 @@ def _why_not_written(error: Exception) -> str | None:
     return _no_answer(error, "the Hub could not be reached", AGAIN)
 
 
-def _refusal(status: int, said: str) -> str:
-    words = f": {said}" if said else ""
+def _refusal(status: int, message: str) -> str:
+    words = f": {message}" if message else ""
     if status == 401:
         return f"the Hub does not accept the token{words}; log in again with `hf auth login`, or pass another `token`"
     if status == 403:

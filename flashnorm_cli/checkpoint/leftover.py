@@ -13,8 +13,8 @@ from flashnorm_cli.checkpoint.work import (
     MARK_FILE,
     REPLACED,
     exists,
+    marked,
     partial_folder,
-    said_by,
     source_name,
     unlike_work_folder,
 )
@@ -33,7 +33,7 @@ def leftover(target: Path) -> str | None:
     try:
         if not {MARK_FILE, JOURNAL} <= set(disk.names_in(folder)):
             return None
-        size, source = disk.size_of(folder), said_by(folder).get("source", "")
+        size, source = disk.size_of(folder), marked(folder).get("source", "")
         if exists(REPLACED, folder) and not target.exists():
             return (
                 f"{path / REPLACED} is the older {target.name}: a fold that was to replace it was killed; move it back"
@@ -57,8 +57,8 @@ def leftover(target: Path) -> str | None:
 
 def refuse_unfinished(target: Path) -> None:
     """Raise FlashNormError where a fold into `target` was begun, but not finished."""
-    if not target.exists() and (said := leftover(target.absolute())):
-        raise FlashNormError(f"{target}: its fold is not finished: {said}")
+    if not target.exists() and (line := leftover(target.absolute())):
+        raise FlashNormError(f"{target}: its fold is not finished: {line}")
 
 
 def leftovers(target: Path | None, source: str) -> list[str]:
@@ -75,8 +75,8 @@ def leftovers(target: Path | None, source: str) -> list[str]:
                 with contextlib.suppress(OSError):
                     folder = disk.open_folder(path)
                     try:
-                        if said_by(folder).get("source") == source_name(source):
+                        if marked(folder).get("source") == source_name(source):
                             targets.append(wanted)
                     finally:
                         os.close(folder)
-    return [said for path in dict.fromkeys(targets) if (said := leftover(path))]
+    return [line for path in dict.fromkeys(targets) if (line := leftover(path))]

@@ -228,26 +228,26 @@ def _refuse_metadata(where: str, metadata: dict[str, str]) -> None:
             raise PlanError(f"{where}: its safetensors metadata names {key!r}: its weights are not used as they lie")
 
 
-def _refuse_quantization(where: str, said: Quantization) -> None:
-    if said.name == "mlx":
+def _refuse_quantization(where: str, form: Quantization) -> None:
+    if form.name == "mlx":
         raise PlanError(
-            f"{where}: {said.where} is MLX's ({said.values['bits']} bits, groups of {said.values['group_size']}): its "
+            f"{where}: {form.where} is MLX's ({form.values['bits']} bits, groups of {form.values['group_size']}): its "
             "matrices are packed; fold the original checkpoint, then convert that with mlx_lm.convert"
         )
-    if said.method is None:
-        named = f"the method {said.name!r}" if said.name else "no quant_method"
+    if form.method is None:
+        named = f"the method {form.name!r}" if form.name else "no quant_method"
         raise PlanError(
-            f"{where}: {said.where} names {named}, which is not known to leave float weights as they are. If they are "
+            f"{where}: {form.where} names {named}, which is not known to leave float weights as they are. If they are "
             f"meant to be used as they lie, remove the key and fold then; if not, fold first and quantize then"
         )
-    for path, value in _walk(said.values):
+    for path, value in _walk(form.values):
         key = path.rsplit(".", 1)[-1]
         text = value if key == "name" and isinstance(value, str) else key
         if _says_something(value) and ROTATES.search(text):
-            if said.method.when == AT_LOAD and key.startswith("hadamard"):
+            if form.method.when == AT_LOAD and key.startswith("hadamard"):
                 continue  # its own, within the matrices that it quantizes: their norms are kept
             raise PlanError(
-                f"{where}: {said.where}.{path} rotates what linear layers read at run time: a gain cannot be moved "
+                f"{where}: {form.where}.{path} rotates what linear layers read at run time: a gain cannot be moved "
                 "past a rotation. Fold first, then quantize"
             )
 

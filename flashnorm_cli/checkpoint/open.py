@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import shlex
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -154,11 +155,8 @@ def _no_weights(config: dict[str, Any], where: str, files: Collection[str]) -> s
     here = sorted(name for name in files if "/" not in name)
     safetensors = [name for name in here if name.endswith(".safetensors")]
     if not safetensors and any(name.endswith(".bin") for name in here):
-        return (
-            f"{where}: holds no safetensors, only .bin weights; convert it first: python -c "
-            f"\"from transformers import {_class_for(config)} as M; M.from_pretrained('{where}', dtype='auto')"
-            f".save_pretrained('{where.rsplit('/', 1)[-1]}-safetensors')\""
-        )
+        convert = _conversion(config, where)
+        return f"{where}: holds no safetensors, only .bin weights; convert it first: python -c {convert}"
     if not safetensors:
         below = sorted(name for name in files if name.endswith((f"/{SINGLE}", f"/{INDEX}")))
         hint = f"; {shown(PurePosixPath(below[0]).parent)} holds some: name that folder" if below else ""
@@ -181,13 +179,29 @@ def _no_weights(config: dict[str, Any], where: str, files: Collection[str]) -> s
     return only
 
 
-def _class_for(config: dict[str, Any]) -> str:
-    """The class that keeps all that a checkpoint holds when it is loaded and saved: config.json's, if it is known."""
+def _conversion(config: dict[str, Any], where: str) -> str:
+    """Python for a shell that writes weights as safetensors, by the class that keeps all that they hold: config.json's.
+
+    A class of the checkpoint's own code is loaded by the auto class that stands for it.
+    """
     import transformers
 
-    names = config.get("architectures") or []
-    known = (name for name in names if name.isidentifier() and hasattr(transformers, name))
-    return next(known, "AutoModelForCausalLM")
+    names = [name for name in config.get("architectures") or [] if isinstance(name, str) and name.isidentifier()]
+    auto_map = config.get("auto_map")
+    own = {
+        str(code).rsplit(".", 1)[-1]: auto
+        for auto, code in (auto_map.items() if isinstance(auto_map, dict) else ())
+        if auto.startswith("AutoModel") and hasattr(transformers, auto)
+    }
+    auto = next((own[name] for name in names if name in own), None)
+    known = (name for name in names if hasattr(transformers, name))
+    trust = ", trust_remote_code=True" if auto else ""
+    output = f"{where.rsplit('/', 1)[-1]}-safetensors"
+    code = (
+        f"from transformers import {auto or next(known, 'AutoModelForCausalLM')} as M; "
+        f"M.from_pretrained({where!r}, dtype='auto'{trust}).save_pretrained({output!r})"
+    )
+    return f'"{code}"' if not set(code) & set('"$`\\!') else shlex.quote(code)
 
 
 def index_shards(index: dict[str, Any], where: str) -> list[str]:

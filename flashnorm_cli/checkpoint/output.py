@@ -113,10 +113,10 @@ def _check_names(output: Path, target: Path, sources: Collection[Path]) -> None:
 
 def _overlap(path: Path, source: Path) -> bool:
     """Whether two folders are one, or one is in the other, by whatever name; or the source's files lie in `path`."""
-    mine, theirs = _chain(path.resolve()), _chain(source.resolve())
-    if path.exists() and mine[0] in theirs:
+    above_path, above_source = _chain(path.resolve()), _chain(source.resolve())
+    if path.exists() and above_path[0] in above_source:
         return True
-    if source.exists() and theirs[0] in mine:
+    if source.exists() and above_source[0] in above_path:
         return True
     real = path.resolve()
     for folder, folders, names in os.walk(source):
@@ -144,12 +144,12 @@ def not_an_output(folder: int, config: str = CONFIG, what: str = "a checkpoint")
 
     A fold's config.json says so itself; an adapter's, where peft would warn, has flashnorm.json beside it, or its card.
     """
-    said = _json(folder, config)
-    if said is None:
+    content = _json(folder, config)
+    if content is None:
         return f"is not {what} (no {config})" if not _is_there(folder, config) else f"its {config} cannot be read"
     record = _json(folder, RECORD) or {}
     if config == CONFIG:
-        folded = any(said.get(key) for key in ("flashnorm", "flashnorm_folded", "flash_norm"))
+        folded = any(content.get(key) for key in ("flashnorm", "flashnorm_folded", "flash_norm"))
         folded = folded or ("source_files" in record and "layout" in record)
     else:
         folded = record.get("kind") == "adapter" or ADAPTER_CARD in _text(folder, "README.md")

@@ -133,8 +133,8 @@ def _sentence_transformers(files: _Files) -> Iterator[User]:
         rest = ", ".join(str(entry.get("type", "?")).rsplit(".", 1)[-1] for entry in entries[1:])
         yield User(EMBEDDING, "modules.json", LAST, f"{what} (modules.json: Transformer{', ' if rest else ''}{rest})")
     elif "config_sentence_transformers.json" in files.names:
-        said = files.json("config_sentence_transformers.json")
-        if not (isinstance(said, dict) and said.get("model_type") == "CrossEncoder"):
+        content = files.json("config_sentence_transformers.json")
+        if not (isinstance(content, dict) and content.get("model_type") == "CrossEncoder"):
             yield User(EMBEDDING, "config_sentence_transformers.json", LAST, what)
     elif "sentence_bert_config.json" in files.names:
         yield User(EMBEDDING, "sentence_bert_config.json", LAST, what)
@@ -152,9 +152,9 @@ def _pooling_files(files: _Files) -> Iterator[User]:
     if "modules.json" in files.names:
         return
     for name in files.names:
-        if "/" in name and _sub(name) == CONFIG and isinstance(said := files.json(name), dict):
-            keys = [k for k in said if k == "word_embedding_dimension" or _POOLING.fullmatch(k)]
-            if keys or {"in_features", "out_features"} <= said.keys():
+        if "/" in name and _sub(name) == CONFIG and isinstance(content := files.json(name), dict):
+            keys = [k for k in content if k == "word_embedding_dimension" or _POOLING.fullmatch(k)]
+            if keys or {"in_features", "out_features"} <= content.keys():
                 yield User(EMBEDDING, name, LAST, f"{name} describes a module that pools the final norm's output")
 
 
@@ -269,8 +269,9 @@ def _speech(files: _Files) -> Iterator[User]:
     """A second model that speaks or draws, announced by config, by the processor, or by a folder of its own."""
     found = [(f"{CONFIG}: {key}", key) for key, value in files.config.items() if isinstance(value, dict)]
     for name in files.names:
-        if name in ("processor_config.json", "preprocessor_config.json") and isinstance(said := files.json(name), dict):
-            found += [(f"{name}: {key}", key) for key, value in said.items() if value]
+        processor = name in ("processor_config.json", "preprocessor_config.json")
+        if processor and isinstance(content := files.json(name), dict):
+            found += [(f"{name}: {key}", key) for key, value in content.items() if value]
         elif "/" in name:
             found.append((name, name.split("/")[0]))
     for seen, key in found:
@@ -282,8 +283,8 @@ def _speech(files: _Files) -> Iterator[User]:
 
 def _generation(files: _Files) -> Iterator[User]:
     """Ways to generate that read hidden states, as generation_config.json or code beside it set them."""
-    said = files.json("generation_config.json") if "generation_config.json" in files.names else None
-    for where, config in (("generation_config.json", said), (CONFIG, files.config)):
+    content = files.json("generation_config.json") if "generation_config.json" in files.names else None
+    for where, config in (("generation_config.json", content), (CONFIG, files.config)):
         if not isinstance(config, dict):
             continue
         if config.get("dola_layers"):  # the head reads hidden states of early layers, without the norm
@@ -366,7 +367,7 @@ def _diffusers_part(here: Path) -> str | None:
     """A config of diffusers in a folder beside this one, where its pipeline's own file is missing."""
     for folder in ("scheduler", "transformer", "unet", "vae"):
         for name in ("scheduler_config.json", CONFIG):
-            said = _read_json(here.parent / folder / name)
-            if here.name != folder and isinstance(said, dict) and "_diffusers_version" in said:
+            content = _read_json(here.parent / folder / name)
+            if here.name != folder and isinstance(content, dict) and "_diffusers_version" in content:
                 return f"{folder}/{name}"
     return None

@@ -360,7 +360,7 @@ def source_name(source: str) -> str:
     return " ".join(str(path.resolve() if path.exists() else source).split())
 
 
-def said_by(folder: int) -> dict[str, str]:
+def marked(folder: int) -> dict[str, str]:
     """What a work folder's README says: its lines `key: value`."""
     text = disk.read_small(MARK_FILE, folder).decode("utf-8", "surrogateescape")
     lines = (line.partition(": ") for line in text.splitlines()) if text.startswith(MARK) else ()

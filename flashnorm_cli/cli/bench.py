@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from flashnorm_cli.checkpoint.output import write_text
 from flashnorm_cli.cli import options
 from flashnorm_cli.cli.output import Output, check_writable, written
 from flashnorm_cli.cli.tables import markdown_table, text_table
@@ -211,6 +210,8 @@ class _Run:
 
     def _store(self) -> None:
         if self.save is not None:
+            from flashnorm_cli.checkpoint.disk import write_text
+
             write_text(self.save, json_module.dumps(self.data(), indent=1) + "\n")
 
     def finish(self) -> None:

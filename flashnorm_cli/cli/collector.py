@@ -22,9 +22,15 @@ def rare_collections() -> Iterator[None]:
     """
     before = gc.get_threshold()
     gc.set_threshold(YOUNG, MIDDLE, before[2])
-    atexit.unregister(gc.freeze)  # one is enough, however many commands this process runs
-    atexit.register(gc.freeze)
+    atexit.unregister(_leave_to_the_system)  # one is enough, however many commands this process runs
+    atexit.register(_leave_to_the_system)
     try:
         yield
     finally:
         gc.set_threshold(*before)
+
+
+def _leave_to_the_system() -> None:
+    """Extensions made with nanobind (triton's, which torch imports) would print a hundred lines of what is left."""
+    if not any(kind.__module__ == "nanobind" for kind in type.__subclasses__(type)):
+        gc.freeze()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -32,6 +31,8 @@ def demo(
     """Fold the small trained Llama that comes with flashnorm, offline, and compare it with its source."""
     out = Output(json, quiet)
     output = options.one_output(output, to)
+    from tempfile import TemporaryDirectory
+
     with TemporaryDirectory() as scratch, out.progress() as report:
         report(0, 0, "Folding and comparing the demo model")
         from flashnorm_cli.demo import run_demo
@@ -78,10 +79,10 @@ def _lines(result: DemoResult, output: Path | None) -> list[str]:
         f"Checked  all {weights['tensors']} tensors hold the very bits that source and plan ask for.",
         *(f"         {line}" for line in table),
         f"         In float32 the logits agree to {logits['algebra_error']:.0e} (relative): the algebra is exact.",
-        f"         Running the folded model in bfloat16 moves them by {logits['rounding_error']:.2e}; running the",
-        f"         source in bfloat16 moves them by {logits['noise_floor']:.2e}, the noise floor.",
-        f"         The most likely next byte is that of float32 at {folded['top1']:.2%} of positions",
-        f"         (the source in bfloat16: {source['top1']:.2%}).",
+        f"         Running the folded model in bfloat16 moves them by {logits['rounding_error']:.2e}; running the "
+        f"source in bfloat16 moves them by {logits['noise_floor']:.2e}, the noise floor.",
+        f"         The most likely next byte is that of float32 at {folded['top1']:.2%} of positions "
+        f"(the source in bfloat16: {source['top1']:.2%}).",
         "",
         f"Wrote    {same}:",
         *(

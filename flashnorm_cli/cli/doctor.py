@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,6 +57,7 @@ def doctor(json: options.JsonOpt = False, quiet: options.QuietOpt = False, debug
         from flashnorm_cli.norms.linear import describe
 
         found, broken = info() | describe(), None
+        versions["torch"] = found["torch"]  # with what it was built for, which its package does not say
     except Exception as error:  # a torch that cannot be imported, say: this command is for that, too
         found, broken = None, one_line(f"{type(error).__name__}: {error}")
     advice = _advice(versions, found, broken)
@@ -76,6 +75,9 @@ def doctor(json: options.JsonOpt = False, quiet: options.QuietOpt = False, debug
 
 def _versions() -> dict[str, str | None]:
     """What a bug report has to say."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
     found: dict[str, str | None] = {"flashnorm": __version__, "Python": platform.python_version()}
     found["OS"] = f"{_distribution()}{platform.system()} {platform.release()} {platform.machine()}"
     for package in PACKAGES:
@@ -87,6 +89,8 @@ def _versions() -> dict[str, str | None]:
 
 
 def _distribution() -> str:
+    import platform
+
     try:
         return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, "
     except (OSError, KeyError):  # not Linux, or one without a name

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from flashnorm_cli.cli import session
@@ -111,7 +110,8 @@ def check_writable(path: Path) -> None:
             raise UsageError(f"{path}: is not a regular file")
         if not path.absolute().parent.is_dir():
             raise UsageError(f"{path}: there is no folder {path.absolute().parent}")
-        probe = path.with_name(f".{path.name}.{token_hex(4)}")  # as long as the name that it will be written under
+        # As long as the name that it will be written under.
+        probe = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
         probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:

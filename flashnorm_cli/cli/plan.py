@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -103,13 +103,15 @@ def _traced(
     from flashnorm_cli.checkpoint.leftover import refuse_unfinished
     from flashnorm_cli.checkpoint.model import refuse_adapter
     from flashnorm_cli.checkpoint.open import open_checkpoint
+    from flashnorm_cli.plan.grid import with_grid_note
     from flashnorm_cli.plan.planner import plan_checkpoint
 
     refuse_unfinished(Path(source.name))
     checkpoint = open_checkpoint(source, weights=False)
     refuse_adapter(checkpoint)
     on_trace()
-    return checkpoint, plan_checkpoint(checkpoint, final_norm, trust_remote_code)
+    traced = plan_checkpoint(checkpoint, final_norm, trust_remote_code)
+    return checkpoint, replace(traced, plan=with_grid_note(checkpoint, traced.plan))
 
 
 def _document_alone(svg: Path | None, emit: Tool | None, emit_to: Path, json: bool) -> bool:

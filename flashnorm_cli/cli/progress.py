@@ -71,8 +71,8 @@ def shown(quiet: bool = False) -> Iterator[Progress]:
 
 
 def _every() -> float:
-    said = os.environ.get(EVERY_SETTING, "")
-    return float(said) if re.fullmatch(r"\d{1,6}(\.\d{1,3})?", said) else EVERY
+    setting = os.environ.get(EVERY_SETTING, "")
+    return float(setting) if re.fullmatch(r"\d{1,6}(\.\d{1,3})?", setting) else EVERY
 
 
 def _told_to(bar: _Fitted) -> Progress:

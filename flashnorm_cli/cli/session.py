@@ -8,7 +8,6 @@ libraries, child processes) goes to standard error; under --quiet, nowhere.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -60,8 +59,8 @@ class Session:
             "next": self.next,
             "seconds": round(time.monotonic() - self.started, 3),
         }
-        said = {key: plain(value, word=key not in VERBATIM) for key, value in content.items()}
-        return json.dumps(said, indent=2, allow_nan=False)
+        document = {key: plain(value, word=key not in VERBATIM) for key, value in content.items()}
+        return json.dumps(document, indent=2, allow_nan=False)
 
     def keep_stdout(self, quiet: bool) -> None:
         """From here on, only `stream` leads to standard output."""
@@ -93,6 +92,8 @@ class Session:
         else:
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
+            import ctypes
+
             ctypes.CDLL(None).fflush(None)  # what C code has printed and not written yet
             os.dup2(self._stream.fileno(), 1)
             self._stream.close()

@@ -57,8 +57,8 @@ def summary(result: Verification) -> list[str]:
     if findings:
         lines += ["", "Wrong:"]
         for level_name, finding in findings[:SHOWN_FINDINGS]:
-            by = _by(finding.error) if level_name == "weights" else ""  # the others say it in words
-            lines.append(f"  {finding.what}: {finding.message}{by}")
+            off_by = _off_by(finding.error) if level_name == "weights" else ""  # the others say it in words
+            lines.append(f"  {finding.what}: {finding.message}{off_by}")
         if len(findings) > SHOWN_FINDINGS:
             lines.append(f"  and {len(findings) - SHOWN_FINDINGS} more (--json and --report list them)")
     notes = [*(note for level in result.levels for note in level.notes), *result.notes]
@@ -74,7 +74,7 @@ def _with_status(line: str) -> str:
     return Coloured(line, status[1], COLOURS[status[1]]) if status else line
 
 
-def _by(error: float | None) -> str:
+def _off_by(error: float | None) -> str:
     return "" if error is None or not math.isfinite(error) else f" (off by {error:.2g} relative)"
 
 

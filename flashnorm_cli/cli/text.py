@@ -35,8 +35,10 @@ def columns(stream: Any) -> int | None:
     try:
         if not stream.isatty():
             return None
-        said = os.environ.get("COLUMNS", "")
-        return int(said) if said.isdecimal() and int(said) else os.get_terminal_size(stream.fileno()).columns or None
+        setting = os.environ.get("COLUMNS", "")
+        if setting.isdecimal() and int(setting):
+            return int(setting)
+        return os.get_terminal_size(stream.fileno()).columns or None
     except (OSError, ValueError, AttributeError):  # closed, or no file
         return None
 

@@ -17,7 +17,7 @@ from flashnorm_cli.record.read import FoldRecord
 
 # What two records of the same fold may differ in: how the source was named, who planned, what came of it afterwards.
 # `source_files` are compared one by one.
-NOT_OF_THE_FOLD = {"source", "transformers", "verify", "card_sha256", "flushed_to_zero", "source_files"}
+NOT_OF_THE_FOLD = {"source", "transformers", "verify", "card_sha256", "flushed_to_zero", "source_files", "notes"}
 
 
 def older_fold(folder: Path) -> FoldRecord | None:

@@ -28,7 +28,7 @@ from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
 from flashnorm_cli.folding.engine import Engine, any_executor, dask_engine, in_turn, processors
 from flashnorm_cli.folding.finished import not_this_fold, older_fold
 from flashnorm_cli.folding.jobs import shard_edits
-from flashnorm_cli.folding.planning import Planning, caution, check_rotation, plan_for, refuse_grid
+from flashnorm_cli.folding.planning import Planning, caution, check_rotation, plan_for, with_grid
 from flashnorm_cli.folding.writing import Writing
 from flashnorm_cli.plan.model import Plan
 from flashnorm_cli.plan.planner import FINAL_NORM_CHOICES
@@ -193,7 +193,7 @@ def _fold(
     give_back_memory()
     planned_at = time.monotonic()
     files = _shard_facts(checkpoint)
-    refuse_grid(checkpoint, plan, planning.leave_grid)
+    plan = with_grid(checkpoint, plan, planning.leave_grid)
     gains = read_gains(checkpoint, plan)
     edits = shard_edits(checkpoint, plan, gains, layout)
     fingerprint = _fingerprint(checkpoint, plan, gains, layout, files)

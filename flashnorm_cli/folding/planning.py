@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from flashnorm_cli.checkpoint.model import Checkpoint, Progress
@@ -12,7 +12,7 @@ from flashnorm_cli.errors import FlashNormError, PlanError, UsageError
 from flashnorm_cli.plan import quantized
 from flashnorm_cli.plan.grid import plan_on_grid
 from flashnorm_cli.plan.model import ROTATIONS, Plan
-from flashnorm_cli.plan.planner import make_plan
+from flashnorm_cli.plan.planner import plan_checkpoint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,7 +93,7 @@ def plan_fold(
     """
     report(0, 0, f"Tracing {', '.join(checkpoint.config.get('architectures') or ['the model'])}")
     if rotate is None:
-        plan = make_plan(checkpoint, final_norm, trust_remote_code)
+        plan = plan_checkpoint(checkpoint, final_norm, trust_remote_code).plan
     else:
         from flashnorm_cli.folding.rotation import rotation
         from flashnorm_cli.plan.rotation import make_rotated_plan
@@ -107,14 +107,17 @@ def plan_fold(
     return plan
 
 
-def refuse_grid(checkpoint: Checkpoint, plan: Plan, leave: bool) -> None:
-    """Raise FlashNormError where all weights that change were made for few bits, but for `leave`.
+def with_grid(checkpoint: Checkpoint, plan: Plan, leave: bool) -> Plan:
+    """The plan, with a note where weights that change lie on a quantizer's grid: a fold of such costs a little.
 
-    They have no other use than to be quantized so again. On finer grids, a fold costs little, and the plan has a note.
+    Raises FlashNormError where all were made for few bits, but for `leave`: they have no use but to be quantized again.
     """
-    found = None if leave else plan_on_grid(checkpoint, plan)
-    if found is not None and found.all_few:
+    found = plan_on_grid(checkpoint, plan)
+    if found is None:
+        return plan
+    if found.all_few and not leave:
         raise FlashNormError(f"{checkpoint.source.name}: {found.line}; {LEAVE_GRID}")
+    return replace(plan, notes=(*plan.notes, found.line))
 
 
 def caution(planning: Planning, gains: Iterable[np.ndarray]) -> str | None:

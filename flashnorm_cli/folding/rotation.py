@@ -38,23 +38,21 @@ class Rotation:
 
     def apply(self, rows: torch.Tensor) -> torch.Tensor:
         """`Q x` for each row x. `rows` is float32 or float64 of shape (count, size); so is the result."""
-        return self.along(rows[:, :, None])[:, :, 0]
-
-    def along(self, values: torch.Tensor) -> torch.Tensor:
-        """`Q x` for each vector x along the middle dimension of float32 or float64 `values` (outer, size, inner)."""
-        values = values.clone(memory_format=torch.contiguous_format)
-        return self.turn(values, torch.empty_like(values))
+        values = rows[:, :, None].clone(memory_format=torch.contiguous_format)
+        return self.turn(values, torch.empty_like(values))[:, :, 0]
 
     def turn(self, values: torch.Tensor, spare: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
-        """As `along`, with each x multiplied by `gain` (size,) before. The result is in `values` or in `spare`.
+        """`Q x`, or `Q (gain x)` by a gain (size,), for each vector x along the second dimension of `values`.
 
-        Both are contiguous, of the same shape, dtype and device, and both are overwritten.
+        The result is in `values` or in `spare`: both float32 or float64 of shape (outer, size, inner), contiguous, and
+        overwritten.
         """
         outer, _, inner = shape = values.shape
-        factors = gain
-        blocks = [self._matrix(values)] if self.kind == "random" else _blocks(self.size, values.dtype, values.device)
-        if self.kind != "random":
-            signs = _signs(self.size, self.seed, values.dtype, values.device)
+        like, factors = (values.dtype, values.device), gain
+        if self.kind == "random":
+            blocks: tuple[torch.Tensor, ...] = (_random(self.size, self.seed, *like),)
+        else:
+            blocks, signs = _blocks(self.size, *like), _signs(self.size, self.seed, *like)
             factors = signs if gain is None else signs * gain
         if factors is not None:
             values.mul_(factors[:, None])
@@ -66,9 +64,6 @@ class Rotation:
             _times(block, values.view(part), spare.view(part))
             values, spare = spare, values
         return values.view(shape)
-
-    def _matrix(self, like: torch.Tensor) -> torch.Tensor:
-        return _random(self.size, self.seed, like.dtype).to(like.device)
 
 
 def _times(matrix: torch.Tensor, values: torch.Tensor, out: torch.Tensor) -> None:
@@ -117,7 +112,7 @@ def _bytes(name: str, count: int) -> bytes:
 
 
 @functools.lru_cache(1)
-def _random(size: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+def _random(size: int, seed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """An orthogonal matrix: Q of the QR decomposition of a Gaussian matrix, with the signs that R's positive
     diagonal gives it (Mezzadri 2007, "How to generate random matrices from the classical compact groups")."""
     raw = torch.frombuffer(bytearray(_bytes(f"flashnorm gauss {seed}", 16 * size * size)), dtype=torch.int64)
@@ -125,7 +120,7 @@ def _random(size: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
     first, second = uniform.view(2, size, size)
     gaussian = torch.sqrt(-2 * torch.log(first)) * torch.cos(2 * math.pi * second)
     q, r = torch.linalg.qr(gaussian)
-    return (q * torch.sign(torch.diagonal(r))).to(dtype)
+    return (q * torch.sign(torch.diagonal(r))).to(dtype).to(device)
 
 
 @functools.lru_cache(4)

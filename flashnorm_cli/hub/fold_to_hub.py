@@ -267,15 +267,18 @@ def _contents(
     )
     small = file_hashes(dataclasses.replace(folded, shards={}), 1, lambda *_: None)
     hashes = {**small, **{name: (uploads[name].sha256 if name in uploads else "", "") for name in folded.shards}}
-    said = read_json(inside / RECORD)
+    content = read_json(inside / RECORD)
     standing = Standing(NOT_VERIFIED, f"it was folded from Hub to Hub; to verify it: `flashnorm verify {repo_id}`")
     if verify:
         from flashnorm_cli.hub.shard_proof import shard_entry
 
         command = ("flashnorm", "verify", repo_id)
-        said = {**said, "verify": shard_entry(said, target.held, planned.plan, folded, hashes, uploads, command)}
-        standing = standing_of(said, hashes)
-    fold = Fold(folded, said, checkpoint.source.name, standing)
+        content = {
+            **content,
+            "verify": shard_entry(content, target.held, planned.plan, folded, hashes, uploads, command),
+        }
+        standing = standing_of(content, hashes)
+    fold = Fold(folded, content, checkpoint.source.name, standing)
     return make_contents(fold, repo_id, target.base, target.info, hashes)
 
 
@@ -304,10 +307,10 @@ def _publish(
             "over"
         ) from None
     done = dataclasses.replace(done, created=done.created or target.created)
-    gone = (
+    notes = (
         () if target.info else (f"the source {target.base.repo_id} is not on the Hub any more, or not for this token",)
     )
-    return push_result(contents, done, options.private, (*gone, *target.notes))
+    return push_result(contents, done, options.private, (*notes, *target.notes))
 
 
 def _flushed(uploads: Mapping[str, Uploaded]) -> dict[str, int]:

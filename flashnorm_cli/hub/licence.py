@@ -29,16 +29,16 @@ def check_licence(
     Raises:
         FlashNormError: with the term that would be lost, and how to put it back.
     """
-    mend = f"put the source's README.md into {folder} again"
+    remedy = f"put the source's README.md into {folder} again"
     if info is not None:
-        mend += f": hf download {info.id} README.md --revision {info.sha} --local-dir {folder}"
+        remedy += f": hf download {info.id} README.md --revision {info.sha} --local-dir {folder}"
     for key in FIELDS:
         if theirs.get(key) and ours.get(key) != theirs[key]:
-            said = f"says {ours[key]!r}" if ours.get(key) else "says nothing"
-            raise FlashNormError(f"the source's {key} is {theirs[key]!r}, and README.md in {folder} {said}: {mend}")
+            says = f"says {ours[key]!r}" if ours.get(key) else "says nothing"
+            raise FlashNormError(f"the source's {key} is {theirs[key]!r}, and README.md in {folder} {says}: {remedy}")
     lost = [key for key in theirs if key.startswith("extra_gated_") and ours.get(key) != theirs[key]]
     if lost:
-        raise FlashNormError(f"the source is gated, and README.md in {folder} has lost its {lost[0]}: {mend}")
+        raise FlashNormError(f"the source is gated, and README.md in {folder} has lost its {lost[0]}: {remedy}")
     gated = gate_of(ours, info)
     if not ours.get("license") and (gated or NON_COMMERCIAL.search(str(ours.get("license_name")))):
         raise FlashNormError(

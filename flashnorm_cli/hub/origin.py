@@ -69,9 +69,9 @@ def _note(folder: Path, name: str) -> tuple[str, str] | None:
 
 
 def _names(folder: Path, last: str, config: dict[str, Any]) -> Iterator[str]:
-    said = config.get("_name_or_path")
-    if isinstance(said, str) and REPO_ID.fullmatch(said):
-        yield said
+    named = config.get("_name_or_path")
+    if isinstance(named, str) and REPO_ID.fullmatch(named):
+        yield named
     try:
         card = read_card((folder / "README.md").read_text(encoding="utf-8", errors="replace"))
     except (OSError, CheckpointError):

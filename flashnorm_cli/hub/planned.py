@@ -16,7 +16,7 @@ from flashnorm_cli.checkpoint.open import fetch_others, open_checkpoint
 from flashnorm_cli.checkpoint.tensors import read_tensors
 from flashnorm_cli.folding.fold import give_back_memory, plan_fingerprint, read_gains
 from flashnorm_cli.folding.jobs import ShardEdits, shard_edits
-from flashnorm_cli.folding.planning import Planning, caution, plan_for, refuse_grid
+from flashnorm_cli.folding.planning import Planning, caution, plan_for, with_grid
 from flashnorm_cli.hub.journal import SHA256, Uploaded
 from flashnorm_cli.plan.model import Plan
 
@@ -64,12 +64,13 @@ def plan_from_hub(source: Source, planning: Planning, layout: str, report: Progr
     refuse_adapter(checkpoint)
     checkpoint = fetch_others(checkpoint, report)
     ids = listed_ids(source, checkpoint.commit or "", list(checkpoint.shards))
-    meant = {name: known[0] for name, known in ids.items() if SHA256.fullmatch(known[0])}
-    checkpoint = dataclasses.replace(checkpoint, sha256=meant)
+    expected = {name: known[0] for name, known in ids.items() if SHA256.fullmatch(known[0])}
+    checkpoint = dataclasses.replace(checkpoint, sha256=expected)
     plan, chosen = plan_for(checkpoint, planning, report)
     give_back_memory()
     report(0, 0, "Reading norms")
-    refuse_grid(checkpoint, plan, planning.leave_grid)
+    if not planning.leave_grid:
+        plan = with_grid(checkpoint, plan, leave=False)
     raw = read_tensors(checkpoint, [norm.tensor for norm in plan.folded])
     gains = read_gains(checkpoint, plan, raw)
     edits = tuple(shard_edits(checkpoint, plan, gains, layout))

@@ -88,8 +88,8 @@ class PushResult(Shown):
     notes: tuple[str, ...]
 
     def _facts(self) -> dict[str, Any]:
-        said = {"repo_id": self.repo_id, "url": self.url, "commit": self.commit, "verdict": self.verdict}
-        return {**said, "sent": len(self.sent), "unchanged": len(self.unchanged), "dry_run": self.dry_run}
+        fields = {"repo_id": self.repo_id, "url": self.url, "commit": self.commit, "verdict": self.verdict}
+        return {**fields, "sent": len(self.sent), "unchanged": len(self.unchanged), "dry_run": self.dry_run}
 
     def published(self) -> dict[str, Any]:
         """As plain JSON values: the repository, what was committed to it, and what a reader of the page sees."""
@@ -238,10 +238,10 @@ def check_card(repository: Repository, card: str, folder: str) -> None:
     answer = with_retry(ask)
     if answer.status_code == 400:
         try:
-            said = answer.json()
+            content = answer.json()
         except ValueError:
-            said = {}
-        errors = said.get("errors") if isinstance(said, dict) else None
+            content = {}
+        errors = content.get("errors") if isinstance(content, dict) else None
         words = [str(e.get("message")) for e in errors if isinstance(e, dict)] if isinstance(errors, list) else []
         raise FlashNormError(
             f"the Hub does not take the card's metadata: {first_line('; '.join(words) or answer.text)}; mend them in "

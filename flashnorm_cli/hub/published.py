@@ -112,10 +112,10 @@ def same_fold(ours: dict[str, Any], theirs: Any) -> bool:
 def _local_sources(record: dict[str, Any]) -> list[str]:
     """The folders that a record names as the source, as they were typed."""
     entry = record.get("verify")
-    said = [(record.get("source"), record.get("commit"))]
+    recorded = [(record.get("source"), record.get("commit"))]
     if isinstance(entry, dict) and isinstance(entry.get("source"), dict):
-        said.append((entry["source"].get("name"), entry["source"].get("commit")))
-    return [name for name, commit in said if isinstance(name, str) and re.search(r"[\\/]", name) and commit is None]
+        recorded.append((entry["source"].get("name"), entry["source"].get("commit")))
+    return [name for name, commit in recorded if isinstance(name, str) and re.search(r"[\\/]", name) and commit is None]
 
 
 def dump(record: dict[str, Any]) -> bytes:

@@ -203,7 +203,7 @@ def _source(job: HubJob, folder: Path, on_bytes: Callable[[int], None]) -> tuple
     )
 
 
-def _download(job: HubJob, folder: Path, on_bytes: Callable[[int], None], again: bool) -> Path:
+def _download(job: HubJob, folder: Path, on_bytes: Callable[[int], None], force: bool) -> Path:
     from huggingface_hub import hf_hub_download
 
     name, came = job.edits.name, 0
@@ -222,11 +222,11 @@ def _download(job: HubJob, folder: Path, on_bytes: Callable[[int], None], again:
             token=job.token,
             cache_dir=job.cache_dir,
             local_dir=folder,
-            force_download=again,
+            force_download=force,
             tqdm_class=progress_bar("", progress),
         )
 
-    path = Path(_patiently(f"{job.source}/{name}", download))
+    path = Path(_with_retry(f"{job.source}/{name}", download))
     progress(job.sizes[0], job.sizes[0], "")  # what the bar did not tell
     return path
 
@@ -287,12 +287,12 @@ def _upload(job: HubJob, path: Path, on_bytes: Callable[[int], None]) -> str:
             raise FlashNormError(f"{job.target}: its .gitattributes or .gitignore does not let {name} be a large file")
         return addition.upload_info.sha256.hex()
 
-    sha256 = _patiently(f"{job.target}/{name}", upload)
+    sha256 = _with_retry(f"{job.target}/{name}", upload)
     progress(job.sizes[1])
     return sha256
 
 
-def _patiently(what: str, transfer: Callable[[], str]) -> str:
+def _with_retry(what: str, transfer: Callable[[], str]) -> str:
     """A transfer, tried again where the trouble may pass; errors of the disk go on as they are."""
     with hub_errors(what, writing=True, disk=False):
         return with_retry(transfer, TRANSFER_WAITS)

@@ -40,7 +40,7 @@ def shard_entry(
         return known
     if isinstance(known, dict) and known.get("files") == files and known.get("verdict") == NOT_RUN:
         return known
-    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     compared = sum(upload.compared for upload in uploads.values())
     figures = {
         "tensors": compared,

@@ -132,11 +132,11 @@ def _missing_member(names: list[str]) -> str | None:
     for name in names:
         if found := re.match(r"(.*\.\d+\..*\.)(\d+)(\..*)$", name):
             numbers.setdefault((found[1], found[3]), set()).add(int(found[2]))
-    everybody: dict[str, set[int]] = {}
-    for (prefix, _), mine in numbers.items():
-        everybody.setdefault(prefix, set()).update(mine)
-    for (prefix, suffix), mine in numbers.items():
-        if missing := everybody[prefix] - mine:
+    all_numbers: dict[str, set[int]] = {}
+    for (prefix, _), present in numbers.items():
+        all_numbers.setdefault(prefix, set()).update(present)
+    for (prefix, suffix), present in numbers.items():
+        if missing := all_numbers[prefix] - present:
             return f"{prefix}{min(missing)}{suffix}"
     return None
 

@@ -172,9 +172,9 @@ def tensors_on_disk(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     written = {id(tensor) for name, tensor in state.items() if name not in tied}
     empty: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
-        again = name in tied and id(tensor) in written
+        is_alias = name in tied and id(tensor) in written
         written.add(id(tensor))
-        if not again and name not in ignored and isinstance(tensor, torch.Tensor):
+        if not is_alias and name not in ignored and isinstance(tensor, torch.Tensor):
             empty[name] = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
     return _reverted(model, empty)
 

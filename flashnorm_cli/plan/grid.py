@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from flashnorm_cli.checkpoint.names import layer_of, pattern_of
@@ -81,18 +81,24 @@ def readers_on_grid(checkpoint: Checkpoint, readers: Mapping[str, int]) -> OnGri
 
 def plan_on_grid(checkpoint: Checkpoint, plan: Plan) -> OnGrid | None:
     """`readers_on_grid` of a plan; of one that rotates, also of the tensors that are rotated on another side."""
-    inputs = {r.tensor: r.dim for r in plan.readers if r.values_from is None}
+    return readers_on_grid(checkpoint, _inputs(checkpoint, plan))
+
+
+def _inputs(checkpoint: Checkpoint, plan: Plan) -> dict[str, int]:
+    """The tensors on disk that a plan changes, and the dimension of each along which a quantizer's groups lie."""
+    inputs = {r.tensor: r.dim for r in plan.readers if r.values_from is None and r.tensor in checkpoint.tensors}
     for name, (dim, *_) in plan.rotation.tensors.items() if plan.rotation else ():
         if name in checkpoint.tensors and len(checkpoint.tensors[name].shape) == 2:
             inputs.setdefault(name, 1 - dim)
-    return readers_on_grid(checkpoint, inputs)
+    return inputs
 
 
-def grid_notes(checkpoint: Checkpoint, readers: Iterable[tuple[str, int]]) -> list[str]:
-    """A line where readers, by name and dimension, lie on a grid; none where the shards are not on this disk."""
-    here = {n: dim for n, dim in readers if (checkpoint.folder / checkpoint.shard_of.get(n, "no shard")).is_file()}
-    found = readers_on_grid(checkpoint, here)
-    return [found.line] if found else []
+def with_grid_note(checkpoint: Checkpoint, plan: Plan) -> Plan:
+    """A plan with a line where its readers lie on a grid; those of shards that are not on this disk are left out."""
+    here = {shard for shard in checkpoint.shards if (checkpoint.folder / shard).is_file()}
+    inputs = _inputs(checkpoint, plan)
+    found = readers_on_grid(checkpoint, {n: dim for n, dim in inputs.items() if checkpoint.shard_of[n] in here})
+    return plan if found is None else replace(plan, notes=(*plan.notes, found.line))
 
 
 def _sample(checkpoint: Checkpoint, name: str, dim: int) -> Tensor | None:

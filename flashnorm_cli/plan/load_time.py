@@ -136,27 +136,27 @@ class LoadTime:
             path = path.rpartition(".")[0]
         return None
 
-    def _quantized(self, said: Quantization, modules: set[str]) -> str | None:
-        method = said.method
+    def _quantized(self, form: Quantization, modules: set[str]) -> str | None:
+        method = form.method
         if method is None:
             return None
-        if said.name == "compressed-tensors" and (groups := _groups(said)):
-            if _ignored(modules, said.skips() or []) or not _targeted(modules, groups, self._kinds(modules)):
+        if form.name == "compressed-tensors" and (groups := _groups(form)):
+            if _ignored(modules, form.skips() or []) or not _targeted(modules, groups, self._kinds(modules)):
                 return None
-            return f"is quantized or reads quantized values at run time ({said.where}: {said.name})"
+            return f"is quantized or reads quantized values at run time ({form.where}: {form.name})"
         if method.when == STORED and self.stored:
             return None  # the tensors on disk tell
-        listed = said.skips()
+        listed = form.skips()
         if listed is None:
             left = bool(modules & self.heads) if method.leaves is None else _matches(modules, method.leaves)
         else:
             left = _matches(modules, listed)
-        if left and not said.values.get("include_input_output_embeddings"):
+        if left and not form.values.get("include_input_output_embeddings"):
             return None
         if method.when == AT_LOAD:
-            return f"is quantized as a whole while it is loaded, {method.what} ({said.where}: {said.name})"
+            return f"is quantized as a whole while it is loaded, {method.what} ({form.where}: {form.name})"
         return (
-            f"is a plain float on disk, while {said.where} says {said.name}: runtimes quantize it or refuse it "
+            f"is a plain float on disk, while {form.where} says {form.name}: runtimes quantize it or refuse it "
             "(remove the key if it is a leftover)"
         )
 
@@ -193,9 +193,9 @@ def _underscored(name: str) -> set[str]:
     return {name[: m.start()] for m in re.finditer("_", name)}
 
 
-def _groups(said: Quantization) -> list[str]:
+def _groups(form: Quantization) -> list[str]:
     """The targets of compressed-tensors' config groups."""
-    groups = said.values.get("config_groups")
+    groups = form.values.get("config_groups")
     found = groups.values() if isinstance(groups, dict) else ()
     return [t for g in found if isinstance(g, dict) for t in g.get("targets") or () if isinstance(t, str)]
 

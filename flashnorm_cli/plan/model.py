@@ -48,8 +48,8 @@ class Norm(Shown):
     reason: str | None
 
     def _facts(self) -> dict[str, Any]:
-        said = {"tensor": self.tensor, "folded": self.folded, "readers": len(self.readers)}
-        return said if self.folded else {**said, "reason": self.reason}
+        fields = {"tensor": self.tensor, "folded": self.folded, "readers": len(self.readers)}
+        return fields if self.folded else {**fields, "reason": self.reason}
 
     @property
     def folded(self) -> bool:
@@ -146,8 +146,8 @@ class Plan(Shown):
         plain = dataclasses.asdict(self)
         for reader in plain["readers"]:
             reader["runs"] = [list(run.values()) for run in reader["runs"]]
-        for norm, mine in zip(plain["norms"], self.norms, strict=True):
-            norm["folded"] = mine.folded
+        for fields, norm in zip(plain["norms"], self.norms, strict=True):
+            fields["folded"] = norm.folded
         if self.rotation is None:  # a plain fold's record says nothing of rotations
             del plain["rotation"]
         return {"format": FORMAT, "tool": f"flashnorm-cli {__version__}", **plain}

@@ -19,7 +19,7 @@ from flashnorm_cli.choices import FinalNorm
 from flashnorm_cli.errors import UsageError
 from flashnorm_cli.plan import disk, load_time, output_head, readers, unseen
 from flashnorm_cli.plan.assemble import assemble
-from flashnorm_cli.plan.grid import grid_notes
+from flashnorm_cli.plan.grid import with_grid_note
 from flashnorm_cli.plan.model import Plan
 from flashnorm_cli.plan.traced import traced
 
@@ -84,19 +84,19 @@ def make_plan(
         FlashNormError: the checkpoint is folded already.
         PlanError: the architecture cannot be built, traced, or matched with the tensors on disk.
     """
-    if final_norm not in FINAL_NORM_CHOICES:
-        raise UsageError(f"`final_norm` is one of {', '.join(FINAL_NORM_CHOICES)}, not {final_norm!r}")
     if isinstance(model, (str, Path)):
         where = Path(cache_dir) if cache_dir else None
         model = Source(str(model), revision, token, where, local_files_only, follow_links)
     checkpoint = open_checkpoint(model, weights=False) if isinstance(model, Source) else model
-    return plan_checkpoint(checkpoint, final_norm, trust_remote_code).plan
+    return with_grid_note(checkpoint, plan_checkpoint(checkpoint, final_norm, trust_remote_code).plan)
 
 
 def plan_checkpoint(
     checkpoint: Checkpoint, final_norm: FinalNorm = "auto", trust_remote_code: bool = False
 ) -> TracedPlan:
-    """As `make_plan`, with what was traced."""
+    """As `make_plan`, with what was traced, and no weights looked at."""
+    if final_norm not in FINAL_NORM_CHOICES:
+        raise UsageError(f"`final_norm` is one of {', '.join(FINAL_NORM_CHOICES)}, not {final_norm!r}")
     refuse_folded(checkpoint)  # before the seconds that the imports take
     from flashnorm_cli.modeling import build
 
@@ -150,8 +150,6 @@ def trace_plan(
     lm_head = "kept" if any(g in reasons.kept for g in head_gains) else head.state
     if lm_head in ("folded", "untied"):
         notes.append(HIDDEN_STATES)
-    folded = [(name, dim) for name, dim, ids in found if any(g not in reasons.kept for g in trace.gains_of(ids))]
-    notes += grid_notes(checkpoint, folded)
     plan = assemble(task, head.traced, on_disk, norm_tensors, reasons.kept, found, lm_head, notes)
     return TracedPlan(plan, model, trace, reasons.kept, head.untied, on_disk.places, tuple(every_user))
 

@@ -119,11 +119,11 @@ def _shards(pair: Pair) -> list[Finding]:
             findings.append(Finding(name, f"is in {shard} instead of {wanted}"))
     findings += index_findings(pair)
     for shard, header in pair.source.shards.items():
-        mine = pair.folded.shards.get(shard)
-        if mine is None:
+        folded = pair.folded.shards.get(shard)
+        if folded is None:
             findings.append(Finding(shard, "is missing"))
-        elif mine.metadata != header.metadata:
-            findings.append(Finding(shard, f"has the metadata {mine.metadata} instead of {header.metadata}"))
+        elif folded.metadata != header.metadata:
+            findings.append(Finding(shard, f"has the metadata {folded.metadata} instead of {header.metadata}"))
     return findings
 
 
@@ -140,10 +140,10 @@ def _record(pair: Pair) -> list[Finding]:
         entries = pair.record.entries(what)
         if entries is None:
             return [Finding(RECORD, "holds no plan")]
-        mine = {tensor: {f: e.get(f) for f in fields} for tensor, e in entries.items()}
+        recorded = {tensor: {f: e.get(f) for f in fields} for tensor, e in entries.items()}
         plan = {e["tensor"]: json.loads(json.dumps({f: e[f] for f in fields})) for e in wanted[what]}
-        for tensor in dict.fromkeys([*plan, *mine]):
-            if not json_equal(mine.get(tensor), plan.get(tensor)):
+        for tensor in dict.fromkeys([*plan, *recorded]):
+            if not json_equal(recorded.get(tensor), plan.get(tensor)):
                 findings.append(Finding(RECORD, f"{what}: {tensor} is not recorded as the source's forward says it is"))
     if not json_equal(pair.record.content.get("rotation"), json.loads(json.dumps(wanted.get("rotation")))):
         findings.append(Finding(RECORD, "rotation is not recorded as the source's forward says it is"))

@@ -46,11 +46,11 @@ def diagnose(pair: Pair, name: str, units: float) -> str:
     if wanted is not None and len(wanted) == found.shape[dim]:
         if torch.equal(found, source):
             return f"it holds the source's values: {_norms_of(pair, name)} was not folded into it"
-        said = _wrong_factor(pair, name, found, source, dim, wanted, units)
-        if said:
-            return said
-    elif wanted is None and (said := _factor_on_untouched(pair, name, found, source)):
-        return said
+        words = _wrong_factor(pair, name, found, source, dim, wanted, units)
+        if words:
+            return words
+    elif wanted is None and (words := _factor_on_untouched(pair, name, found, source)):
+        return words
     return _another_tensor(pair, name, found, dim, wanted)
 
 

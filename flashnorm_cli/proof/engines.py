@@ -30,7 +30,7 @@ from flashnorm_cli.checkpoint.model import Progress
 from flashnorm_cli.proof.figures import RuntimeFigures
 from flashnorm_cli.proof.result import Finding, LevelResult
 from flashnorm_cli.runtimes.llama_cpp import CONVERTER, LLAMA_CPP, converted, run_llama_cpp
-from flashnorm_cli.runtimes.process import POSITIONS, PROMPT_TOKENS, EngineError, Tops, call
+from flashnorm_cli.runtimes.process import POSITIONS, PROMPT_TOKENS, EngineError, Tops, in_a_process
 from flashnorm_cli.runtimes.vllm.engine import run_vllm
 
 NOISE_FACTOR, FLOAT32_TOLERANCE = 3.0, 1e-4
@@ -71,7 +71,7 @@ def compare_runtime(
                 "prompts": asked,
                 "trust_remote_code": trust_remote_code,
             }
-            return _in_a_process(job, Path(scratch))
+            return _in_a_process(job)
 
         try:
             reference = run(source, "source", "float32")
@@ -81,13 +81,13 @@ def compare_runtime(
         except EngineError as error:
             return LevelResult(level, "skipped", reason=f"{title} does not run the source: {error}")
         try:
-            mine = run(folded, "folded checkpoint", dtype)
+            answer = run(folded, "folded checkpoint", dtype)
         except EngineError as error:
             finding = Finding(title, f"does not run the folded checkpoint: {error}")
             return LevelResult(level, "failed", RuntimeFigures(title, _version(package)), (finding,))
     tokens = [[_likeliest(top) for top in row] for row in reference["tops"]]
-    measured, findings = judge(reference["tops"], plain["tops"], mine["tops"], tokens)
-    figures = RuntimeFigures(title, _version(package), len(asked), **measured, **mine["facts"])
+    measured, findings = judge(reference["tops"], plain["tops"], answer["tops"], tokens)
+    figures = RuntimeFigures(title, _version(package), len(asked), **measured, **answer["facts"])
     return LevelResult(level, "failed" if findings else "passed", figures, findings)
 
 
@@ -169,17 +169,8 @@ def _version(package: str) -> str:
     return version(names[0]) if names else "?"
 
 
-def _in_a_process(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
-    """Run one model in a process of its own: a crash of the engine is a message, and its memory is given back."""
-    paths = scratch / "job.json", scratch / "result.json"
-    paths[0].write_text(json.dumps(job))
-    paths[1].unlink(missing_ok=True)
-    root = str(Path(__file__).parents[2])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    call([sys.executable, "-m", __name__, *map(str, paths)], environment)
-    if not paths[1].is_file():
-        raise EngineError("it left no result")
-    result: dict[str, Any] = json.loads(paths[1].read_text())
+def _in_a_process(job: dict[str, Any]) -> dict[str, Any]:
+    result = in_a_process(__name__, job)
     result["tops"] = [[{int(i): p for i, p in top.items()} for top in row] for row in result["tops"]]
     return result
 

@@ -1,33 +1,55 @@
-"""Benchmarks of both checkpoints by lm-evaluation-harness, as in the FlashNorm paper's table (arXiv 2407.09577)."""
+"""Benchmarks of both checkpoints by lm-evaluation-harness, as in the FlashNorm paper's table (arXiv 2407.09577).
+
+python -m flashnorm_cli.proof.evaluate JOB RESULT    # the harness's process: tasks bring code, and the harness prints
+"""
 
 from __future__ import annotations
 
-import contextlib
-import io
+import json
 import math
+import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from flashnorm_cli.checkpoint.model import Progress
 from flashnorm_cli.errors import UsageError
-from flashnorm_cli.modeling.quiet import quiet_transformers
+from flashnorm_cli.modeling.quiet import first_line
 from flashnorm_cli.proof.figures import EvalFigures, TaskFigures
 from flashnorm_cli.proof.result import Finding, LevelResult
-from flashnorm_cli.proof.tasks import task_names
+from flashnorm_cli.proof.tasks import named_tasks
+from flashnorm_cli.runtimes.process import EngineError, in_a_process
 
 # Both runs see the same items, so their errors are not independent: two combined standard errors are generous.
 STANDARD_ERRORS = 2.0
 
 
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raise UsageError for tasks that the harness does not know, and files that hold none: before hours of work.
+
+    Where the harness does not start, nothing is known; the level says why.
+    """
+    job = _job(tasks)
+    if find_spec("lm_eval") is None or not job["defaults"]:
+        return
+    try:
+        wrong = in_a_process(__name__, job)["wrong"]
+    except EngineError:
+        return
+    if wrong:
+        raise UsageError("; ".join(wrong))
+
+
 def compare_eval(
-    tasks: list[str],
+    tasks: Sequence[str],
     source: Path,
     folded: Path,
     dtype: str,
     device: str,
     limit: int | None,
     report: Progress,
+    trust_remote_code: bool = False,
 ) -> LevelResult:
     """Run tasks on both checkpoints, and compare every metric that has a standard error.
 
@@ -36,20 +58,45 @@ def compare_eval(
         limit: items of each task; None for all.
 
     figures: `EvalFigures`. A metric fails if it differs by more than two combined standard errors.
-
-    Raises UsageError for a task that the harness does not know.
     """
     if find_spec("lm_eval") is None:
         return LevelResult(
             "eval", "skipped", reason="lm-evaluation-harness is not installed: pip install 'lm-eval[hf]'"
         )
-    results = []
-    for folder, what in ((source, "source"), (folded, "folded checkpoint")):
+    asked = _job(tasks)
+
+    def run(folder: Path, what: str) -> dict[str, dict[str, Any]]:
         report(0, 0, f"Evaluating the {what} on {', '.join(tasks)}")
-        results.append(_evaluate(tasks, folder, dtype, device, limit))
-    rows, findings = judge(*results)
+        model = {"pretrained": str(folder.resolve()), "dtype": dtype, "trust_remote_code": trust_remote_code}
+        found = in_a_process(__name__, asked | {"model": model, "device": device, "limit": limit}, seconds=None)
+        if error := found.get("error"):
+            raise EngineError(error)
+        return dict(found["results"])
+
+    try:
+        before = run(source, "source")
+    except EngineError as error:
+        return LevelResult("eval", "skipped", reason=f"lm-evaluation-harness does not run the source: {error}")
+    try:
+        after = run(folded, "folded checkpoint")
+    except EngineError as error:
+        finding = Finding("lm-evaluation-harness", f"does not run the folded checkpoint: {error}")
+        return LevelResult("eval", "failed", EvalFigures((), limit), (finding,))
+    rows, findings = judge(before, after)
     figures = EvalFigures(tuple(rows), limit)
     return LevelResult("eval", "failed" if findings else "passed", figures, tuple(findings))
+
+
+def _job(tasks: Sequence[str]) -> dict[str, Any]:
+    """Tasks as the harness's process is asked for them."""
+    named = named_tasks(tasks)
+    return {
+        "tasks": [task.spec for task in named],
+        # Its own thousands of files take it ten seconds to read.
+        "defaults": any(task.file is None or task.is_group for task in named),
+        "groups": {task.name: str(task.file) for task in named if task.is_group},
+        "folders": sorted({str(task.file.parent) for task in named if task.file}),
+    }
 
 
 def judge(
@@ -82,24 +129,58 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _evaluate(tasks: list[str], folder: Path, dtype: str, device: str, limit: int | None) -> dict[str, dict[str, Any]]:
-    from lm_eval import simple_evaluate  # type: ignore[import-not-found]
+# ---- the harness's process -------------------------------------------------------------------------------------------
+
+
+def _answer(job: dict[str, Any]) -> dict[str, Any]:
+    """In the process: which tasks cannot be had; of a job with a model, its results."""
     from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
 
-    names, folders = task_names(tasks)
-    manager = TaskManager(include_path=[str(folder) for folder in folders] or None)
-    if unknown := [name for name in names if name not in manager.all_tasks]:
-        raise UsageError(f"lm-evaluation-harness has no task {', '.join(unknown)}")
-    with quiet_transformers(), contextlib.redirect_stdout(io.StringIO()):
+    manager = TaskManager(include_path=job["folders"] or None, include_defaults=job["defaults"])
+    if "model" not in job:
+        return {"wrong": _wrong_tasks(manager, job["tasks"], job["groups"])}
+    from lm_eval import simple_evaluate  # type: ignore[import-not-found]
+
+    try:
         found = simple_evaluate(
             model="hf",
-            model_args={"pretrained": str(folder), "dtype": dtype},
-            tasks=names,
-            device=device,
-            limit=limit,
+            model_args=job["model"],
+            tasks=job["tasks"],
+            device=job["device"],
+            limit=job["limit"],
             batch_size=1,
             task_manager=manager,
             log_samples=False,
-            bootstrap_iters=0 if limit == 1 else 1000,
+            bootstrap_iters=0 if job["limit"] == 1 else 1000,
         )
-    return dict(found["results"])
+    except Exception as error:  # of a task's own code, of its data, of the model
+        return {"error": f"{type(error).__name__}: {first_line(error)}"}
+    return {"results": found["results"]}
+
+
+def _wrong_tasks(manager: Any, specs: list[str], groups: dict[str, str]) -> list[str]:
+    """What is asked for and cannot be had: names that the harness does not know, files of groups that it does not take.
+
+    It finds a group by its name only, and takes the first file of a folder that has it.
+    """
+    wrong = []
+    for spec in specs:
+        entry = manager.task_index.get(spec)
+        if spec in groups:
+            file = groups[spec]
+            if entry is None or entry.yaml_path is None:
+                wrong.append(
+                    f"{file}: lm-evaluation-harness does not find the group {spec} there: the file's name has to end "
+                    "in .yaml, and what it includes has to be there"
+                )
+            elif Path(entry.yaml_path).resolve() != Path(file):
+                wrong.append(
+                    f"{file}: lm-evaluation-harness takes {entry.yaml_path} for the group {spec}: rename one of them"
+                )
+        elif entry is None and not Path(spec).is_file():
+            wrong.append(f"lm-evaluation-harness has no task {spec}")
+    return wrong
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(_answer(json.loads(Path(sys.argv[1]).read_text())), default=str))

@@ -79,9 +79,9 @@ def config_findings(pair: Pair) -> list[Finding]:
         if key in ours or any(key.startswith(f"{each}.") for each in ours) or (key in untied and found is False):
             continue
         findings.append(_instead(CONFIG, key, found, False if key in untied else wanted))
-    said = dict(levels(pair.folded.config, text))
+    configs = dict(levels(pair.folded.config, text))
     for prefix in sorted(places):
-        config = said.get(prefix, {})
+        config = configs.get(prefix, {})
         if not json_equal(config.get(FLAG, MISSING), pair.plan.folded_flag):
             findings.append(_instead(CONFIG, f"{prefix}{FLAG}", config.get(FLAG, MISSING), pair.plan.folded_flag))
         if f"{prefix}{TIE}" in untied and config.get(TIE) is not False and pair.source.config.get(TIE) is not False:
@@ -151,8 +151,9 @@ def index_findings(pair: Pair) -> list[Finding]:
     wanted = {key: value for key, value in pair.source.index.items() if key not in ("weight_map", "metadata")}
     last = list(pair.source.shards)[-1]
     places = pair.source.index["weight_map"]
-    gone = {name for name in pair.gains if name not in pair.folded.tensors}
-    wanted["weight_map"] = {n: s for n, s in places.items() if n not in gone} | dict.fromkeys(pair.expected_added, last)
+    dropped = {name for name in pair.gains if name not in pair.folded.tensors}
+    stay = {n: s for n, s in places.items() if n not in dropped}
+    wanted["weight_map"] = stay | dict.fromkeys(pair.expected_added, last)
     totals = pair.source.index.get("metadata", MISSING)
     if isinstance(totals, dict):
         totals = dict(totals)

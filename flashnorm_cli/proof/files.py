@@ -30,9 +30,9 @@ def hashed_files(folded: Checkpoint) -> list[str]:
 
 def changed_files(entry: dict[str, Any], hashes: dict[str, str]) -> list[str]:
     """Files that are not those which a recorded verification speaks of: changed, lost or new."""
-    said = entry.get("files")
-    said = said if isinstance(said, dict) else {}
-    return [name for name in dict.fromkeys([*said, *hashes]) if said.get(name) != hashes.get(name)]
+    recorded = entry.get("files")
+    recorded = recorded if isinstance(recorded, dict) else {}
+    return [name for name in dict.fromkeys([*recorded, *hashes]) if recorded.get(name) != hashes.get(name)]
 
 
 # Small files are hashed whole; of a larger one the name that the Hub cache gives it, where it lies there.

@@ -193,21 +193,21 @@ def _compare(pair: Pair, files: _Files, reader: Reader, device: str, seed: int, 
     shape = (len(exact), math.prod(entry.shape[:dim]), math.prod(entry.shape[dim + 1 :]))
     reference = torch.zeros(shape, dtype=torch.float64, device=device)
     wide = torch.float64 if torch.float64 in (source_dtype, folded_dtype) else torch.float32
-    mine, theirs = torch.zeros(shape, dtype=wide, device=device), torch.zeros(shape, dtype=wide, device=device)
+    source_sum, folded_sum = (torch.zeros(shape, dtype=wide, device=device) for _ in range(2))
     factor = pair.factor(reader).to(device)
     energy = torch.zeros(channels, dtype=torch.float64, device=device)  # of each channel: the sum of (gain * w)^2
     fourth = 0.0
     for block, weight in files.blocks(False, origin, dim):
         weight = weight.to(device)
         _contract(reference, exact, weight, block)
-        _contract(theirs, plain, weight, block)
+        _contract(source_sum, plain, weight, block)
         here = slice(block.channel, block.channel + block.shape[1])
         squares = (weight.float() * factor[here].view(1, -1, 1)).square()
         energy[here] += squares.sum((0, 2)).double()
         fourth += squares.double().square().sum().item()
     for block, weight in files.blocks(True, name, dim):
-        _contract(mine, weightless, weight.to(device), block)
-    rounded = {"source": theirs.to(source_dtype), "folded": mine.to(folded_dtype)}
+        _contract(folded_sum, weightless, weight.to(device), block)
+    rounded = {"source": source_sum.to(source_dtype), "folded": folded_sum.to(folded_dtype)}
     errors: dict[str, dict[str, float]] = {}
     for who, output in rounded.items():
         gap = output.double() - reference

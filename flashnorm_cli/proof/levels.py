@@ -29,6 +29,10 @@ def run_levels(pair: Pair, options: VerifyOptions, report: Progress) -> LevelsRu
 
     Only wrong weights keep level logits from running: what level layers says of noise is no reason to look less.
     """
+    if options.tasks:
+        from flashnorm_cli.proof.evaluate import check_tasks
+
+        check_tasks(options.tasks)
     results: list[LevelResult] = []
     hashes: dict[str, str] = {}
 
@@ -110,8 +114,9 @@ def _eval(pair: Pair, options: VerifyOptions, report: Progress) -> LevelResult:
     from flashnorm_cli.proof.evaluate import compare_eval
 
     folders = pair.source.folder, pair.folded.folder
-    tasks, dtype = list(options.tasks), _dtype_name(pair, options)
-    return compare_eval(tasks, *folders, dtype, options.device, options.limit, report)
+    dtype = _dtype_name(pair, options)
+    trusted = options.trust_remote_code
+    return compare_eval(options.tasks, *folders, dtype, options.device, options.limit, report, trusted)
 
 
 def _dtype_name(pair: Pair, options: VerifyOptions) -> str:

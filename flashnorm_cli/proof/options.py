@@ -13,7 +13,7 @@ from flashnorm_cli.checkpoint.model import Source
 from flashnorm_cli.choices import Dtype, Level, Runtime
 from flashnorm_cli.errors import UsageError
 from flashnorm_cli.proof.result import LEVELS, MAX_ALGEBRA_ERROR, MAX_NOISE_RATIO
-from flashnorm_cli.proof.tasks import task_names
+from flashnorm_cli.proof.tasks import named_tasks
 
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,7 +53,7 @@ class VerifyOptions:
             raise UsageError("`max_algebra` and `max_ratio` have to be greater than 0, and finite")
         if self.text is not None and self.token_ids is not None:
             raise UsageError("`text` and `token_ids` exclude each other")
-        task_names(self.tasks)
+        named_tasks(self.tasks)
         _check_device(self.device)
 
 

@@ -16,7 +16,7 @@ from flashnorm_cli.checkpoint.tensors import TORCH_DTYPE
 from flashnorm_cli.choices import FinalNorm
 from flashnorm_cli.errors import PlanError
 from flashnorm_cli.plan.model import Norm, Plan, Reader, claimed_rotation, rotation_from_json
-from flashnorm_cli.plan.planner import make_plan
+from flashnorm_cli.plan.planner import plan_checkpoint
 from flashnorm_cli.proof.result import Finding
 from flashnorm_cli.record.read import FoldRecord
 
@@ -89,7 +89,7 @@ def pair(source: Checkpoint, folded: Checkpoint, trust_remote_code: bool = False
     """
     record = FoldRecord.read(folded.folder / RECORD) if (folded.folder / RECORD).exists() else None
     chosen: FinalNorm = "auto"
-    plan = make_plan(source, chosen, trust_remote_code)
+    plan = plan_checkpoint(source, chosen, trust_remote_code).plan
     states = _states(source, folded, plan)
     # The files decide about the final norm. Keeping and untying were the user's choice, or another tool's.
     if any(states[n.tensor] in (IDENTITY, DROPPED) for n in plan.kept):
@@ -179,7 +179,7 @@ def _replan_if_better(
 ) -> tuple[Plan, FinalNorm]:
     """The plan with another decision about the final norm, if it explains more norms of the files; and the decision."""
     try:
-        other = make_plan(source, final_norm, trust_remote_code)
+        other = plan_checkpoint(source, final_norm, trust_remote_code).plan
     except PlanError:
         return plan, "auto"
 
@@ -217,10 +217,10 @@ def _wrong_norm(source: Checkpoint, folded: Checkpoint, norm: Norm, state: str) 
     error = ((found - was).norm() / was.norm().clamp(min=torch.finfo(torch.float64).tiny)).item()
     if norm.folded and bool((found == found[0]).all()):
         return Finding(name, f"holds {found[0]:g} everywhere instead of {wanted}", error)
-    again = f"; {SCALED_AGAIN}" if norm.folded and bool((found * norm.scale + norm.offset > 0).all()) else ""
+    hint = f"; {SCALED_AGAIN}" if norm.folded and bool((found * norm.scale + norm.offset > 0).all()) else ""
     return Finding(
         name,
         f"does not hold {wanted}: {wrong[0] if norm.folded else wrong[1]} of {len(found)} values differ, the first is "
-        f"element {where}: {found[where]:g}{again}",
+        f"element {where}: {found[where]:g}{hint}",
         error,
     )

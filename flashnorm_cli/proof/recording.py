@@ -30,29 +30,29 @@ def record_result(
     `known` are the sha256 of files that a level has read whole.
     """
     notes = []
-    said = both.record.content if both.record else None
+    record = both.record.content if both.record else None
     hashes = _hashes(both.folded, known, workers, report)
-    before = (said or {}).get("verify")
+    before = (record or {}).get("verify")
     if isinstance(before, dict) and (changed := changed_files(before, hashes)):
         environment = before.get("environment")
         when = environment.get("date") if isinstance(environment, dict) else "an earlier day"
         notes.append(f"the verification of {when} is void: {', '.join(changed[:3])} changed since")
     weights = result.level("weights")
-    if adopt and said is not None:
+    if adopt and record is not None:
         notes.append("nothing to adopt: it has a record already")
     elif adopt and (weights is None or weights.status != "passed" or result.verdict == NOT_EQUIVALENT):
         notes.append("not adopted: only a checkpoint that passes level weights gets a record")
     elif adopt and not both.gains:
         notes.append("not adopted: no norm of it is folded")
     elif adopt:
-        said = _adopt(both)
+        record = _adopt(both)
         hashes[CONFIG] = sha256_of(both.folded.folder / CONFIG)
         notes.append(f"adopted: wrote {RECORD}, and the flag into {CONFIG}")
     recorded = None
-    if said is not None and both.folded.commit is None and (wanted or adopt):
-        entry = _entry(both, result, hashes, said.get("verify"))
+    if record is not None and both.folded.commit is None and (wanted or adopt):
+        entry = _entry(both, result, hashes, record.get("verify"))
         try:
-            write_text(both.folded.folder / RECORD, json.dumps({**said, "verify": entry}, indent=2) + "\n")
+            write_text(both.folded.folder / RECORD, json.dumps({**record, "verify": entry}, indent=2) + "\n")
             recorded = str(both.folded.folder / RECORD)
         except OSError as error:
             notes.append(f"not recorded: {both.folded.folder / RECORD}: {error.strerror}")

@@ -62,9 +62,9 @@ class LevelResult(Shown):
     seconds: float = 0.0
 
     def _facts(self) -> dict[str, Any]:
-        said: dict[str, Any] = {"level": self.level, "status": self.status}
-        said |= {"findings": len(self.findings)} if self.findings else {}
-        return {**said, **({"reason": self.reason} if self.reason else {}), "seconds": self.seconds}
+        fields: dict[str, Any] = {"level": self.level, "status": self.status}
+        fields |= {"findings": len(self.findings)} if self.findings else {}
+        return {**fields, **({"reason": self.reason} if self.reason else {}), "seconds": self.seconds}
 
 
 @dataclass(frozen=True, repr=False)
@@ -136,26 +136,26 @@ class Verification(Shown):
         Raises CheckpointError if there is none, or if it is not what `verify` writes.
         """
         try:
-            said = record["verify"]
+            recorded = record["verify"]
             known = {field.name for field in dataclasses.fields(LevelResult)}
             levels = []
-            for name, entry in said["levels"].items():
+            for name, entry in recorded["levels"].items():
                 plain = {key: value for key, value in entry.items() if key in known}
                 plain["findings"] = tuple(Finding(**finding) for finding in entry.get("findings", ()))
                 plain["notes"] = tuple(entry.get("notes", ()))
                 levels.append(LevelResult(**{**plain, "level": name}))
-            objects = [*(level.figures for level in levels), said["thresholds"], said["environment"]]
+            objects = [*(level.figures for level in levels), recorded["thresholds"], recorded["environment"]]
             if not all(isinstance(value, Mapping) for value in objects):
                 raise TypeError("figures, thresholds and environment have to be objects")
             return cls(
                 folded=folded,
-                source=said["source"]["name"],
-                commit=said["source"]["commit"],
+                source=recorded["source"]["name"],
+                commit=recorded["source"]["commit"],
                 foreign=bool(record.get("adopted")),
                 plan=Plan.from_json(record),
                 levels=tuple(levels),
-                thresholds=said["thresholds"],
-                environment=said["environment"],
+                thresholds=recorded["thresholds"],
+                environment=recorded["environment"],
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"flashnorm.json: holds no verification ({type(error).__name__}: {error})") from error

@@ -57,12 +57,12 @@ class Score:
         gap = (a - b).nan_to_num(nan=math.inf)
         size = b.nan_to_num(posinf=0, neginf=0).norm(dim=-1)
         self.errors.append((gap.norm(dim=-1) / size.clamp(min=torch.finfo(torch.float64).tiny)).flatten().tolist())
-        mine, theirs = logits.double().log_softmax(-1), reference.double().log_softmax(-1)
-        self.kl += (theirs.exp() * (theirs - mine)).nan_to_num(nan=0.0).sum().item()
-        self.same_top += int((mine.argmax(-1) == theirs.argmax(-1)).sum())
-        self.positions += mine[..., 0].numel()
+        log_p, reference_log_p = logits.double().log_softmax(-1), reference.double().log_softmax(-1)
+        self.kl += (reference_log_p.exp() * (reference_log_p - log_p)).nan_to_num(nan=0.0).sum().item()
+        self.same_top += int((log_p.argmax(-1) == reference_log_p.argmax(-1)).sum())
+        self.positions += log_p[..., 0].numel()
         if following is not None and len(following):
-            self.loss -= mine[:-1].gather(1, following[:, None]).sum().item()
+            self.loss -= log_p[:-1].gather(1, following[:, None]).sum().item()
             self.predicted += len(following)
 
 

@@ -38,9 +38,9 @@ def shard_plan(
     plan: Plan, tensors: Collection[str], last: bool, gains: Mapping[str, tuple[bytes, str]], dropped: bool
 ) -> ShardPlan:
     """The part of a plan that speaks of a shard with these tensors; `last` is the one that added tensors go to."""
-    mine = {*tensors, *(plan.added if last else ())}
-    readers = tuple(reader for reader in plan.readers if reader.tensor in mine)
-    needed = {run.norm for reader in readers for run in reader.runs} | mine
+    names = {*tensors, *(plan.added if last else ())}
+    readers = tuple(reader for reader in plan.readers if reader.tensor in names)
+    needed = {run.norm for reader in readers for run in reader.runs} | names
     norms = tuple(norm for norm in plan.norms if norm.tensor in needed)
     part = replace(plan, norms=norms, readers=readers, added=plan.added if last else {}, not_traced=(), notes=())
     return ShardPlan(part, {name: gain for name, gain in gains.items() if name in needed}, dropped)
@@ -59,8 +59,8 @@ def check_shard(
         The number of tensors that were compared, and what is wrong with them.
     """
     both = _pair(wanted, source, folded, origins)
-    mine = {*both.source.shards[_name(source)].tensors, *wanted.plan.added}
-    expected = {tensor: want for tensor, want in expected_tensors(both).items() if tensor in mine}
+    names = {*both.source.shards[_name(source)].tensors, *wanted.plan.added}
+    expected = {tensor: want for tensor, want in expected_tensors(both).items() if tensor in names}
     findings, comparable = list[Finding](), {}
     for tensor, want in expected.items():
         entry = both.folded.tensors.get(tensor)
@@ -94,6 +94,6 @@ def _pair(wanted: ShardPlan, source: Path, folded: Path, origins: Collection[Pat
     made = DROPPED if wanted.dropped else IDENTITY
     states = {norm.tensor: made if norm.folded else SOURCE for norm in wanted.plan.norms}
     root = Path(source.absolute().anchor)
-    theirs = Checkpoint(Source(str(source)), root, None, {}, shards, None)
-    mine = Checkpoint(Source(str(folded)), root, None, {}, {_name(folded): read_header(folded)}, None)
-    return Pair(theirs, mine, wanted.plan, states, FoldRecord("a fold of this run", {}), gains, ())
+    source_file = Checkpoint(Source(str(source)), root, None, {}, shards, None)
+    folded_file = Checkpoint(Source(str(folded)), root, None, {}, {_name(folded): read_header(folded)}, None)
+    return Pair(source_file, folded_file, wanted.plan, states, FoldRecord("a fold of this run", {}), gains, ())

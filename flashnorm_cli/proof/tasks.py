@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flashnorm_cli.errors import UsageError, shown
 
 
-def task_names(tasks: Iterable[str]) -> tuple[list[str], list[Path]]:
-    """The names of some tasks, and the folders of those that were given as files.
+@dataclass(frozen=True)
+class Task:
+    """A task or a group of tasks, by its name; `file` is the YAML file that it was given as."""
+
+    name: str
+    file: Path | None = None
+    is_group: bool = False
+
+    @property
+    def spec(self) -> str:
+        """What the harness is asked for. A file's path is that very file, whatever else has the task's name."""
+        return self.name if self.file is None or self.is_group else str(self.file)
+
+
+def named_tasks(tasks: Iterable[str]) -> tuple[Task, ...]:
+    """Tasks as they are asked for: names, and paths of files.
 
     Raises UsageError for a file that is not there, or that holds no task.
     """
-    names, folders = [], dict[Path, None]()
+    found = []
     for task in tasks:
         path = Path(task).expanduser()
-        if path.suffix.lower() in (".yaml", ".yml") or path.is_file():
-            names.append(_task_in(path))
-            folders[path.resolve().parent] = None
-        else:
-            names.append(task)
-    return names, list(folders)
+        is_file = path.suffix.lower() in (".yaml", ".yml") or path.is_file()
+        found.append(_task_in(path) if is_file else Task(task))
+    return tuple(found)
 
 
-def _task_in(path: Path) -> str:
+def _task_in(path: Path) -> Task:
     """What a task file calls its task, which need not be what the file is called."""
     import yaml  # type: ignore[import-untyped]
 
@@ -39,8 +51,8 @@ def _task_in(path: Path) -> str:
         raise UsageError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: is not YAML: {' '.join(str(error).split())[:200]}") from error
-    said = content if isinstance(content, dict) else {}
-    for key in ("task", "group"):
-        if isinstance(said.get(key), str) and said[key]:
-            return str(said[key])
+    fields = content if isinstance(content, dict) else {}
+    for key in ("group", "task"):
+        if isinstance(fields.get(key), str) and fields[key]:
+            return Task(fields[key], path.resolve(), key == "group")
     raise UsageError(f"{shown(path)}: holds no task of lm-evaluation-harness (a line `task: NAME`)")

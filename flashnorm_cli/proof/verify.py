@@ -227,6 +227,6 @@ def environment(device: str, command: str | None) -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": f"{device} ({name})",
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": command or "",
     }

@@ -58,7 +58,7 @@ def check_weights(pair: Pair, workers: int, report: Progress) -> tuple[LevelResu
             findings.append(Finding(name, "is not in the source, and no fold adds it"))
 
     outcome = _stream(pair, {name: expected[name] for name in comparable}, workers, report)
-    said = {finding.what for finding in findings}
+    described = {finding.what for finding in findings}
     rounded: list[str] = []
     wrong: list[str] = []
     for name, difference in outcome.differences.items():
@@ -66,7 +66,7 @@ def check_weights(pair: Pair, workers: int, report: Progress) -> tuple[LevelResu
         fine = pair.foreign and is_product and difference.largest <= FOREIGN_UNITS
         (rounded if fine else wrong).append(name)
     for i, name in enumerate(wrong):
-        if name in said and name in pair.states:
+        if name in described and name in pair.states:
             continue  # a norm that has been described already
         difference = outcome.differences[name]
         why = difference.words
@@ -140,7 +140,7 @@ def _why_missing(pair: Pair, name: str) -> str:
             "weights of its own"
         )
     if name in pair.states:
-        return "is left out, but it is no folded norm"
+        return "is left out, but is not a folded norm"
     return "is missing"
 
 

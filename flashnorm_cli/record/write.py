@@ -75,12 +75,12 @@ def folded_index(
     new["weight_map"].update(dict.fromkeys(plan.added, shard))
     metadata = new.get("metadata")
     if isinstance(metadata, dict):
-        gone = [checkpoint.tensors[n] for n in dropped]
+        left_out = [checkpoint.tensors[n] for n in dropped]
         if isinstance(metadata.get("total_size"), int):
-            metadata["total_size"] += plan.bytes_added - sum(e.nbytes for e in gone)
+            metadata["total_size"] += plan.bytes_added - sum(e.nbytes for e in left_out)
         if isinstance(metadata.get("total_parameters"), int):
             metadata["total_parameters"] += sum(math.prod(s) for _, s in plan.added.values())
-            metadata["total_parameters"] -= sum(math.prod(e.shape) for e in gone)
+            metadata["total_parameters"] -= sum(math.prod(e.shape) for e in left_out)
     return new
 
 

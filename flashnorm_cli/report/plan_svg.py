@@ -184,12 +184,12 @@ class _Picture:
     def barcode(self, strip: Strip, x: float, end: float) -> None:
         """Which of the layers these are: a bar with a field for each."""
         step = min((end - x) / len(strip.every), 14.0)
-        mine, gap = set(strip.numbers), 1.0 if step > 3 else 0.0
+        numbers, gap = set(strip.numbers), 1.0 if step > 3 else 0.0
         for kind, wanted in (("all", False), ("here", True)):
             fields = [
                 f"M{_px(x + i * step)},{_px(self.y)}h{_px(step - gap)}v5h{_px(gap - step)}z"
                 for i, number in enumerate(strip.every)
-                if (number in mine) == wanted
+                if (number in numbers) == wanted
             ]
             ET.SubElement(self.svg, "path", {"class": kind, "d": "".join(fields)})
         self.y += 12

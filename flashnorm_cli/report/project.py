@@ -13,9 +13,9 @@ INSTALL = f"pip install {DISTRIBUTION}"
 def address() -> str | None:
     """The address that `project.urls` of pyproject.toml calls Source; None where it names none, or is not installed."""
     try:
-        said = metadata(DISTRIBUTION).get_all("Project-URL") or []
+        lines = metadata(DISTRIBUTION).get_all("Project-URL") or []
     except PackageNotFoundError:
         return None
-    urls = dict(line.split(", ", 1) for line in said if ", " in line)
+    urls = dict(line.split(", ", 1) for line in lines if ", " in line)
     found = urls.get("Source", "")
     return found if found.startswith("https://") else None

@@ -212,6 +212,29 @@ def test_file_smaller_than_a_first_request(hub: HubServer, cli: Cli, one_shard: 
     assert opened(cli, "user/small")[1] == {"model.safetensors": read_header(one_shard / "model.safetensors").raw}
 
 
+def test_a_note_is_of_the_weights_and_not_of_the_cache(hub: HubServer, cli: Cli, tmp_path: Path) -> None:
+    """A grid is seen whether the shards are here already or not, and what was folded before them is the same fold."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    made = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    for name, weight in made.named_parameters():
+        if name.endswith("_proj.weight"):
+            groups = torch.randn_like(weight).reshape(-1, 32)
+            step = groups.abs().amax(1, keepdim=True) / 127
+            weight.data = ((groups / step).round() * step).reshape(weight.shape)
+        elif weight.dim() == 1:
+            torch.nn.init.uniform_(weight, 0.4, 1.8)
+    made.save_pretrained(tmp_path / "made")
+    hub.add_repo("user/grid", tmp_path / "made")
+    command = ["fold", "user/grid", "--cache-dir", tmp_path / "cache"]
+    assert cli(*command).returncode == 0
+    record = tmp_path / "cwd" / "grid-FlashNorm" / RECORD
+    assert any("multiples of one step" in note for note in json.loads(record.read_text())["notes"])
+    again = cli(*command)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout.startswith("Already done: ")
+
+
 def test_fold_is_the_fold_of_the_same_folder(
     hub: HubServer, cli: Cli, model: Path, older: Path, down: str, tmp_path: Path
 ) -> None:

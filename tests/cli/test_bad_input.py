@@ -26,6 +26,7 @@ import pytest
 import torch
 import transformers
 from documents import document
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OlmoConfig, OlmoForCausalLM
 
 import flashnorm_cli
@@ -869,6 +870,47 @@ def test_file_too_large(place: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 # ---- as a real process ---------------------------------------------------------------------------------------
+
+
+OWN_HEAD = """
+from transformers import LlamaForSequenceClassification
+class OwnScorer(LlamaForSequenceClassification):
+    pass
+"""
+
+
+def test_the_advice_for_bin_weights_keeps_what_they_hold(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Followed as it is printed: a score head is neither lost nor replaced by an output head."""
+    folder = "it's $HOME"
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
+        pad_token_id=0,
+    )
+    made = transformers.LlamaForSequenceClassification(config)
+    made.save_pretrained(folder)
+    Path(folder, "model.safetensors").rename(Path(folder, "pytorch_model.bin"))
+    assert "import LlamaForSequenceClassification as M" in run(f"fold {shlex.quote(folder)} out", capsys)[2]
+    Path(folder, "modeling_own.py").write_text(OWN_HEAD)
+    content = json.loads(Path(folder, "config.json").read_text())
+    content |= {
+        "architectures": ["OwnScorer"],
+        "auto_map": {"AutoModelForSequenceClassification": "modeling_own.OwnScorer"},
+    }
+    Path(folder, "config.json").write_text(json.dumps(content))
+    expected = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    torch.save(expected, Path(folder, "pytorch_model.bin"))
+    code, _, err = run(f"fold {shlex.quote(folder)} out", capsys)
+    assert code == 1
+    advice = err.split("convert it first: python ", 1)[1].rstrip("\n")
+    subprocess.run(["sh", "-c", f"{shlex.quote(sys.executable)} {advice}"], check=True, capture_output=True)
+    found = load_file(f"{folder}-safetensors/model.safetensors")
+    assert {name for name in expected if not torch.equal(found[name], expected[name])} == set()
+    assert found.keys() == expected.keys()
 
 
 @pytest.mark.parametrize("name", ["misspelt option", "cut in the data", "own code raises in forward"])

@@ -16,7 +16,8 @@ from documents import document
 from flashnorm_cli.demo import MODEL
 from flashnorm_cli.proof import engines as runtimes
 from flashnorm_cli.proof import evaluate
-from flashnorm_cli.proof.tasks import task_names
+from flashnorm_cli.proof.tasks import named_tasks
+from flashnorm_cli.runtimes.process import EngineError, call
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +81,14 @@ def test_llama_cpp_says_what_it_needs(
 
 
 def test_a_failing_process_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(runtimes.EngineError, match="error: no such head; RuntimeError: stopped") as raised:
-        runtimes.call(
+    with pytest.raises(EngineError, match="error: no such head; RuntimeError: stopped") as raised:
+        call(
             ["sh", "-c", "echo loading >&2; echo 'error: no such head' >&2; echo 'RuntimeError: stopped' >&2; exit 1"],
             {},
         )
     assert "\n" not in str(raised.value)
-    with pytest.raises(runtimes.EngineError, match="exit code -9"):
-        runtimes.call(["sh", "-c", "kill -9 $$"], {})
+    with pytest.raises(EngineError, match="exit code -9"):
+        call(["sh", "-c", "kill -9 $$"], {})
 
 
 def test_eval_is_judged_by_standard_errors() -> None:
@@ -114,15 +115,16 @@ def test_without_lm_eval(folded: Path, capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     ("content", "name"),
     [
-        ("task: cloze\n", "cloze"),
-        ("include: base.yaml\ntask: cloze\nprocess_docs: !function utils.process\nmore: !other {a: 1}\n", "cloze"),
+        ("task: cloze\n", None),
+        ("include: base.yaml\ntask: cloze\nprocess_docs: !function utils.process\nmore: !other {a: 1}\n", None),
         ("group: suite\ntask:\n  - a\n  - b\n", "suite"),
     ],
 )
-def test_a_file_names_its_task(content: str, name: str, tmp_path: Path) -> None:
-    """Whatever the file is called."""
-    (tmp_path / "file.yml").write_text(content)
-    assert task_names(["arc_easy", str(tmp_path / "file.yml")]) == (["arc_easy", name], [tmp_path])
+def test_a_file_names_its_task(content: str, name: str | None, tmp_path: Path) -> None:
+    """Whatever the file is called. A task is asked for by its file, a group by its name."""
+    file = tmp_path / "file.yml"
+    file.write_text(content)
+    assert [task.spec for task in named_tasks(["arc_easy", str(file)])] == ["arc_easy", name or str(file)]
 
 
 @pytest.mark.parametrize(
@@ -140,21 +142,87 @@ def test_a_file_without_a_task(
     assert says in error and str(file) in error and error.count("\n") == 1
 
 
-@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
-def test_lm_eval_on_a_task_of_our_own(folded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
+
+
+def task(name: str, data: Path, more: str = "") -> str:
+    """A task file: the right end of some text among two."""
+    return (
+        f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data}\n"
+        "output_type: multiple_choice\ntest_split: test\ndoc_to_text: '{{ctx}}'\ndoc_to_target: label\n"
+        "doc_to_choice: choices\ntarget_delimiter: ''\nmetric_list:\n  - metric: acc\n    aggregation: mean\n"
+        f"    higher_is_better: true\nmetadata:\n  version: 1.0\n{more}"
+    )
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = (MODEL / "heldout.txt").read_text().replace("\n", " ")
-    items = [
+    rows = [
         {"ctx": text[i : i + 80], "choices": [text[i + 80 : i + 90], "xqzjk vwqp"], "label": 0}
         for i in range(0, 2000, 100)
     ]
-    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
-    (tmp_path / "of-ours.yaml").write_text(
-        f"task: cloze\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/items.jsonl\n"
-        "output_type: multiple_choice\ntest_split: test\ndoc_to_text: '{{ctx}}'\ndoc_to_target: label\n"
-        "doc_to_choice: choices\ntarget_delimiter: ''\nmetric_list:\n  - metric: acc\n    aggregation: mean\n"
-        "    higher_is_better: true\nmetadata:\n  version: 1.0\n"
-    )
-    assert run("verify", folded, "--level", "weights", "--eval", tmp_path / "of-ours.yaml", "--json") == 4
-    (row,) = document(capsys.readouterr().out)["levels"]["eval"]["figures"]["tasks"]
+    file = tmp_path_factory.mktemp("items") / "items.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("what", ["task", "namesake", "known", "group"])
+def test_lm_eval_on_a_task_of_our_own(
+    what: str, folded: Path, items: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is the file's task that runs, also where another file of the folder, or the harness, has one of that name."""
+    name = "arc_easy" if what == "known" else "cloze"
+    file = tmp_path / "of-ours.yml"
+    file.write_text(task(name, items, "tag: ours\nprocess_docs: !function code.process\n"))
+    (tmp_path / "code.py").write_text("print('noise')\ndef process(docs):\n    return docs\n")
+    if what == "namesake":
+        (tmp_path / "a.yaml").write_text(task(name, items, "process_docs: !function nothing.there\n"))
+    if what == "group":
+        (tmp_path / "a.yaml").write_text(task("inner", items))
+        file = tmp_path / "suite.yaml"
+        file.write_text("group: suite\ntask:\n  - inner\n")
+    capfd.readouterr()
+    assert run("verify", folded, "--level", "weights", "--eval", file, "--json") == 4
+    out, err = capfd.readouterr()
+    (row,) = document(out)["levels"]["eval"]["figures"]["tasks"]
+    assert (row["task"].split("::")[-1], err) == ("inner" if what == "group" else name, "")
     assert row["source"] > 0.9  # trained text against letters
     assert abs(row["delta"]) <= 0.1
+
+
+@needs_lm_eval
+def test_tasks_that_the_harness_does_not_have(
+    folded: Path, items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told before anything is verified."""
+    assert run("verify", folded, "--eval", "no_such_task,arc_easy") == 2
+    assert capsys.readouterr().err == "flashnorm: lm-evaluation-harness has no task no_such_task\n"
+    (tmp_path / "suite.yml").write_text("group: suite\ntask:\n  - inner\n")
+    assert run("verify", folded, "--eval", tmp_path / "suite.yml") == 2
+    assert "does not find the group suite there: the file's name has to end in .yaml" in capsys.readouterr().err
+
+
+@needs_lm_eval
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("items.jsonl", "missing.jsonl", "FileNotFoundError: Unable to find"),
+        ("metadata:", "process_docs: !function nothing.there\nmetadata:", "nothing"),
+        ("'{{ctx}}'", "'{{nothing}}'", "UndefinedError: 'nothing' is undefined"),
+        ("multiple_choice", "no_such_type", "invalid output_type 'no_such_type'"),
+    ],
+)
+def test_a_task_that_does_not_run(
+    old: str, new: str, says: str, folded: Path, items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fault of the task is none of the fold's, nor a bug of ours."""
+    (tmp_path / "task.yaml").write_text(task("cloze", items).replace(old, new))
+    assert run("verify", folded, "--level", "weights", "--eval", tmp_path / "task.yaml", "--json") == 4
+    level = document(capsys.readouterr().out)["levels"]["eval"]
+    assert (level["status"], level["reason"].split(": ")[0]) == (
+        "skipped",
+        "lm-evaluation-harness does not run the source",
+    )
+    assert says in level["reason"]
