@@ -47,8 +47,8 @@ def fold(
     rotate: Annotated[
         Literal["hadamard", "random"] | None,
         typer.Option(
-            help="Then rotate the residual stream by an orthogonal matrix, which can make activations easier to quantize "
-            "to integers: the same model in real arithmetic. Refused where it would not be exact.",
+            help="Then rotate the residual stream by an orthogonal matrix, which can make activations easier to "
+            "quantize to integers: the same model in real arithmetic. Refused where it would not be exact.",
             show_default=False,
         ),
     ] = None,
