@@ -135,7 +135,7 @@ def generations(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
 def generate(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
     from vllm import SamplingParams
 
-    from flashnorm_cli.runtimes.vllm.norms import deferred_state, norm_states
+    from flashnorm_cli.runtimes.vllm.norms import deferred_state, norm_states, norms_with_ones
 
     asked = [{"prompt_token_ids": tokens} for tokens in job["prompts"]]
     sampling = SamplingParams(
@@ -145,6 +145,7 @@ def generate(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
     return {
         "norms": engine.apply_model(norm_states)[0],
         "deferred": engine.apply_model(deferred_state)[0],
+        "ones": len(engine.apply_model(norms_with_ones)[0]),
         "tokens": [list(out.token_ids) for out in outputs],
         "logprobs": [[[top[i].logprob for i in range(VOCABULARY)] for top in out.logprobs] for out in outputs],
     }
@@ -404,7 +405,9 @@ def checks() -> Iterator[tuple[str, str, Check]]:
     yield "more", "llama, other weights loaded into a running engine", lambda made: reload(made, {})
     yield "more", "llama, other weights loaded into a compiled engine", lambda made: reload(made, COMPILED)
     yield "more", "llama, as an embedding model", pooling
-    yield "more", "llama, a compiler pass that needs weights", a_pass_needs_weights
+    for family, ones in (("llama", 0), ("gemma3", 9)):
+        name = f"{family}, a compiler pass that needs weights"
+        yield "more", name, lambda made, f=family, o=ones: a_pass_needs_weights(made, f, o)
     yield "graphs", "vLLM's fusion of norm and quantization", fusion_with_quantization
     yield "more", "what a weight costs", weight_costs
 
@@ -605,13 +608,17 @@ def pooling(made: Checkpoints) -> dict[str, Any]:
     return {"passed": refused, "lowest_cosine_in_stock_vllm": cosine, "error": mine.get("error")}
 
 
-def a_pass_needs_weights(made: Checkpoints) -> dict[str, Any]:
-    """Where a pass is on that hands weights to other kernels, norms keep them, and a line says so."""
+def a_pass_needs_weights(made: Checkpoints, family: str, ones: int) -> dict[str, Any]:
+    """Where a pass is on that hands weights to other kernels, norms keep them, and a line says so.
+
+    Gemma's get ones of the activations' dtype: the passes refuse the float32 that vLLM's own norm computes.
+    """
     options = COMPILED | {"compilation_config": {"pass_config": {"fuse_allreduce_rms": True}}}
-    result = compare(run(made("llama", "dropped"), options=options), run(made("llama", "source"), plugin=False))
+    found = run(made(family, "dropped"), options=options)
+    result = compare(found, run(made(family, "source"), plugin=False)) | {"ones": found.get("ones")}
     good = result.get("same_tokens") is True and result["logprob_difference"] <= TOLERANCE
     spoken = any("fuse_allreduce_rms" in line for line in result["said"])
-    return {"passed": good and spoken and result["norms_without_weight"] == 0, **result}
+    return {"passed": good and spoken and result["norms_without_weight"] == 0 and result["ones"] == ones, **result}
 
 
 def fusion_with_quantization(_: Checkpoints) -> dict[str, Any]:

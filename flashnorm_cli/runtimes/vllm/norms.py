@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # vLLM imports its plugins before it has chosen how to import torch
     from torch import Tensor, nn
@@ -17,24 +17,29 @@ KERNEL = "flashnorm"  # what vLLM's --ir-op-priority knows this project's kernel
 log = logging.getLogger("vllm.flashnorm")  # below vLLM's own logger, so that its settings hold
 
 
+# How a norm runs: with the weight that it holds; without one; or with ones of its activations' dtype, for vLLM's
+# passes that hand the weight on and refuse the float32 `1 + w` that its Gemma norms compute.
+State = Literal["own", "without", "ones"]
+
+
 @dataclass(frozen=True)
 class Kind:
-    """A class of norms of vLLM's: the weight that changes nothing, and how to run it with or without one."""
+    """A class of norms of vLLM's: the weight that changes nothing, how a norm of it runs, and how to change that."""
 
     identity: float
-    is_without: Callable[[Any], bool]
-    run_without: Callable[[Any, bool], None]
+    state: Callable[[Any], State]
+    run: Callable[[Any, State], None]
 
 
-def _rms_norm_without(norm: Any, without: bool) -> None:
-    norm.pass_weight = norm.pass_weight_add = not without
+def _rms_norm_state(norm: Any) -> State:
+    return "own" if norm.pass_weight or norm.pass_weight_add else "without"
 
 
-def _gemma_without(norm: Any, without: bool) -> None:
-    norm._forward_method = MethodType(_gemma_forward, norm) if without else norm.dispatch_forward(compile_native=False)
+def _run_rms_norm(norm: Any, state: State) -> None:
+    norm.pass_weight = norm.pass_weight_add = state != "without"  # its own weight is ones of that dtype
 
 
-def _gemma_forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Any:
+def _gemma_without(self: Any, x: Tensor, residual: Tensor | None = None) -> Any:
     """`GemmaRMSNorm.forward_native` of vLLM 0.32 with the weight that vLLM's operators take for none."""
     from vllm import ir
 
@@ -43,16 +48,31 @@ def _gemma_forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Any:
     return ir.ops.fused_add_rms_norm(x, residual, None, self.variance_epsilon)
 
 
-PLAIN = Kind(1.0, lambda norm: not (norm.pass_weight or norm.pass_weight_add), _rms_norm_without)
+def _gemma_ones(self: Any, x: Tensor, residual: Tensor | None = None) -> Any:
+    """The same with ones of the weight's own dtype, where vLLM's has float32."""
+    from vllm import ir
+
+    if residual is None:
+        return ir.ops.rms_norm(x, self.flashnorm_ones, self.variance_epsilon)
+    return ir.ops.fused_add_rms_norm(x, residual, self.flashnorm_ones, self.variance_epsilon)
 
 
-def _gemma_is_without(norm: Any) -> bool:
+def _gemma_state(norm: Any) -> State:
     method = norm._forward_method
     own = getattr(getattr(method, "__self__", None), "flashnorm_own", method)  # where its readers norm (deferred.py)
-    return getattr(own, "__func__", None) is _gemma_forward
+    states: dict[Any, State] = {_gemma_without: "without", _gemma_ones: "ones"}
+    return states.get(getattr(own, "__func__", None), "own")
 
 
-GEMMA = Kind(0.0, _gemma_is_without, _gemma_without)
+def _run_gemma(norm: Any, state: State) -> None:
+    if state == "ones":
+        norm.register_buffer("flashnorm_ones", norm.weight.detach().new_ones(norm.weight.shape), persistent=False)
+    forward = {"without": _gemma_without, "ones": _gemma_ones}.get(state)
+    norm._forward_method = MethodType(forward, norm) if forward else norm.dispatch_forward(compile_native=False)
+
+
+PLAIN = Kind(1.0, _rms_norm_state, _run_rms_norm)
+GEMMA = Kind(0.0, _gemma_state, _run_gemma)
 
 
 def norms_of(model: nn.Module) -> Iterator[tuple[str, Any, Kind]]:
@@ -84,7 +104,12 @@ def norm_states(model: nn.Module) -> dict[str, bool]:
     `LLM.apply_model(norm_states)` asks a running engine; with a separate engine process that needs
     VLLM_ALLOW_INSECURE_SERIALIZATION=1.
     """
-    return {name: kind.is_without(norm) for name, norm, kind in norms_of(model)}
+    return {name: kind.state(norm) == "without" for name, norm, kind in norms_of(model)}
+
+
+def norms_with_ones(model: nn.Module) -> list[str]:
+    """The norms that run with ones of their activations' dtype in the place of vLLM's float32 `1 + w`."""
+    return [name for name, norm, kind in norms_of(model) if kind.state(norm) == "ones"]
 
 
 def deferred_state(model: nn.Module) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from flashnorm_cli.checkpoint.model import RECORD
 from flashnorm_cli.errors import one_line, shown
 from flashnorm_cli.record.read import Record, left_out, read_record
-from flashnorm_cli.runtimes.vllm.norms import KERNEL, is_identity, log, norms_of
+from flashnorm_cli.runtimes.vllm.norms import KERNEL, State, is_identity, log, norms_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,31 +71,30 @@ class _Watch:
         eager = compilation.mode == CompilationMode.NONE and compilation.cudagraph_mode == CUDAGraphMode.NONE
         # A compiled or captured forward does not look at a norm again, nor does a linear that norms for itself.
         fixed = self.settled and not (eager and "norms" not in self.deferred)
-        without = []
+        told_apart = isinstance(self.config.additional_config, dict)  # compiled graphs, by their key
+        changed: dict[State, list[str]] = {"without": [], "ones": [], "own": []}
         for name, norm, kind in norms_of(self.model):
             identity = is_identity(norm.weight, kind.identity)
-            wanted = identity and not self.blocked and self.record.may_name(name)
-            if fixed and kind.is_without(norm) and not identity:
+            wanted: State = "own"
+            if identity and self.record.may_name(name):
+                wanted = "without" if not self.blocked else "ones" if told_apart else "own"
+            if fixed and kind.state(norm) != "own" and not identity:
                 raise RuntimeError(
                     f"flashnorm: {name} was compiled or merged without its weight, and cannot take one now; restart "
                     "the engine with the new checkpoint, or with --enforce-eager"
                 )
-            if not fixed and kind.is_without(norm) != wanted:
-                kind.run_without(norm, wanted)
-            if kind.is_without(norm):
-                without.append(name)
+            if not fixed and kind.state(norm) != wanted:
+                kind.run(norm, wanted)
+            changed[kind.state(norm)].append(name)
         if not self.settled:
-            self._report(without)
-            self._defer(without)
-            self._key_of_cached_graphs(without)
+            self._report(changed["without"])
+            self._defer(changed["without"])
+            self._key_of_cached_graphs(changed["without"], changed["ones"])
         self.settled = True
 
     def _defer(self, without: list[str]) -> None:
         """Run norms inside the linears behind them, where the user asks for it."""
-        asked = (
-            self.config.additional_config.get("flashnorm") if isinstance(self.config.additional_config, dict) else None
-        )
-        if not (isinstance(asked, dict) and asked.get("deferred")):
+        if not asks_for_deferred(self.config):
             return
         from flashnorm_cli.runtimes.vllm.deferred import defer
 
@@ -128,11 +127,11 @@ class _Watch:
                 "unless flashnorm fold-adapter has folded it as well"
             )
 
-    def _key_of_cached_graphs(self, without: list[str]) -> None:
+    def _key_of_cached_graphs(self, without: list[str], ones: list[str]) -> None:
         """vLLM finds compiled graphs again by its config, which knows nothing of weights: tell it what was found."""
-        if without and isinstance(self.config.additional_config, dict):
-            key = hashlib.sha256("\n".join([*without, str(self.deferred)]).encode()).hexdigest()
-            self.config.additional_config.setdefault("flashnorm", {})[self.config.model_config.model] = key
+        if (without or ones) and isinstance(self.config.additional_config, dict):
+            key = hashlib.sha256("\n".join([*without, str(self.deferred), *ones]).encode()).hexdigest()
+            self.config.additional_config.setdefault("flashnorm_graphs", {})[self.config.model_config.model] = key
 
 
 def asks_for_deferred(config: Any) -> bool:
