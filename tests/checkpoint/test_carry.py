@@ -419,7 +419,7 @@ def test_a_link_in_the_output_is_not_written_through(model: Path) -> None:
 def test_a_name_that_is_too_long_is_said_before_the_trace(
     model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, output: str, words: str
 ) -> None:
-    monkeypatch.setattr("flashnorm_cli.folding.planning.make_plan", lambda *_: pytest.fail("it was traced"))
+    monkeypatch.setattr("flashnorm_cli.folding.planning.plan_checkpoint", lambda *_: pytest.fail("it was traced"))
     code, err = run(capsys, "fold", "model", output)
     assert code == 2
     with pytest.raises(UsageError, match=words):

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from flashnorm_cli.plan.model import Plan, Reader, Run
-from flashnorm_cli.plan.planner import make_plan
+from flashnorm_cli.plan.planner import TracedPlan, plan_checkpoint
 
 DOC = Path(__file__).parents[2] / "docs" / "mutations.md"
 INDEX = "model.safetensors.index.json"
@@ -113,9 +113,14 @@ def planned_wrongly(change: Callable[[Plan], Plan] | None) -> Iterator[None]:
     if change is None:
         yield
         return
+
+    def wrongly(*arguments: Any, **more: Any) -> TracedPlan:
+        found = plan_checkpoint(*arguments, **more)
+        return dataclasses.replace(found, plan=change(found.plan))
+
     with pytest.MonkeyPatch.context() as patch:
         for module in ("flashnorm_cli.folding.planning", "flashnorm_cli.proof.pairing"):
-            patch.setattr(f"{module}.make_plan", lambda *a, **k: change(make_plan(*a, **k)))
+            patch.setattr(f"{module}.plan_checkpoint", wrongly)
         yield
 
 
