@@ -288,14 +288,20 @@ def measure(folder: Path, name: str, rounds: int, workers: int, patience: float)
     return {"bytes": size, "summary": summary, "runs": runs}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def parser_of(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The options that all benchmarks in processes of their own have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--patience", type=float, default=0, help="seconds to wait for others to be idle")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    parser = parser_of(__doc__, rounds=5)
+    parser.add_argument("--patience", type=float, default=0, help="seconds to wait for others to be idle")
     args = parser.parse_args()
     if args.child:
         child(args.child[0], Path(args.child[1]), args.folder, args.workers)

@@ -11,7 +11,6 @@ included, above a process with the imports done. What is verified is right: a wr
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -81,13 +80,7 @@ def summary(runs: dict[str, list[dict[str, float]]], way: str) -> dict[str, floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = fold_speed.parser_of(__doc__, rounds=5).parse_args()
     if args.child:
         child(args.child[0], Path(args.child[1]), args.folder, args.workers)
         return

@@ -11,7 +11,6 @@ without imports and plan; memory is the peak of the whole process above one with
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -113,13 +112,7 @@ def make(folder: Path) -> tuple[Path, Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = fold_speed.parser_of(__doc__, rounds=3).parse_args()
     if args.child:
         child(args.child[0], Path(args.child[1]), args.folder, args.workers)
         return

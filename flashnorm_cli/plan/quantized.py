@@ -56,7 +56,11 @@ class Format:
     def measured(self, choice: str) -> str:
         """Ratios of a choice in words: "0.57 (SmolLM2) and 0.7 (demo) times"."""
         pairs = [(name, pair[choice == ROTATE]) for name, pair in self.ratios.items()]
-        return ", ".join(f"{ratio:.2g} ({name})" for name, ratio in pairs if ratio is not None)
+        return ", ".join(
+            f"{ratio:.0f} ({name})" if ratio >= 100 else f"{ratio:.2g} ({name})"
+            for name, ratio in pairs
+            if ratio is not None
+        )
 
 
 @cache

@@ -106,6 +106,8 @@ class RotatedTensor:
         before = source.to(torch.float64, copy=True)
         if self.scale is not None:
             before.mul_(self._factor(*self.scale, outer, inner))
+        # A rotation keeps lengths, so this is the square of what is wanted, too; of all blocks, right ones as well.
+        difference.reference_squares += torch.linalg.vector_norm(before).square().item()
         full = before.shape if len(self.dims) == 1 else (len(outer), *self.shape[self.dims[0] :])
         dims = tuple(dim - self.dims[0] + 1 for dim in self.dims)
         wanted = rotated(self.rotation, before.view(full), dims).view(before.shape)
@@ -123,7 +125,6 @@ class RotatedTensor:
         difference.values += int(wrong.sum())
         gap = (some[0] - some[1]).abs()[wrong].nan_to_num(nan=math.inf, posinf=math.inf)
         difference.squares += gap.square().sum().item()
-        difference.reference_squares += wanted.square().sum().item()
         difference.largest = max(difference.largest, (gap / units[wrong]).max().item())
         if difference.first is None:
             first = int(wrong.nonzero()[0])

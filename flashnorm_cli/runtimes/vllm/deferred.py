@@ -16,7 +16,8 @@ Needs vLLM; what is touched are norms (`_forward_method`), linears (`quant_metho
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ from flashnorm_cli.cuda.linear_variants import MEASURED_ROWS
 from flashnorm_cli.norms import tuning
 from flashnorm_cli.norms.linear import problem_of
 from flashnorm_cli.runtimes.vllm.norms import log, norms_of
-from flashnorm_cli.runtimes.vllm.observe import Call, NotFit, body_of, is_plain_linear, observe, run
+from flashnorm_cli.runtimes.vllm.observe import Call, NotFit, body_of, is_plain_linear, observe, replaced, run
 
 # Of the hidden states' own size: what the same model may differ by when it rounds elsewhere. A wrong wiring
 # differs by 1.
@@ -122,12 +123,13 @@ def defer(model: nn.Module, config: Any, without: list[str]) -> dict[str, Any]:
         wiring = find(modules, norms, calls, alone)
         if not wiring.readers:
             raise NotFit("no norm is read by linears alone")
-        with _Rewired(model, modules, wiring) as rewired:
-            _choose_kernels(rewired.products())
+        with ExitStack() as way_back:
+            products = _rewire(way_back, modules, wiring)
+            _choose_kernels([(modules[name], product) for name, product in products.items()])
             off = _distance(run(body, vocabulary), want)
             if not off <= (_CLOSE if want.dtype == torch.float32 else _CLOSE_IN_HALVES):
                 raise NotFit(f"the rewired forward gives other numbers (off by {off:.2g} of their size)")
-            rewired.keep = True
+            way_back.pop_all()  # it stays
     except NotFit as reason:
         return {"why_not": str(reason)}
     return {"norms": len(wiring.readers), "activations": len(wiring.activations), "adds": len(wiring.adds)}
@@ -223,50 +225,32 @@ def _kind_of(module: nn.Module) -> str | None:
 # ---- the rewired model -----------------------------------------------------------------------------------------------
 
 
-class _Rewired:
-    """Rewires modules; puts them back when the block ends, unless `keep`."""
+def _rewire(way_back: ExitStack, modules: dict[str, nn.Module], wiring: Wiring) -> dict[str, _Product]:
+    """Rewire modules until `way_back` is closed; returns the products, by the names of their linears."""
+    slot = Slot()
 
-    def __init__(self, model: nn.Module, modules: dict[str, nn.Module], wiring: Wiring) -> None:
-        self.model, self.modules, self.wiring, self.keep = model, modules, wiring, False
-        self.before: list[tuple[Any, str, Any]] = []
-        self.slot = Slot()
+    def put(name: str, attribute: str, value: Any) -> None:
+        way_back.enter_context(replaced(modules[name], attribute, value))
 
-    def __enter__(self) -> _Rewired:
-        wiring, modules = self.wiring, self.modules
-        eps = {reader: _eps(modules[norm]) for norm, readers in wiring.readers.items() for reader in readers}
-        for name in {*eps, *wiring.activations, *wiring.adds}:
-            kind = wiring.activations[name][1] if name in wiring.activations else None
-            self._set(modules[name], "quant_method", _Product(self.slot, eps.get(name), kind, name in wiring.adds))
-        for name, (child, _) in wiring.activations.items():
-            # Not the activation itself: vLLM has one for all layers and models of a process.
-            self._set(modules[name.rpartition(".")[0]], child, nn.Identity())
-        feeding = {source for source, _ in wiring.adds.values()}
-        for name in {*wiring.readers, *feeding, *(taker for _, taker in wiring.adds.values())}:
-            norm: Any = modules[name]
-            changed = _Norm(self.slot, norm._forward_method, name in wiring.readers, name in feeding)
-            self._set(norm, "_forward_method", changed.forward)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if not self.keep:
-            for module, name, value in reversed(self.before):
-                setattr(module, name, value)
-
-    def _set(self, module: Any, name: str, value: Any) -> None:
-        self.before.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
-
-    def products(self) -> Iterator[tuple[Any, _Product]]:
-        for module, name, _ in self.before:
-            if name == "quant_method":
-                yield module, module.quant_method
+    eps: dict[str, float] = {r: modules[norm].variance_epsilon for norm, rs in wiring.readers.items() for r in rs}  # type: ignore[misc]
+    kinds = {name: kind for name, (_, kind) in wiring.activations.items()}
+    products = {
+        name: _Product(slot, eps.get(name), kinds.get(name), name in wiring.adds)
+        for name in {*eps, *kinds, *wiring.adds}
+    }
+    for name, product in products.items():
+        put(name, "quant_method", product)
+    for name, (child, _) in wiring.activations.items():
+        # Not the activation itself: vLLM has one for all layers and models of a process.
+        put(name.rpartition(".")[0], child, nn.Identity())
+    feeding = {source for source, _ in wiring.adds.values()}
+    for name in {*wiring.readers, *feeding, *(taker for _, taker in wiring.adds.values())}:
+        norm: Any = modules[name]
+        put(name, "_forward_method", _Norm(slot, norm._forward_method, name in wiring.readers, name in feeding).forward)
+    return products
 
 
-def _eps(norm: Any) -> float:
-    return float(norm.variance_epsilon)
-
-
-def _choose_kernels(products: Iterator[tuple[Any, _Product]]) -> None:
+def _choose_kernels(products: Iterable[tuple[Any, _Product]]) -> None:
     """Measure which kernels run, where that is not known yet."""
     wanted: dict[int, set[kernels.Problem]] = {}
     for layer, product in products:

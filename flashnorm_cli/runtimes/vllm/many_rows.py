@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._inductor.pattern_matcher import CallFunctionVarArgs, Match, PatternMatcherPass, register_graph_pattern
 from vllm.compilation.passes.inductor_pass import InductorPass
@@ -19,7 +18,7 @@ from vllm.platforms import current_platform
 
 import flashnorm_cli.norms.linear  # noqa: F401  defines torch.ops.flashnorm.norm_linear
 from flashnorm_cli.cuda.linear_variants import MAX_ROWS
-from flashnorm_cli.norms.linear_torch import ACTIVATIONS
+from flashnorm_cli.norms.linear_torch import torch_norm_linear
 
 _patterns = PatternMatcherPass("flashnorm_many_rows")
 
@@ -68,11 +67,7 @@ def _plain(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    if eps is not None:
+    if eps is not None:  # spelt out: `rms_norm` would be an operator again
         wide = x.float()
         x = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-    y = F.linear(x, weight, bias)
-    if activation is not None:
-        gate, up = y.chunk(2, -1)
-        y = ACTIVATIONS[activation](gate) * up
-    return y if residual is None else residual + y
+    return torch_norm_linear(x, weight, None, bias, residual, activation)

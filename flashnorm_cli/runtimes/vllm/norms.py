@@ -39,22 +39,21 @@ def _run_rms_norm(norm: Any, state: State) -> None:
     norm.pass_weight = norm.pass_weight_add = state != "without"  # its own weight is ones of that dtype
 
 
-def _gemma_without(self: Any, x: Tensor, residual: Tensor | None = None) -> Any:
-    """`GemmaRMSNorm.forward_native` of vLLM 0.32 with the weight that vLLM's operators take for none."""
+def _gemma(norm: Any, weight: Tensor | None, x: Tensor, residual: Tensor | None) -> Any:
+    """`GemmaRMSNorm.forward_native` of vLLM 0.32 with another weight than its float32 `1 + w`."""
     from vllm import ir
 
     if residual is None:
-        return ir.ops.rms_norm(x, None, self.variance_epsilon)
-    return ir.ops.fused_add_rms_norm(x, residual, None, self.variance_epsilon)
+        return ir.ops.rms_norm(x, weight, norm.variance_epsilon)
+    return ir.ops.fused_add_rms_norm(x, residual, weight, norm.variance_epsilon)
+
+
+def _gemma_without(self: Any, x: Tensor, residual: Tensor | None = None) -> Any:
+    return _gemma(self, None, x, residual)
 
 
 def _gemma_ones(self: Any, x: Tensor, residual: Tensor | None = None) -> Any:
-    """The same with ones of the weight's own dtype, where vLLM's has float32."""
-    from vllm import ir
-
-    if residual is None:
-        return ir.ops.rms_norm(x, self.flashnorm_ones, self.variance_epsilon)
-    return ir.ops.fused_add_rms_norm(x, residual, self.flashnorm_ones, self.variance_epsilon)
+    return _gemma(self, self.flashnorm_ones, x, residual)
 
 
 def _gemma_state(norm: Any) -> State:

@@ -83,7 +83,7 @@ def observe(body: Body, norms: dict[str, Any], vocabulary: int) -> tuple[list[Ca
             hook = module.register_forward_hook(partial(note, name), with_kwargs=True)
             stack.callback(hook.remove)
             if name in norms:
-                stack.enter_context(_set(module, "_forward_method", partial(_norm, module.variance_epsilon)))
+                stack.enter_context(replaced(module, "_forward_method", partial(_norm, module.variance_epsilon)))
         return calls, run(body, vocabulary)
 
 
@@ -112,14 +112,14 @@ def _outside_of_vllm(body: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in body.modules():
             if is_plain_linear(module):
-                stack.enter_context(_set(module, "quant_method", _Linear()))
+                stack.enter_context(replaced(module, "quant_method", _Linear()))
             elif {"hidden_states", "router_logits"} <= inspect.signature(type(module).forward).parameters.keys():
-                stack.enter_context(_set(module, "forward", _experts))
+                stack.enter_context(replaced(module, "forward", _experts))
             if not isinstance(module, AttentionLayerBase):
                 continue
             if not all(hasattr(module, name) for name in ("num_heads", "num_kv_heads", "head_size")):
                 raise NotFit(f"its attention is a {type(module).__name__}")
-            stack.enter_context(_set(module, "forward", partial(_attention, module)))
+            stack.enter_context(replaced(module, "forward", partial(_attention, module)))
         yield
 
 
@@ -138,17 +138,18 @@ def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, 
 
 
 @contextmanager
-def _set(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Give a module an attribute for a while."""
-    had, before = name in vars(module), vars(module).get(name)
-    object.__setattr__(module, name, value)
+def replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Give a module an attribute, or a child, in the place of what it has by that name, until the block ends."""
+    place: dict[str, Any] = module._modules if name in module._modules else vars(module)
+    had, before = name in place, place.get(name)
+    place[name] = value
     try:
         yield
     finally:
         if had:
-            object.__setattr__(module, name, before)
+            place[name] = before
         else:
-            object.__delattr__(module, name)
+            del place[name]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
