@@ -1,17 +1,19 @@
-"""What `fold --rotate hadamard` and `verify` of its result take, in time and memory, beside `cp -r` and a plain fold.
+"""What `fold --rotate` and `verify` of its result take, in time and memory, beside `cp -r` and a plain fold.
 
     python docs/benchmarks/rotate_speed.py FOLDER --json result.json
 
 FOLDER is on the disk to be measured and needs about 8 GB free. The checkpoint `llama` of fold_speed.py is made there
-(1.1 billion bf16 parameters in 3 shards, hidden size 2048). All ways are run in turn, each in a process of its own, as
-fold_speed.py says: seconds of a fold are those of writing, which compare with `cp`; those of `verify` are of level
-weights, of the fold that is named, with all files in the page cache. Memory is the peak of the whole command, plan
-included, above a process with the imports done. What is verified is right: a wrong one stops the script.
+(1.1 billion bf16 parameters in 3 shards, hidden size 2048). All ways are run in turn, each in a process of its own and
+without dirty pages, as fold_speed.py says; those of `random` once, as they take long. Seconds of a fold are those of
+writing, which compare with `cp`; those of `verify` are of level weights, of the fold that is named, with all files in
+the page cache. Memory is the peak of the whole command, plan included, above a process with the imports done. What is
+verified is right: a wrong one stops the script.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -23,6 +25,7 @@ from typing import Any
 import fold_speed
 
 WAYS = ("cp", "fold", "hadamard", "verify fold", "verify hadamard")
+ONCE = ("random", "verify random")
 
 
 def child(way: str, source: Path, target: Path, workers: int) -> None:
@@ -41,7 +44,7 @@ def child(way: str, source: Path, target: Path, workers: int) -> None:
             raise SystemExit(f"{way}: it did not pass: nothing is timed")
         plan, seconds = 0.0, result.levels[0].seconds
     else:
-        rotate: Any = "hadamard" if way == "hadamard" else None
+        rotate: Any = None if way == "fold" else way
         plan, seconds, _ = fold(source, target, workers=workers, rotate=rotate).seconds
     added = (fold_speed.memory_kib("VmHWM") - before) / 1024
     cpu = time.process_time() - cpu
@@ -53,6 +56,7 @@ def run(way: str, source: Path, workers: int) -> dict[str, float]:
     target = source.with_name(f"{source.name}-{way.split()[-1]}")
     if not way.startswith("verify"):
         shutil.rmtree(target, ignore_errors=True)
+    os.sync()
     start, others = time.perf_counter(), fold_speed.machine_cpu() - fold_speed.children_cpu()
     if way == "cp":
         result = fold_speed.timed(way, source, target, workers)
@@ -94,12 +98,14 @@ def main() -> None:
             result = run(way, source, args.workers)
             if number:  # the first round fills the page cache
                 runs[way].append(result)
+    for way in ONCE:
+        runs[way] = [run(way, source, args.workers)]
     result = {
         "command": f"python docs/benchmarks/rotate_speed.py FOLDER --rounds {args.rounds} --workers {args.workers}",
         "date": time.strftime("%Y-%m-%d"),
         "machine": fold_speed.machine(args.folder),
         "bytes": sum(file.stat().st_size for file in source.iterdir()),
-        "summary": {way: summary(runs, way) for way in WAYS},
+        "summary": {way: summary(runs, way) for way in runs},
         "runs": runs,
     }
     for way, figures in result["summary"].items():

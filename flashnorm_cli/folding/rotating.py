@@ -27,7 +27,7 @@ from flashnorm_cli.errors import CheckpointError, GainOverflowError, PlanError
 from flashnorm_cli.folding.edits import INTEGERS, Rotate, any_zero_or_inf
 from flashnorm_cli.folding.shard_files import SourceFile, read_into, write_at
 
-BLOCK_ELEMENTS = 2**17  # that are multiplied at a time: two float32 buffers of them stay in a core's cache
+BLOCK_ELEMENTS = 2**19  # that are multiplied at a time: smaller ones make threads wait for the interpreter
 BLOCK_COLUMNS = 64  # at the least, of a block that is a part of `inner`: torch is slow at short loops
 PANEL_BYTES = 2**26  # that all threads hold at a time
 PAGE = 4096  # bytes of a panel's rows, at the least

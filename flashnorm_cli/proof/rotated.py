@@ -16,7 +16,7 @@ from flashnorm_cli.proof.difference import Difference
 from flashnorm_cli.proof.rotation import noise, rotated
 
 PANEL_BYTES = 2**22  # of each checkpoint that a thread holds at a time
-BLOCK_ELEMENTS = 2**17  # that are multiplied at a time: a few float64 copies of them stay in a core's cache
+BLOCK_ELEMENTS = 2**18  # that are multiplied at a time: smaller ones make threads wait for the interpreter
 BLOCK_COLUMNS, ROW_BYTES = 64, 8192  # at the least: torch is slow at short loops, and the system at short reads
 
 

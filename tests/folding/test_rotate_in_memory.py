@@ -84,6 +84,35 @@ def test_it_computes_the_same(family):
         fold_model_(model, rotate="hadamard")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("family", "kind", "dtype"),
+    [("qwen2", "hadamard", torch.bfloat16), ("gpt_oss", "hadamard", torch.float32), ("phi3", "random", torch.float16)],
+)
+def test_a_model_on_a_gpu(monkeypatch, family, kind, dtype):
+    """The same values as on a processor, give or take the order of float32 sums, also where TF32 is on."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    ours, theirs = model_of(family).to(dtype), model_of(family).to("cuda", dtype)
+    fold_model_(ours, rotate=kind, seed=7)
+    fold_model_(theirs, rotate=kind, seed=7)
+    mine = ours.state_dict()
+    for name, tensor in theirs.state_dict().items():
+        assert tensor.device.type == "cuda", name
+        assert torch.allclose(mine[name].double(), tensor.double().cpu(), rtol=torch.finfo(dtype).eps, atol=1e-6), name
+        assert (mine[name] == tensor.cpu()).float().mean() > (0 if dtype == torch.float32 else 0.999), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "smollm3", "olmoe"])
+def test_it_computes_the_same_on_a_gpu(family):
+    model = model_of(family).cuda()
+    inputs = families.text_inputs(model, seed=3)
+    inputs |= {key: value.cuda() for key, value in inputs.items() if isinstance(value, torch.Tensor)}
+    want = families.logits(model, inputs)
+    fold_model_(model, rotate="hadamard", seed=2)
+    assert (families.logits(weightless(model), inputs) - want).norm() / want.norm() < EXACT
+
+
 class LayerNorms(transformers.LlamaForCausalLM):
     """LayerNorm subtracts a mean over the channels."""
 
