@@ -34,7 +34,7 @@ from vllm import LLM
 from vllm.compilation.passes.vllm_inductor_pass import VllmPatternMatcherPass
 
 FORMATS = ("fp8_per_tensor", "fp8_per_block")
-PASS = "rmsnorm_quant_fusion_pass"
+PASS, DEVICE = "rmsnorm_quant_fusion_pass", "cuda"
 SHAPE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 32768}
 
 
@@ -57,7 +57,7 @@ def make(name: str, work: Path) -> tuple[Path, Path]:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("cuda"):
+        with torch.device(DEVICE):
             model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -167,13 +167,15 @@ def main() -> None:
         return
     batches = [int(b) for b in chosen.batches.split(",")]
     data: dict[str, Any] = {
-        "command": f"python docs/experiments/vllm_fusion.py, models {chosen.models}, batches {chosen.batches}",
+        "command": f"python docs/experiments/vllm_fusion.py OUT.json WORK --batches {chosen.batches}",
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name(),
         "versions": {p: version(p) for p in ("torch", "transformers")} | {"vllm": __import__("vllm").__version__},
         "shape": SHAPE,
         "models": {},
     }
+    if chosen.out.exists():  # what other calls on this card have found
+        data["models"] = json.loads(chosen.out.read_text())["models"]
     for name in chosen.models.split(","):
         for form in FORMATS if name == "gemma3" else FORMATS[:1]:
             try:
@@ -182,6 +184,8 @@ def main() -> None:
                 data["models"][f"{name} {form}"] = {"error": f"{type(error).__name__}: {error}"[:600]}
                 print(name, form, data["models"][f"{name} {form}"], flush=True)
             chosen.out.write_text(json.dumps(data, indent=1) + "\n")
+    if "llama" not in chosen.models:
+        return
     command = [sys.executable, __file__, str(chosen.out), str(chosen.work), "--control"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     lines = [line for line in (done.stdout + done.stderr).splitlines() if "Error" in line or "it ran" in line]
