@@ -3,8 +3,8 @@
     python docs/benchmarks/rotate_in_memory.py FOLDER --json result.json
 
 The checkpoint `llama` of fold_speed.py is made in FOLDER (1.1 billion bf16 parameters, hidden size 2048), and rotated
-by `fold` there; then it is loaded on each device and rotated by `fold_model_`, three times. `differ` are the values that
-are not those on disk, of `values`; `steps` the most by which one differs, in steps of bf16.
+by `fold` there; then it is loaded on each device and rotated by `fold_model_`, three times. `differ` are the values
+that are not those on disk, of `values`; `steps` the most by which one differs, in steps of bf16.
 """
 
 from __future__ import annotations

@@ -3,17 +3,17 @@
     python docs/experiments/vllm_fusion.py OUT.json WORK [--models gemma3,qwen3_next,llama] [--batches 1,16,64]
 
 Models of random weights with gains far from the identity are made and folded in WORK, and quantized by vLLM while it
-loads them (per token, and in blocks of 128, activations as well). One process, one card; for each model and format stand
-side by side and take turns
+loads them (per token, and in blocks of 128, activations as well). One process, one card; for each model and format
+stand side by side and take turns
 
 - `stock`: the source, as vLLM runs it, with the pass `fuse_norm_quant` on;
 - `fold`: the folded checkpoint with the plugin, and the same pass: norms that a pass hands on have ones;
 - `weightless`: the folded checkpoint with the pass off: its norms have no weight.
 
-`matched` is how many norms the pass has replaced (in the graphs of all compile ranges together), `fused` which kernels of
-it ran; times and distances are those of vllm_speed.py. `--control` is a run of the folded Llama of which the pass was
-given norms without a weight, as they would be without the plugin's care: in a process of its own, since it may not
-survive.
+`matched` is how many norms the pass has replaced (in the graphs of all compile ranges together), `fused` which of its
+kernels ran; times and distances are those of vllm_speed.py. `--control` is a run of the folded Llama of which the pass
+was given norms without a weight, as they would be without the plugin's care: in a process of its own, since it may not
+survive. Models are added to OUT.json if it is there.
 """
 
 import argparse
