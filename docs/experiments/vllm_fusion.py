@@ -95,6 +95,7 @@ def know_qwen3_5() -> None:
 
 def engine(model: Path, form: str, batches: list[int], fuse: bool) -> LLM:
     torch._dynamo.reset()
+    more = {"gdn_prefill_backend": "triton"} if "qwen3_5" in model.name else {}  # vLLM's own would be FlashInfer's
     return LLM(
         model=str(model),
         quantization=form,
@@ -112,6 +113,7 @@ def engine(model: Path, form: str, batches: list[int], fuse: bool) -> LLM:
             "custom_ops": ["none", "+quant_fp8"],  # as FP8 in blocks has it by itself
             "pass_config": {"fuse_norm_quant": fuse},
         },
+        **more,
     )
 
 
