@@ -8,7 +8,7 @@ stand side by side and take turns
 
 - `stock`: the source, as vLLM runs it, with the pass `fuse_norm_quant` on;
 - `fold`: the folded checkpoint with the plugin, and the same pass: norms that a pass hands on have ones;
-- `weightless`: the folded checkpoint with the pass off: its norms have no weight.
+- `stock, no pass` and `weightless`: the same two with the pass off, where the folded norms have no weight.
 
 `matched` is how many norms the pass has replaced in the graphs that were compiled, `fused` how often its kernels ran in
 a step; times and distances are those of vllm_speed.py. With the Llama come two controls, each in a process of its own:
@@ -141,7 +141,12 @@ def compare(name: str, form: str, work: Path, batches: list[int], turns: int) ->
     if name == "qwen3_5":
         know_qwen3_5()
     source, folded = make(name, work)
-    ways = {"stock": (source, True), "fold": (folded, True), "weightless": (folded, False)}
+    ways = {
+        "stock": (source, True),
+        "fold": (folded, True),
+        "stock, no pass": (source, False),
+        "weightless": (folded, False),
+    }
     engines: dict[str, LLM] = {}
     found: dict[str, Any] = {"engines": {}, "batches": {}}
     for way, (model, fuse) in ways.items():
@@ -179,7 +184,7 @@ def measure(engines: dict[str, LLM], asked: list[dict[str, list[int]]], turns: i
     row: dict[str, Any] = {"step_us": {way: [] for way in engines}}
     names = list(engines)
     for turn in range(turns):
-        for way in names[turn % 3 :] + names[: turn % 3]:
+        for way in names[turn % len(names) :] + names[: turn % len(names)]:
             row["step_us"][way].append(round(vllm_speed.replays(graphs[way]), 2))
     row["busy"] = {way: vllm_speed.busy(llm, asked) for way, llm in engines.items()}
     row["tokens_per_s"] = vllm_speed.served(engines, asked, 3)
