@@ -180,7 +180,8 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=1, help="tensor parallelism: distances and tokens_per_s alone")
     parser.add_argument("--cpu", action="store_true", help="only whether it runs")
     chosen = parser.parse_args()
-    from flashnorm_cli.runtimes.vllm.norms import deferred_state, norm_states
+    from flashnorm_cli.runtimes.vllm.deferred import deferred_state
+    from flashnorm_cli.runtimes.vllm.norms import norm_states
 
     batches = [int(b) for b in chosen.batches.split(",")]
     data: dict[str, Any] = {

@@ -132,11 +132,21 @@ def defer(model: nn.Module, config: Any, without: list[str]) -> dict[str, Any]:
             way_back.pop_all()  # it stays
     except NotFit as reason:
         return {"why_not": str(reason)}
-    return state_of(model)
+    return _counts(model)
 
 
-def state_of(model: nn.Module) -> dict[str, int]:
-    """How many norms, activations and residual adds of a model run inside linears, as its modules are now."""
+def deferred_state(model: nn.Module) -> dict[str, Any]:
+    """What came of `deferred` for a loaded vLLM model, for `LLM.apply_model`.
+
+    Returns:
+        norms, activations, adds: how many of each run inside a linear, as the modules are now; or why_not; nothing
+        where it was not asked for.
+    """
+    found: dict[str, Any] = getattr(model, "_flashnorm_deferred", {})
+    return _counts(model) if "norms" in found else found
+
+
+def _counts(model: nn.Module) -> dict[str, Any]:
     methods = [getattr(module, "quant_method", None) for module in model.modules()]
     products = [method for method in methods if isinstance(method, _Product)]
     norms = [getattr(getattr(m, "_forward_method", None), "__self__", None) for m in model.modules()]
