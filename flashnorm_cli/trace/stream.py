@@ -166,8 +166,22 @@ class StreamState(State):
 
     def pin(self, ids: torch.Tensor, why: str) -> None:
         for axis in self.axes_in(ids):
-            self._pinned.setdefault(axis, why)
-            self._reasons.setdefault(axis, set()).add(why)
+            self._pin(axis, why)
+
+    def _pin(self, axis: int, why: str) -> None:
+        self._pinned.setdefault(axis, why)
+        self._reasons.setdefault(axis, set()).add(why)
+
+    def pin_parts(self, ids: torch.Tensor) -> None:
+        """Pin each axis of which `ids` name some channels only: what is done to them may not be done to the rest.
+
+        Parts that are joined again in their order would look like the whole vector.
+        """
+        present = small(ids).flatten().unique()
+        for axis in self.axes_in(present):
+            first = self._firsts[axis]
+            if int(((present >= first) & (present < first + self._sizes[axis])).sum()) < int(self._sizes[axis]):
+                self._pin(axis, f"a part of its channels is taken by itself in `{self.module}`")
 
     def escape(self, ids: torch.Tensor, why: str) -> None:
         self.accounted_for = True

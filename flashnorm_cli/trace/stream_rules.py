@@ -9,6 +9,7 @@ import torch
 
 from flashnorm_cli.errors import PlanError
 from flashnorm_cli.trace import rules
+from flashnorm_cli.trace.companions import constant_along
 from flashnorm_cli.trace.forward import run_forwards
 from flashnorm_cli.trace.products import ADDING, PLAIN
 from flashnorm_cli.trace.state import Call, Weight
@@ -20,9 +21,40 @@ Rule = Callable[[StreamState, Call], bool]
 
 
 def _move(state: StreamState, call: Call) -> bool:
-    if any(i is not None for i in call.ids[1:]):
+    ids = call.ids[0]
+    if any(i is not None for i in call.ids[1:]) or (ids is not None and call.name == "diagonal"):
+        return False  # a diagonal would look like one vector, and have a channel of each
+    if not rules.move(state, call):
         return False
-    return rules.move(state, call)
+    for out in call.outs if ids is not None else ():
+        moved = state.ids_of(out)
+        if moved is not None and moved.numel() < ids.numel():
+            state.pin_parts(moved)
+    return True
+
+
+def _gather(state: StreamState, call: Call) -> bool:
+    """Tokens picked by indices, the same ones for all channels."""
+    if call.name == "gather" and call.ids[0] is not None and not _shared(state, call.ids[0], call.args[2]):
+        return False
+    return rules.gather(state, call)
+
+
+def _masked_fill(state: StreamState, call: Call) -> bool:
+    """Tokens become zero, each with all of its channels."""
+    return call.ids[0] is not None and _shared(state, call.ids[0], call.args[1]) and rules.masked_fill(state, call)
+
+
+def _shared(state: StreamState, ids: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a tensor that is broadcast to an activation says the same of all of its channels."""
+    found = state.channels(ids)
+    if found is None:
+        return False
+    d = found[0] - ids.ndim
+    if -d > other.ndim or other.shape[d] == 1 or other.stride(d) == 0:
+        return True
+    known = state.values.of(other)
+    return known is not None and constant_along(known, [d])
 
 
 def _add(state: StreamState, call: Call) -> bool:
@@ -95,8 +127,7 @@ def _multiply(state: StreamState, call: Call) -> bool:
             return True
         state.normalised(weight.name, wide)
     else:
-        d = found[0] - out.ndim
-        if -d <= factor.ndim and factor.shape[d] != 1:
+        if not _shared(state, wide, factor):
             return False
     state.set_ids(out, wide)
     return True
@@ -165,6 +196,7 @@ def _embedding(state: StreamState, call: Call) -> bool:
     if channels is None:
         return False
     state.note("write", channels)
+    state.pin_parts(channels)
     state.set_ids(call.out, channels.expand(call.out.shape))
     return True
 
@@ -197,6 +229,7 @@ def _product(state: StreamState, call: Call, left: int = 0, k_of_right: int = -2
         state.other_use(weight, call.name)
     else:
         state.note("write", written)
+        state.pin_parts(written)
         place = call.out.ndim - (2 if n == 0 and sides[1][0].ndim > 1 else 1)
         shape = [-1 if d == place else 1 for d in range(call.out.ndim)]
         state.set_ids(call.out, written.view(shape).expand(call.out.shape))
@@ -260,7 +293,7 @@ def _linear(state: StreamState, call: Call) -> bool:
 
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(rules.MOVES | rules.SAME, _move),
-    **dict.fromkeys(rules.GATHERS, rules.gather),
+    **dict.fromkeys(rules.GATHERS, _gather),
     **dict.fromkeys(rules.JOINS, rules.join),
     **dict.fromkeys(rules.ADDITIONS, _add),
     **dict.fromkeys(rules.SCALINGS, _multiply),
@@ -274,8 +307,8 @@ _RULES: dict[str, Rule] = {
     "sum": rules.reduce,
     "mean": rules.reduce,
     "constant_pad_nd": rules.pad,
-    "masked_fill": rules.masked_fill,
-    "masked_fill_": rules.masked_fill,
+    "masked_fill": _masked_fill,
+    "masked_fill_": _masked_fill,
     "linalg_vector_norm": _vector_norm,
     "rms_norm": _rms_norm,
     "_fused_rms_norm": _rms_norm,
