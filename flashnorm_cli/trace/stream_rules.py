@@ -26,10 +26,10 @@ def _move(state: StreamState, call: Call) -> bool:
         return False  # a diagonal would look like one vector, and have a channel of each
     if not rules.move(state, call):
         return False
-    for out in call.outs if ids is not None else ():
-        moved = state.ids_of(out)
-        if moved is not None and moved.numel() < ids.numel():
-            state.pin_parts(moved)
+    if ids is not None:
+        for moved in map(state.ids_of, call.outs):
+            if moved is not None and moved.numel() < ids.numel():
+                state.pin_parts(moved)
     return True
 
 
