@@ -82,7 +82,7 @@ def stream_json(checkpoint: Checkpoint, traced: TracedPlan) -> dict[str, Any]:
 def rotatable(checkpoint: Checkpoint, traced: TracedPlan) -> Stream:
     """The residual stream of a model whose plan is carried out. Raises PlanError where it cannot be rotated."""
     plan = traced.plan
-    stream = trace_stream(traced.model, [gain for gain in traced.trace.gains if gain not in traced.kept])
+    stream = trace_stream(traced.model, [g for g in traced.trace.gains if g not in traced.kept], traced.kept)
     if stream.pinned is not None:
         raise PlanError(f"{REFUSED}{stream.pinned}")
     if traced.users:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -122,7 +122,7 @@ def _multiply(state: StreamState, call: Call) -> bool:
     factor, weight = call.inputs[other], weights[other]
     if weight is not None:
         if weight.name not in state.folded or call.name != "mul":
-            state.escape(wide, f"it is multiplied by `{weight.name}`, a weight that is kept,")
+            state.escape_by(wide, weight.name)
             state.set_ids(out, wide)  # so that what it is added to is known to be the same stream
             return True
         state.normalised(weight.name, wide)
@@ -148,7 +148,7 @@ def _mean_of_squares(state: StreamState, call: Call) -> bool:
     if found is None or dims is None or found[0] not in [d % call.inputs[0].ndim for d in dims]:
         return False
     state.accounted_for = True
-    return state.is_whole(found[1])
+    return state.measure(found[1])
 
 
 def _vector_norm(state: StreamState, call: Call) -> bool:
@@ -158,7 +158,7 @@ def _vector_norm(state: StreamState, call: Call) -> bool:
     if found is None or (len(args) > 1 and args[1] != 2) or not dims:
         return False
     state.accounted_for = True
-    return found[0] in [d % call.inputs[0].ndim for d in dims] and state.is_whole(found[1])
+    return found[0] in [d % call.inputs[0].ndim for d in dims] and state.measure(found[1])
 
 
 def _same_square(state: StreamState, call: Call) -> bool:
@@ -175,11 +175,13 @@ def _rms_norm(state: StreamState, call: Call) -> bool:
     has_weight = isinstance(call.args[2], torch.Tensor)
     if ids is None:
         return False
-    if found is None or found[0] != ids.ndim - 1 or len(call.args[1]) != 1 or not state.is_whole(found[1]):
+    if found is None or found[0] != ids.ndim - 1 or len(call.args[1]) != 1 or not state.measure(found[1]):
         return False
     if has_weight and (weight is None or weight.name not in state.folded):
-        name = weight.name if weight is not None else "a computed tensor"
-        state.escape(ids, f"its norm's weight `{name}` is kept")
+        if weight is not None:
+            state.escape_by(ids, weight.name)
+        else:
+            state.escape(ids, "its norm multiplies it by a computed tensor")
         state.set_ids(call.outs[0], ids)
         return True
     if weight is not None:
@@ -325,8 +327,8 @@ class StreamTracer(GainTracer):
 
     state: StreamState
 
-    def __init__(self, model: torch.nn.Module, folded: Collection[str]) -> None:
-        super().__init__(model, StreamState(model, folded))
+    def __init__(self, model: torch.nn.Module, folded: Collection[str], kept: Mapping[str, str]) -> None:
+        super().__init__(model, StreamState(model, folded, kept))
 
     def _follow(self, call: Call) -> None:
         state = self.state
@@ -340,13 +342,15 @@ class StreamTracer(GainTracer):
             state.escape_all(call, why)
 
 
-def trace_stream(model: Any, folded: Collection[str]) -> Stream:
+def trace_stream(model: Any, folded: Collection[str], kept: Mapping[str, str] | None = None) -> Stream:
     """The residual stream of a model on the meta device, in eval mode, whose gains `folded` are the identity.
+
+    `kept` says of others why they are not, for the words of a reason.
 
     Raises:
         PlanError: the forward cannot run on the meta device, or there is no one input embedding.
     """
-    tracer = StreamTracer(model, folded)
+    tracer = StreamTracer(model, folded, kept or {})
     run_forwards(model, tracer)
     try:
         embedding = model.get_input_embeddings()

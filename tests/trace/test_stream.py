@@ -361,3 +361,28 @@ def test_heads_of_the_values_that_arrive_at_the_output_projection():
 )
 def test_values_that_something_else_touches(changes):
     assert "attention.o.weight" not in heads(**changes)
+
+
+class Factorised(Tiny):
+    """A small embedding that a linear widens, as ALBERT and OPT have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.widen = nn.Embedding(VOCABULARY, 8), nn.Linear(8, SIZE)
+
+    def forward(self, input_ids):
+        x = self.widen(self.embed(input_ids)) + self.positions(torch.arange(input_ids.shape[1]))
+        return self.head(self.final(x + self.down(torch.tanh(self.up(self.norm(x))))))
+
+
+def test_an_embedding_that_is_not_the_residual_stream():
+    with torch.device("meta"):
+        model = Factorised().eval()
+    assert "no norm normalises what `embed.weight` gives" in trace_stream(model, FOLDED).pinned
+
+
+def test_why_a_weight_is_kept_is_said():
+    with torch.device("meta"):
+        model = Tiny().eval()
+    pinned = trace_stream(model, FOLDED[:1], {"final.weight": "somebody reads it"}).pinned
+    assert "`final.weight`, a weight that is kept (somebody reads it)" in pinned
