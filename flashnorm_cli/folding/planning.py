@@ -41,7 +41,7 @@ def check_rotation(rotate: str | None, seed: int, target: str | None = None) -> 
     if rotate is not None and rotate not in ROTATIONS:
         raise UsageError(f"`rotate` is one of {', '.join(ROTATIONS)}, not {rotate!r}")
     if not 0 <= seed < 2**63:
-        raise UsageError(f"`seed` is a whole number from 0 on, not {seed}")
+        raise UsageError(f"`seed` is a whole number from 0 to 2^63 - 1, not {seed}")
     if target is not None:
         quantized.format_of(target)
         if rotate is not None:

@@ -120,11 +120,14 @@ def changed(source: Path, folder: Path, tensors: Any = None, config: dict | None
     return folder
 
 
-@pytest.mark.parametrize("name", ["model.mtp.eh_proj.weight", "value_head.weight"])
-def test_tensors_that_the_model_does_not_read_refuse(tmp_path, llama, name):
+@pytest.mark.parametrize(
+    ("name", "final_norm"),
+    [("model.mtp.eh_proj.weight", "untie"), ("value_head.weight", "untie"), ("value_head.weight", "auto")],
+)
+def test_tensors_that_the_model_does_not_read_refuse(tmp_path, llama, name, final_norm):
     source = changed(llama, tmp_path / "source", lambda t: t.update({name: torch.ones(8, 64)}))
-    with pytest.raises(PlanError, match="not read by the model"):
-        fold(source, tmp_path / "out", rotate="hadamard", final_norm="untie", workers=1)
+    with pytest.raises(PlanError, match="not read by the model; its user may read the stream"):
+        fold(source, tmp_path / "out", rotate="hadamard", final_norm=final_norm, workers=1)
 
 
 def test_users_of_hidden_states_refuse(tmp_path, llama):
