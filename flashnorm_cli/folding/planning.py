@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from operator import index
+from typing import TYPE_CHECKING, SupportsIndex
 
 from flashnorm_cli.checkpoint.model import Checkpoint, Progress
 from flashnorm_cli.choices import FinalNorm
-from flashnorm_cli.errors import FlashNormError, PlanError, UsageError
+from flashnorm_cli.errors import FlashNormError, PlanError, UsageError, quoted
 from flashnorm_cli.plan import quantized
 from flashnorm_cli.plan.grid import plan_on_grid
 from flashnorm_cli.plan.model import ROTATIONS, Plan
@@ -36,16 +37,18 @@ class Planning:
     seed: int = 0
 
 
-def check_rotation(rotate: str | None, seed: int, target: str | None = None) -> None:
-    """Raises UsageError."""
+def checked_seed(rotate: str | None, seed: int, target: str | None = None) -> int:
+    """The seed as a plain int, of a rotation that is asked for as it can be. Raises UsageError."""
     if rotate is not None and rotate not in ROTATIONS:
         raise UsageError(f"`rotate` is one of {', '.join(ROTATIONS)}, not {rotate!r}")
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"`seed` is a whole number from 0 to 2^63 - 1, not {seed}")
+    whole = isinstance(seed, SupportsIndex) and not isinstance(seed, bool)
+    if not whole or not 0 <= (number := index(seed)) < 2**63:
+        raise UsageError(f"`seed` is a whole number from 0 to 2^63 - 1, not {quoted(seed)}")
     if target is not None:
         quantized.format_of(target)
         if rotate is not None:
             raise UsageError("`target` chooses whether to rotate: leave `rotate` out")
+    return number
 
 
 def check_streamed(target: str | None) -> None:
