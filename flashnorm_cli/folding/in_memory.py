@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -85,7 +85,7 @@ def fold_model_(
         reasons = "; ".join(dict.fromkeys(n.reason or "" for n in plan.kept)) or "it has no norm with a weight"
         raise FlashNormError(f"there is nothing to fold: {reasons}")
     parameters = _same_parameters(model, traced)
-    _refuse_replaced(model, traced)
+    _refuse_replaced(model, traced, {*traced.trace.gains, *traced.trace.readers, *turns})
     if rotate is not None:
         _refuse_patched(model)
     with torch.no_grad(), float32_products():
@@ -208,12 +208,11 @@ def _same_parameters(model: PreTrainedModel, traced: TracedPlan) -> dict[str, nn
     return mine
 
 
-def _refuse_replaced(model: PreTrainedModel, traced: TracedPlan) -> None:
+def _refuse_replaced(model: PreTrainedModel, traced: TracedPlan, used: Collection[str]) -> None:
     """A LayerNorm has the weight of an RMSNorm, and a norm by `w` that of one by `1 + w`."""
-    theirs = dict(traced.model.named_modules())
-    for name, module in model.named_modules():
-        made = theirs.get(name)
-        if made is not None and type(module) is not type(made) and any(True for _ in module.parameters(recurse=False)):
+    for name in sorted({parameter.rpartition(".")[0] for parameter in used}):
+        module, made = model.get_submodule(name), traced.model.get_submodule(name)
+        if type(module) is not type(made):
             raise FlashNormError(
                 f"{name} is a {type(module).__name__}, but the config of {type(model).__name__} makes a "
                 f"{type(made).__name__}: this model was changed after it was built, and cannot be planned from that"
