@@ -336,7 +336,8 @@ class StreamTracer(GainTracer):
             return
         state.accounted_for = False
         squares = [t for t in call.inputs if state.is_square(t)]
-        why = f"`{call.name}`, which does not commute with a rotation, is applied to it"
+        does = "gives it what is not rotated" if call.name in rules.ADDITIONS else "does not commute with a rotation"
+        why = f"`{call.name}`, which {does}, is applied to it"
         rule = _SQUARE_RULES.get(call.name) if squares else _RULES.get(call.name)
         if rule is None or defies_rules(call) or not rule(state, call):
             state.escape_all(call, why)
