@@ -76,7 +76,9 @@ def plan_for(checkpoint: Checkpoint, planning: Planning, report: Progress) -> tu
             note = f"`target={form.name!r}`: folded and rotated: KL divergence was {ratios} times the source's"
             return plan, [f"{note} ({quantized.DOCS})"]
         except (PlanError, UsageError) as error:
-            choice, why = form.best(rotatable=False), f", and it cannot be rotated: {error}"
+            from flashnorm_cli.plan.rotation import REFUSED
+
+            choice, why = form.best(rotatable=False), f", and it cannot be rotated: {str(error).removeprefix(REFUSED)}"
     if choice == quantized.KEEP:
         raise FlashNormError(f"{checkpoint.source.name}: {quantized.keep_line(form, why)}")
     note = f"`target={form.name!r}`: folded: KL divergence was {form.measured(choice)} times the source's"
