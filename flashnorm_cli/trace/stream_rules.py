@@ -336,7 +336,11 @@ class StreamTracer(GainTracer):
             return
         state.accounted_for = False
         squares = [t for t in call.inputs if state.is_square(t)]
-        does = "gives it what is not rotated" if call.name in rules.ADDITIONS else "does not commute with a rotation"
+        does = (
+            "gives it what is not rotated"
+            if call.name in rules.ADDITIONS | rules.JOINS
+            else "does not commute with a rotation"
+        )
         why = f"`{call.name}`, which {does}, is applied to it"
         rule = _SQUARE_RULES.get(call.name) if squares else _RULES.get(call.name)
         if rule is None or defies_rules(call) or not rule(state, call):
