@@ -32,7 +32,7 @@ from flashnorm_cli.cuda.linear_variants import MEASURED_ROWS
 from flashnorm_cli.norms import tuning
 from flashnorm_cli.norms.linear import problem_of
 from flashnorm_cli.runtimes.vllm.norms import log, norms_of
-from flashnorm_cli.runtimes.vllm.observe import Call, NotFit, body_of, is_plain_linear, observe, replaced, run
+from flashnorm_cli.runtimes.vllm.observe import Call, NotFit, body_of, is_plain_linear, observe, replace, run
 
 # Of the hidden states' own size: what the same model may differ by when it rounds elsewhere. A wrong wiring
 # differs by 1.
@@ -132,7 +132,19 @@ def defer(model: nn.Module, config: Any, without: list[str]) -> dict[str, Any]:
             way_back.pop_all()  # it stays
     except NotFit as reason:
         return {"why_not": str(reason)}
-    return {"norms": len(wiring.readers), "activations": len(wiring.activations), "adds": len(wiring.adds)}
+    return state_of(model)
+
+
+def state_of(model: nn.Module) -> dict[str, int]:
+    """How many norms, activations and residual adds of a model run inside linears, as its modules are now."""
+    methods = [getattr(module, "quant_method", None) for module in model.modules()]
+    products = [method for method in methods if isinstance(method, _Product)]
+    norms = [getattr(getattr(m, "_forward_method", None), "__self__", None) for m in model.modules()]
+    return {
+        "norms": sum(isinstance(norm, _Norm) and norm.deferred for norm in norms),
+        "activations": sum(product.activation is not None for product in products),
+        "adds": sum(product.adds for product in products),
+    }
 
 
 def _why_not(config: Any) -> str | None:
@@ -230,7 +242,7 @@ def _rewire(way_back: ExitStack, modules: dict[str, nn.Module], wiring: Wiring) 
     slot = Slot()
 
     def put(name: str, attribute: str, value: Any) -> None:
-        way_back.enter_context(replaced(modules[name], attribute, value))
+        replace(way_back, modules[name], attribute, value)
 
     eps: dict[str, float] = {r: modules[norm].variance_epsilon for norm, rs in wiring.readers.items() for r in rs}  # type: ignore[misc]
     kinds = {name: kind for name, (_, kind) in wiring.activations.items()}

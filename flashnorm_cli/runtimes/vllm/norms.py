@@ -115,7 +115,12 @@ def deferred_state(model: nn.Module) -> dict[str, Any]:
     """What came of `deferred` for a loaded vLLM model, for `LLM.apply_model`.
 
     Returns:
-        norms, activations, adds: how many of each run inside a linear; or why_not; nothing where it was not asked for.
+        norms, activations, adds: how many of each run inside a linear, as the modules are now; or why_not; nothing
+        where it was not asked for.
     """
     found: dict[str, Any] = getattr(model, "_flashnorm_deferred", {})
-    return found
+    if "norms" not in found:
+        return found
+    from flashnorm_cli.runtimes.vllm.deferred import state_of
+
+    return state_of(model)
