@@ -18,6 +18,7 @@ RAW = ("smollm2", "qwen25", "gemma3", "demo")
 FIGURES = ROOT / "flashnorm_cli" / "plan" / "quantized.json"
 PAGE = ROOT / "docs" / "quantization.md"
 SUMMARY, END_OF_SUMMARY = "<!-- summary: docs/experiments/quantization_table.py -->", "<!-- end of summary -->"
+SITES, END_OF_SITES = "<!-- sites: docs/experiments/quantization_sites.py -->", "<!-- end of sites -->"
 BEGIN, END = "<!-- table: docs/experiments/quantization_table.py -->", "<!-- end of table -->"
 # What `--for` knows, in the order of the table.
 FORMATS = {
@@ -43,6 +44,7 @@ TOOLS = {
     "torchao-int8": "torchao int8 weights",
 }
 OTHERS = ("fold", "rotated")
+SITE_NAMES = ("q, k, v", "o", "gate, up", "down", "all but down", "all")
 # What the sentences above the table put together.
 ROUND_WEIGHTS = ("q8_0", "q4_k_m", "q4_0", "int8", "int4-g128", "int4-g32", "nf4", "w4a8")
 FLOAT8 = ("fp8", "w8a8-fp8")
@@ -150,6 +152,30 @@ def summary() -> str:
     )
 
 
+def sites() -> str:
+    """What it costs to round the inputs of some linear layers alone, and where channels peak."""
+    lines = []
+    for path in sorted(BENCHMARKS.glob("quantization_sites_*.json")):
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        names = [*SITE_NAMES]
+        lines += [f"| {raw['model']} | {' | '.join(names)} | all, 6 bits |", "|--" * (len(names) + 2) + "|"]
+        for variant, rows in raw["rows"].items():
+            means = [sum(kl) / len(kl) for kl in [rows["8"][n]["kl"] for n in names] + [rows["6"]["all"]["kl"]]]
+            shown = {"rotated": "fold and rotation", "smoothed": "source, smoothed"}.get(variant, variant)
+            lines.append(f"| {shown} | {' | '.join(f'{mean:.2g}' for mean in means)} |")
+        tops = {
+            variant: [f"{100 * share:.0f} %" for share in shares["after"]] for variant, shares in raw["peaks"].items()
+        }
+        before = [f"{100 * share:.0f} %" for share in raw["peaks"]["source"]["before"]]
+        lines += ["", "Of a norm's mean square output, the largest channel and the 8 largest hold "]
+        lines[-1] += (
+            f"{before[0]} and {before[1]} before the gain, {tops['source'][0]} and {tops['source'][1]} after it"
+        )
+        lines[-1] += f", {tops['smoothed'][0]} and {tops['smoothed'][1]} once smoothed."
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
 def choices() -> str:
     """What `--for` does, by format."""
     from flashnorm_cli.plan.quantized import formats
@@ -166,7 +192,9 @@ def page() -> str:
     before, after = text[: text.index(SUMMARY) + len(SUMMARY)], text[text.index(END_OF_SUMMARY) :]
     text = f"{before}\n\n{summary()}\n\n{after}"
     before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    return f"{before}\n\n`fold --for`\n\n{choices()}\n\n{table()}\n\n{after}"
+    text = f"{before}\n\n`fold --for`\n\n{choices()}\n\n{table()}\n\n{after}"
+    before, after = text[: text.index(SITES) + len(SITES)], text[text.index(END_OF_SITES) :]
+    return f"{before}\n\n{sites()}\n\n{after}"
 
 
 def main() -> None:

@@ -135,7 +135,8 @@ def generations(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
 def generate(engine: Any, job: dict[str, Any]) -> dict[str, Any]:
     from vllm import SamplingParams
 
-    from flashnorm_cli.runtimes.vllm.norms import deferred_state, norm_states, norms_with_ones
+    from flashnorm_cli.runtimes.vllm.deferred import deferred_state
+    from flashnorm_cli.runtimes.vllm.norms import norm_states, norms_with_ones
 
     asked = [{"prompt_token_ids": tokens} for tokens in job["prompts"]]
     sampling = SamplingParams(

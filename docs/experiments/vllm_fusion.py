@@ -1,19 +1,19 @@
 """vLLM's fusion of norms with FP8 quantization, on a GPU: does a folded `1 + w` model take it, and what does it gain?
 
-    python docs/experiments/vllm_fusion.py OUT.json WORK [--models gemma3,qwen3_next,llama] [--batches 1,16,64]
+    python docs/experiments/vllm_fusion.py OUT.json WORK [--models gemma3,qwen3_5,llama] [--batches 1,16,64]
 
 Models of random weights with gains far from the identity are made and folded in WORK, and quantized by vLLM while it
-loads them (per token, and in blocks of 128, activations as well). One process, one card; for each model and format stand
-side by side and take turns
+loads them (per token, and in blocks of 128, activations as well). One process, one card; for each model and format
+stand side by side and take turns
 
 - `stock`: the source, as vLLM runs it, with the pass `fuse_norm_quant` on;
 - `fold`: the folded checkpoint with the plugin, and the same pass: norms that a pass hands on have ones;
-- `weightless`: the folded checkpoint with the pass off: its norms have no weight.
+- `stock, no pass` and `weightless`: the same two with the pass off, where the folded norms have no weight.
 
-`matched` is how many norms the pass has replaced (in the graphs of all compile ranges together), `fused` which kernels of
-it ran; times and distances are those of vllm_speed.py. `--control` is a run of the folded Llama of which the pass was
-given norms without a weight, as they would be without the plugin's care: in a process of its own, since it may not
-survive.
+`matched` is how many norms the pass has replaced in the graphs that were compiled, `fused` how often its kernels ran in
+a step; times and distances are those of vllm_speed.py. With the Llama come two controls, each in a process of its own:
+its folded norms handed to the pass with ones, as the plugin leaves them, and without a weight. Models are added to
+OUT.json if it is there.
 """
 
 import argparse
@@ -22,6 +22,8 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -31,10 +33,10 @@ from typing import Any
 import torch
 import vllm_speed
 from vllm import LLM
-from vllm.compilation.passes.vllm_inductor_pass import VllmPatternMatcherPass
+from vllm.compilation.passes.fusion.rms_quant_fusion import RMSNormQuantFusionPass
 
 FORMATS = ("fp8_per_tensor", "fp8_per_block")
-PASS = "rmsnorm_quant_fusion_pass"
+DEVICE = "cuda"
 SHAPE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 32768}
 
 
@@ -52,12 +54,13 @@ def make(name: str, work: Path) -> tuple[Path, Path]:
     elif name == "gemma3":
         config = transformers.Gemma3TextConfig(**SHAPE, **more, query_pre_attn_scalar=256, sliding_window=512)
         config.architectures = ["Gemma3ForCausalLM"]
-    else:  # dense, as Qwen3.5 is
-        config = transformers.Qwen3NextConfig(**SHAPE, **more, mlp_only_layers=list(range(16)), num_experts=0)
+    else:
+        config = transformers.Qwen3_5TextConfig(**SHAPE, **more)
+        config.architectures = ["Qwen3_5ForCausalLM"]
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("cuda"):
+        with torch.device(DEVICE):
             model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -73,8 +76,26 @@ def make(name: str, work: Path) -> tuple[Path, Path]:
     return source, folded
 
 
+def know_qwen3_5() -> None:
+    """Qwen3.5 without its image tower, which vLLM knows by itself since 0.27 or later."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models import config, qwen3_5
+    from vllm.model_executor.models.interfaces import IsHybrid
+
+    name = "Qwen3_5ForCausalLM"
+    if name in ModelRegistry.get_supported_archs():
+        return
+    whole = qwen3_5.Qwen3_5ForConditionalGeneration
+    methods = ("get_mamba_state_dtype_from_config", "get_mamba_state_shape_from_config", "get_mamba_state_copy_func")
+    members = {method: getattr(whole, method).__func__ for method in methods}
+    text = type(name, (qwen3_5.Qwen3_5ForCausalLM, IsHybrid), {k: classmethod(m) for k, m in members.items()})
+    ModelRegistry.register_model(name, text)
+    config.MODELS_CONFIG_MAP[name] = config.MODELS_CONFIG_MAP["Qwen3_5ForConditionalGeneration"]
+
+
 def engine(model: Path, form: str, batches: list[int], fuse: bool) -> LLM:
     torch._dynamo.reset()
+    more = {"gdn_prefill_backend": "triton"} if "qwen3_5" in model.name else {}  # vLLM's own would be FlashInfer's
     return LLM(
         model=str(model),
         quantization=form,
@@ -92,23 +113,49 @@ def engine(model: Path, form: str, batches: list[int], fuse: bool) -> LLM:
             "custom_ops": ["none", "+quant_fp8"],  # as FP8 in blocks has it by itself
             "pass_config": {"fuse_norm_quant": fuse},
         },
+        **more,
     )
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """How many norms the pass replaces in each graph that is compiled meanwhile."""
+    matched: list[int] = []
+    own = RMSNormQuantFusionPass.__call__
+
+    def call(self: Any, graph: Any) -> None:
+        own(self, graph)
+        matched.append(self.matched_count)
+
+    RMSNormQuantFusionPass.__call__ = call  # type: ignore[method-assign]
+    try:
+        yield matched
+    finally:
+        RMSNormQuantFusionPass.__call__ = own  # type: ignore[method-assign]
 
 
 def compare(name: str, form: str, work: Path, batches: list[int], turns: int) -> dict[str, Any]:
     """The three ways of one model in one format."""
     from flashnorm_cli.runtimes.vllm.norms import norm_states, norms_with_ones
 
+    if name == "qwen3_5":
+        know_qwen3_5()
     source, folded = make(name, work)
-    ways = {"stock": (source, True), "fold": (folded, True), "weightless": (folded, False)}
+    ways = {
+        "stock": (source, True),
+        "fold": (folded, True),
+        "stock, no pass": (source, False),
+        "weightless": (folded, False),
+    }
     engines: dict[str, LLM] = {}
     found: dict[str, Any] = {"engines": {}, "batches": {}}
     for way, (model, fuse) in ways.items():
-        before, start = VllmPatternMatcherPass.match_table.get(PASS, 0), time.perf_counter()
-        llm = engines[way] = engine(model, form, batches, fuse)
+        start = time.perf_counter()
+        with counted() as matched:
+            llm = engines[way] = engine(model, form, batches, fuse)
         found["engines"][way] = {
             "seconds_to_start": round(time.perf_counter() - start, 1),
-            "matched": VllmPatternMatcherPass.match_table.get(PASS, 0) - before,
+            "matched": sum(matched),
             "norms_without_weight": sum(llm.apply_model(norm_states)[0].values()),
             "norms_with_ones": len(llm.apply_model(norms_with_ones)[0]),
         }
@@ -123,7 +170,8 @@ def compare(name: str, form: str, work: Path, batches: list[int], turns: int) ->
         print(batch, {way: (round(us, 1), round(us / steps["stock"], 4)) for way, us in steps.items()}, end=" ")
         print({way: each["us"] for way, each in row["busy"].items()}, flush=True)
     for way, each in row["busy"].items():
-        found["engines"][way]["fused"] = [k for k in each["kernels_us"] if "rms_norm" in k and "quant" in k]
+        fused = {k: n for k, n in each["calls"].items() if k.startswith("void vllm::rms_norm") and "quant" in k}
+        found["engines"][way]["fused"] = fused
     engines.clear()
     del llm
     gc.collect()
@@ -136,18 +184,19 @@ def measure(engines: dict[str, LLM], asked: list[dict[str, list[int]]], turns: i
     row: dict[str, Any] = {"step_us": {way: [] for way in engines}}
     names = list(engines)
     for turn in range(turns):
-        for way in names[turn % 3 :] + names[: turn % 3]:
+        for way in names[turn % len(names) :] + names[: turn % len(names)]:
             row["step_us"][way].append(round(vllm_speed.replays(graphs[way]), 2))
     row["busy"] = {way: vllm_speed.busy(llm, asked) for way, llm in engines.items()}
     row["tokens_per_s"] = vllm_speed.served(engines, asked, 3)
     return row
 
 
-def control(work: Path) -> None:
-    """Folded norms without a weight, quantized linears, and the pass."""
+def control(work: Path, weights: bool) -> None:
+    """Folded norms, with their ones as the plugin leaves them or without, quantized linears, and the pass."""
     from flashnorm_cli.runtimes.vllm import plugin
 
-    plugin.why_weights_are_needed = lambda config: None
+    if not weights:
+        plugin.why_weights_are_needed = lambda config: None
     llm = engine(make("llama", work)[1], FORMATS[0], [1], fuse=True)
     tokens = vllm_speed.generate(llm, vllm_speed.prompts(1, 8, 1000), 4)[0].token_ids
     print("it ran, and said", list(tokens))
@@ -157,36 +206,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--models", default="gemma3,qwen3_next,llama")
+    parser.add_argument("--models", default="gemma3,qwen3_5,llama")
     parser.add_argument("--batches", default="1,16,64")
     parser.add_argument("--turns", type=int, default=15)
-    parser.add_argument("--control", action="store_true")
+    parser.add_argument("--control", choices=("ones", "none"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.control:
-        control(chosen.work)
+        control(chosen.work, chosen.control == "ones")
         return
     batches = [int(b) for b in chosen.batches.split(",")]
     data: dict[str, Any] = {
-        "command": f"python docs/experiments/vllm_fusion.py, models {chosen.models}, batches {chosen.batches}",
+        "command": f"python docs/experiments/vllm_fusion.py OUT.json WORK --batches {chosen.batches}",
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name(),
         "versions": {p: version(p) for p in ("torch", "transformers")} | {"vllm": __import__("vllm").__version__},
         "shape": SHAPE,
         "models": {},
     }
+    if chosen.out.exists():  # what other calls on this card have found
+        data["models"] = json.loads(chosen.out.read_text())["models"]
     for name in chosen.models.split(","):
-        for form in FORMATS if name == "gemma3" else FORMATS[:1]:
+        for form in FORMATS:
             try:
                 data["models"][f"{name} {form}"] = compare(name, form, chosen.work, batches, chosen.turns)
             except Exception as error:  # of one model: the others are still worth their time
                 data["models"][f"{name} {form}"] = {"error": f"{type(error).__name__}: {error}"[:600]}
                 print(name, form, data["models"][f"{name} {form}"], flush=True)
             chosen.out.write_text(json.dumps(data, indent=1) + "\n")
-    command = [sys.executable, __file__, str(chosen.out), str(chosen.work), "--control"]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if "Error" in line or "it ran" in line]
-    data["control"] = {"exit": done.returncode, "said": lines[-4:]}
-    print(data["control"])
+    for weights in ("ones", "none") if "llama" in chosen.models else ():
+        command = [sys.executable, __file__, str(chosen.out), str(chosen.work), "--control", weights]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if "[rank0]" in line or "it ran" in line]
+        data["models"][f"control, {weights}"] = {"exit": done.returncode, "said": lines[-6:]}
+        print(weights, data["models"][f"control, {weights}"])
     chosen.out.write_text(json.dumps(data, indent=1) + "\n")
 
 

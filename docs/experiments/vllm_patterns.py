@@ -69,8 +69,12 @@ def quantizations(fusion: Any) -> dict[str, tuple[list[Any], Callable[[torch.Ten
     from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape, get_fp8_min_max
 
     fp8, block = torch.float8_e4m3fn, {"group_shape": GroupShape(1, 128), "has_col_major_scales": False}
-    static = [part(EPSILON, fp8) for part in (fusion.FusedAddRMSNormStaticQuantPattern, fusion.RMSNormStaticQuantPattern)]
-    token = [part(EPSILON, fp8) for part in (fusion.FusedAddRMSNormDynamicQuantPattern, fusion.RMSNormDynamicQuantPattern)]
+    static = [
+        part(EPSILON, fp8) for part in (fusion.FusedAddRMSNormStaticQuantPattern, fusion.RMSNormStaticQuantPattern)
+    ]
+    token = [
+        part(EPSILON, fp8) for part in (fusion.FusedAddRMSNormDynamicQuantPattern, fusion.RMSNormDynamicQuantPattern)
+    ]
     blocks = [
         part(EPSILON, fp8, **block, is_tma_aligned=False)
         for part in (fusion.FusedAddRMSNormGroupQuantPattern, fusion.RMSNormGroupQuantPattern)
@@ -121,11 +125,23 @@ def norms() -> dict[str, Any]:
     from flashnorm_cli.runtimes.vllm.norms import GEMMA, PLAIN
 
     found = {}
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM builds a model
     for name, state in STATES:
-        norm = getattr(layernorm, name)(WIDTH, eps=EPSILON).bfloat16()
+        norm = getattr(layernorm, name)(WIDTH, eps=EPSILON)
         (PLAIN if name == "RMSNorm" else GEMMA).run(norm, state)
         found[f"{name}, {state}"] = norm
+    torch.set_default_dtype(torch.float32)
     return found
+
+
+def quantized(norm: Any, quantize: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], add: bool) -> Callable[..., Any]:
+    """A norm, behind an addition or not, and its quantized output."""
+
+    def forward(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        normed, *rest = norm(x, residual) if add else (norm(x),)
+        return (*quantize(normed), *rest)
+
+    return forward
 
 
 def main() -> None:
@@ -146,12 +162,10 @@ def main() -> None:
             for state, norm in norms().items():
                 for add in (True, False) if len(patterns) > 1 else (True,):
                     row = found[f"{quantization}; {state}{', added' * add}"] = {}
-
-                    def forward(x: Any, residual: Any, weight: Any, norm: Any = norm, add: bool = add) -> Any:
-                        normed, *rest = norm(x, residual) if add else (norm(x),)
-                        return (*quantize(normed), *rest)
-
-                    graph = pattern_matcher.fwd_only(forward, [x, residual, norm.weight]).graph
+                    graph = pattern_matcher.fwd_only(quantized(norm, quantize, add), [x, residual]).graph
+                    for node in graph.nodes:  # as a pass of vLLM's does before this one
+                        if getattr(node.target, "_overloadname", "") == "maybe_inplace":
+                            node.target = node.target.overloadpacket.default
                     row["matched"] = passes.apply(graph)
                     fused = [node for node in graph.nodes if "epsilon" in node.kwargs and "weight" in node.kwargs]
                     row["none"] = any(node.kwargs["weight"] is None for node in fused)

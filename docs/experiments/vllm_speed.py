@@ -117,22 +117,25 @@ def busy(llm: LLM, asked: list[dict[str, list[int]]], steps: int = 32) -> dict[s
     """Kernels of `steps` decode steps: the union of their intervals, and which take the most."""
     from torch.profiler import ProfilerActivity, profile
 
-    def profiled(new: int) -> tuple[float, Counter[str]]:
+    def profiled(new: int) -> tuple[float, Counter[str], Counter[str]]:
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
             generate(llm, asked, new)
         events = [e for e in seen.events() if e.device_type.name == "CUDA"]
         total, end, names = 0.0, 0.0, Counter[str]()
+        calls = Counter(event.name[:90] for event in events)
         for event in sorted(events, key=lambda e: e.time_range.start):
             total += max(0.0, event.time_range.end - max(end, event.time_range.start))
             end = max(end, event.time_range.end)
             names[event.name[:90]] += event.time_range.end - event.time_range.start
-        return total, names
+        return total, names, calls
 
-    (few, names), (many, more) = profiled(1), profiled(1 + steps)
+    (few, names, calls), (many, more, more_calls) = profiled(1), profiled(1 + steps)
     more.subtract(names)
+    more_calls.subtract(calls)
     return {
         "us": round((many - few) / steps, 1),
         "kernels_us": {name: round(us / steps, 1) for name, us in more.most_common(14)},
+        "calls": {name: round(more_calls[name] / steps, 2) for name, us in more.most_common(14)},
     }
 
 
@@ -177,7 +180,8 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=1, help="tensor parallelism: distances and tokens_per_s alone")
     parser.add_argument("--cpu", action="store_true", help="only whether it runs")
     chosen = parser.parse_args()
-    from flashnorm_cli.runtimes.vllm.norms import deferred_state, norm_states
+    from flashnorm_cli.runtimes.vllm.deferred import deferred_state
+    from flashnorm_cli.runtimes.vllm.norms import norm_states
 
     batches = [int(b) for b in chosen.batches.split(",")]
     data: dict[str, Any] = {

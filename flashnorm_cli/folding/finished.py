@@ -60,7 +60,7 @@ def _other_record(checkpoint: Checkpoint, plan: Plan, layout: str, record: FoldR
     files, facts = record.source_files or {}, wanted["source_files"]
     if files.keys() != facts.keys() or any(files[n].get(k, v) != v for n in facts for k, v in facts[n].items()):
         return "it was folded from other files"
-    for key in {**wanted, **found}:
+    for key in ("rotation", *wanted, *found):  # which other keys follow
         if key not in NOT_OF_THE_FOLD and found.get(key) != wanted.get(key):
             return f"it was folded in another way ({shown(key)} differs)"
     verified = found.get("verify")

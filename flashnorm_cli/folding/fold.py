@@ -28,7 +28,7 @@ from flashnorm_cli.errors import CheckpointError, FlashNormError, UsageError
 from flashnorm_cli.folding.engine import Engine, any_executor, dask_engine, in_turn, processors
 from flashnorm_cli.folding.finished import not_this_fold, older_fold
 from flashnorm_cli.folding.jobs import shard_edits
-from flashnorm_cli.folding.planning import Planning, caution, check_rotation, plan_for, with_grid
+from flashnorm_cli.folding.planning import Planning, caution, checked_seed, plan_for, with_grid
 from flashnorm_cli.folding.writing import Writing
 from flashnorm_cli.plan.model import Plan
 from flashnorm_cli.plan.planner import FINAL_NORM_CHOICES
@@ -141,7 +141,7 @@ def fold(
             better left alone for `target`, or lies on a quantizer's grid.
     """
     check_options(final_norm, layout, workers)
-    check_rotation(rotate, seed, target)
+    seed = checked_seed(rotate, seed, target)
     if dask is not None and executor is not None:
         raise UsageError("`dask` and `executor` exclude each other")
     report = on_progress or (lambda done, total, what: None)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,7 +20,7 @@ from flashnorm_cli.choices import FinalNorm
 from flashnorm_cli.choices import Rotation as Kind
 from flashnorm_cli.errors import FlashNormError, UsageError
 from flashnorm_cli.folding.parameters import Change
-from flashnorm_cli.folding.planning import LEAVE_GRID, check_rotation
+from flashnorm_cli.folding.planning import LEAVE_GRID, checked_seed
 from flashnorm_cli.folding.rotation import Rotation, rotation
 from flashnorm_cli.modeling import build, disk_names
 from flashnorm_cli.plan.grid import KINDS, on_grid, rows_along
@@ -75,7 +76,7 @@ def fold_model_(
         )
     if final_norm not in FINAL_NORM_CHOICES:
         raise UsageError(f"`final_norm` is one of {', '.join(FINAL_NORM_CHOICES)}, not {final_norm!r}")
-    check_rotation(rotate, seed)
+    seed = checked_seed(rotate, seed)
     _refuse(model)
     checkpoint = _as_checkpoint(model)
     traced = trace_plan(checkpoint, model.config, type(model), final_norm)
@@ -84,6 +85,9 @@ def fold_model_(
         reasons = "; ".join(dict.fromkeys(n.reason or "" for n in plan.kept)) or "it has no norm with a weight"
         raise FlashNormError(f"there is nothing to fold: {reasons}")
     parameters = _same_parameters(model, traced)
+    _refuse_replaced(model, traced, {*traced.trace.gains, *traced.trace.readers, *turns})
+    if rotate is not None:
+        _refuse_patched(model)
     with torch.no_grad(), float32_products():
         gains = _gains(traced, parameters)
         scales = _scales(traced, gains, parameters)
@@ -139,7 +143,12 @@ def _refuse(model: PreTrainedModel) -> None:
         raise FlashNormError("this model is quantized: packed weights cannot take a gain; fold first, then quantize")
     if getattr(model, "_hf_peft_config_loaded", False) or getattr(model, "peft_config", None):
         raise FlashNormError("this model carries adapters, which read the same gains; merge or unload them first")
-    addresses: dict[tuple[torch.device, int], str] = {}
+    _refuse_memory(model)
+
+
+def _refuse_memory(model: PreTrainedModel) -> None:
+    """Parameters that cannot be written to, or not without changing others."""
+    ends: list[tuple[str, int, int, str]] = []
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise FlashNormError(
@@ -147,9 +156,18 @@ def _refuse(model: PreTrainedModel) -> None:
             )
         if type(parameter.data) is not Tensor:
             raise FlashNormError(f"{name} is a {type(parameter.data).__name__}; fold before sharding or quantizing")
-        where = parameter.device, parameter.data_ptr()
-        if parameter.numel() and addresses.setdefault(where, name) != name:
-            raise FlashNormError(f"{addresses[where]} and {name} are two parameters in one place of memory")
+        if parameter.is_inference() and not torch.is_inference_mode_enabled():
+            raise FlashNormError(f"{name} was made in `torch.inference_mode()`, and cannot be changed outside of it")
+        if any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)):
+            raise FlashNormError(f"{name} is expanded: its elements are one in memory; make it `contiguous()` first")
+        if parameter.numel():
+            reach = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+            whole = reach + 1 == parameter.numel()  # of a strided one, what lies in between may be another's
+            start, size = parameter.data_ptr(), parameter.element_size()
+            ends.append((str(parameter.device), start, start + size * (reach + 1 if whole else 1), name))
+    for one, other in pairwise(sorted(ends)):
+        if one[0] == other[0] and other[1] < one[2]:
+            raise FlashNormError(f"{one[3]} and {other[3]} are two parameters in one place of memory")
 
 
 def _as_checkpoint(model: PreTrainedModel) -> Checkpoint:
@@ -188,6 +206,34 @@ def _same_parameters(model: PreTrainedModel, traced: TracedPlan) -> dict[str, nn
     if head != embedding:
         del mine[head]
     return mine
+
+
+def _refuse_replaced(model: PreTrainedModel, traced: TracedPlan, used: Collection[str]) -> None:
+    """A LayerNorm has the weight of an RMSNorm, and a norm by `w` that of one by `1 + w`."""
+    for name in sorted({parameter.rpartition(".")[0] for parameter in used}):
+        module, made = model.get_submodule(name), traced.model.get_submodule(name)
+        if type(module) is not type(made):
+            raise FlashNormError(
+                f"{name} is a {type(module).__name__}, but the config of {type(model).__name__} makes a "
+                f"{type(made).__name__}: this model was changed after it was built, and cannot be planned from that"
+            )
+
+
+def _refuse_patched(model: PreTrainedModel) -> None:
+    """What somebody has hung into a module reads and changes hidden states as they were before a rotation.
+
+    Hooks of transformers collect outputs; accelerate's move tensors between devices.
+    """
+    for name, module in model.named_modules():
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        strange = [
+            h for h in hooks if not str(getattr(h, "__module__", "")).startswith(("transformers.", "accelerate."))
+        ]
+        if strange or ("forward" in vars(module) and not hasattr(module, "_hf_hook")):
+            what = "a hook" if strange else "a forward of its own"
+            raise FlashNormError(
+                f"{name or type(model).__name__} has {what}, which a rotation cannot follow; remove it first"
+            )
 
 
 def _twins(parameters: dict[str, nn.Parameter]) -> set[tuple[str, str]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from operator import index
+from typing import TYPE_CHECKING, SupportsIndex
 
 from flashnorm_cli.checkpoint.model import Checkpoint, Progress
 from flashnorm_cli.choices import FinalNorm
-from flashnorm_cli.errors import FlashNormError, PlanError, UsageError
+from flashnorm_cli.errors import FlashNormError, PlanError, UsageError, quoted
 from flashnorm_cli.plan import quantized
 from flashnorm_cli.plan.grid import plan_on_grid
 from flashnorm_cli.plan.model import ROTATIONS, Plan
@@ -36,16 +37,18 @@ class Planning:
     seed: int = 0
 
 
-def check_rotation(rotate: str | None, seed: int, target: str | None = None) -> None:
-    """Raises UsageError."""
+def checked_seed(rotate: str | None, seed: int, target: str | None = None) -> int:
+    """The seed as a plain int, of a rotation that is asked for as it can be. Raises UsageError."""
     if rotate is not None and rotate not in ROTATIONS:
         raise UsageError(f"`rotate` is one of {', '.join(ROTATIONS)}, not {rotate!r}")
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"`seed` is a whole number from 0 on, not {seed}")
+    whole = isinstance(seed, SupportsIndex) and not isinstance(seed, bool)
+    if not whole or not 0 <= (number := index(seed)) < 2**63:
+        raise UsageError(f"`seed` is a whole number from 0 to 2^63 - 1, not {quoted(seed)}")
     if target is not None:
         quantized.format_of(target)
         if rotate is not None:
             raise UsageError("`target` chooses whether to rotate: leave `rotate` out")
+    return number
 
 
 def check_streamed(target: str | None) -> None:
@@ -73,7 +76,9 @@ def plan_for(checkpoint: Checkpoint, planning: Planning, report: Progress) -> tu
             note = f"`target={form.name!r}`: folded and rotated: KL divergence was {ratios} times the source's"
             return plan, [f"{note} ({quantized.DOCS})"]
         except (PlanError, UsageError) as error:
-            choice, why = form.best(rotatable=False), f", and it cannot be rotated: {error}"
+            from flashnorm_cli.plan.rotation import REFUSED
+
+            choice, why = form.best(rotatable=False), f", and it cannot be rotated: {str(error).removeprefix(REFUSED)}"
     if choice == quantized.KEEP:
         raise FlashNormError(f"{checkpoint.source.name}: {quantized.keep_line(form, why)}")
     note = f"`target={form.name!r}`: folded: KL divergence was {form.measured(choice)} times the source's"

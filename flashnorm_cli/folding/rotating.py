@@ -61,6 +61,12 @@ class Rotating:
         self.wide = torch.float64 if double else torch.float32
 
     @property
+    def cell(self) -> int:
+        """Whole pages of a row that a panel takes all of, or nothing: about as many as a block takes, if not one."""
+        pages = PAGE // self.itemsize
+        return max(BLOCK_ELEMENTS // self.rotation.size // pages, 1) * pages
+
+    @property
     def gain(self) -> torch.Tensor | None:
         """The gain of each channel along the first dimension that is rotated, if that is where the gain lies."""
         here = self.scale is not None and self.scale.dim == self.dims[0]
@@ -91,6 +97,7 @@ class Panel:
     target_offset: int
     outer: tuple[int, int]
     inner: tuple[int, int]
+    into: int  # elements of a page that lie before the tensor's first one, where all of its rows begin alike
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -111,14 +118,27 @@ class Panel:
             yield (row * whole + self.inner[0]) * itemsize, inner * itemsize
 
     def blocks(self) -> Iterator[tuple[slice, slice]]:
-        """Parts of it that are multiplied at a time. Along several dimensions, whole vectors of each are needed."""
+        """Parts of it that are multiplied at a time. Along several dimensions, whole vectors of each are needed.
+
+        They are the same however a tensor is cut into panels: another number of columns may be summed in another order.
+        """
         outer, channels, inner = self.shape
-        several = len(self.rotating.dims) > 1
-        columns = inner if several else max(BLOCK_ELEMENTS // channels, BLOCK_COLUMNS)
-        rows = max(BLOCK_ELEMENTS // (channels * inner), 1)
+        cuts = [(0, inner)] if len(self.rotating.dims) > 1 else list(pairwise(self._cuts()))
+        rows = max(BLOCK_ELEMENTS // (channels * self.rotating.inner), 1)
         for o in range(0, outer, rows):
-            for i in range(0, inner, columns):
-                yield slice(o, min(o + rows, outer)), slice(i, min(i + columns, inner))
+            for i, end in cuts:
+                yield slice(o, min(o + rows, outer)), slice(i, end)
+
+    def _cuts(self) -> Iterator[int]:
+        """Where blocks begin and end along `inner`: cells are cut evenly."""
+        start, stop = self.inner
+        cell, most = self.rotating.cell, max(BLOCK_ELEMENTS // self.rotating.rotation.size, BLOCK_COLUMNS)
+        width = -(-cell // -(-cell // most))
+        yield 0
+        while start < stop:
+            begin = start - (start + self.into) % cell
+            start = min(start + width - (start - begin) % width, begin + cell, stop)
+            yield start - self.inner[0]
 
 
 def panels(
@@ -128,18 +148,17 @@ def panels(
     outer, channels, inner = rotating.outer, rotating.rotation.size, rotating.inner
     if not rotating.elements:
         return
-    most, first = panel_bytes // rotating.itemsize, inner
+    pages = PAGE // rotating.itemsize
+    into = (target_offset // rotating.itemsize) % pages if inner % pages == 0 else 0
+    most = max(panel_bytes // rotating.itemsize, BLOCK_ELEMENTS)
     if channels * inner <= most or len(rotating.dims) > 1:
-        step, width = max(min(most, BLOCK_ELEMENTS) // (channels * inner), 1), inner
+        step, first, width = max(BLOCK_ELEMENTS // (channels * inner), 1), inner, inner
     else:
-        pages = PAGE // rotating.itemsize
-        step, width = 1, max(most // channels // pages * pages, pages)
-        into = (target_offset // rotating.itemsize) % pages
-        first = min(width, inner) - (into if inner % pages == 0 else 0)
+        step, width = 1, max(most // channels // rotating.cell, 1) * rotating.cell
+        first = width - into
     for o in range(0, outer, step):
-        ends = [0, *range(first, inner, width), inner]
-        for i in pairwise(ends):
-            yield Panel(rotating, source, source_offset, target_offset, (o, min(o + step, outer)), i)
+        for i in pairwise([0, *range(first, inner, width), inner]):
+            yield Panel(rotating, source, source_offset, target_offset, (o, min(o + step, outer)), i, into)
 
 
 class Turner:

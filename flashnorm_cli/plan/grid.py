@@ -28,7 +28,7 @@ GROUPS = 16  # groups that are looked at, at least
 MANTISSAS = ((128, 8, 8), (16, 2, 4))
 CLEAR = 2.0**-9  # of a group's largest value: smaller ones may have lost their last bits in float16
 # Steps in the largest value of a group, and between its smallest and its largest: integers of 5, 6 and 8 bits.
-SIZES, LARGEST, SPAN = (16, 32, 64, 128), (31, 32, 127, 127.5, 128), (31, 63, 254, 255)
+SIZES, LARGEST, SPAN = (16, 32, 64, 128), (15, 16, 31, 32, 127, 127.5, 128), (31, 63, 254, 255)
 SMALLEST_F16 = 2.0**-14  # below it float16 is a grid itself
 # Where a value lies on a grid is told from steps 1 to 16, which bfloat16 moves by 0.03 of a step; at random it is 0.25.
 # Of groups with some such steps, most have to lie on it.

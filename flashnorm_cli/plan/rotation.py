@@ -21,12 +21,12 @@ from flashnorm_cli.modeling import disk_names
 from flashnorm_cli.plan.disk import FOLDABLE_DTYPES
 from flashnorm_cli.plan.load_time import NOT_A_READER
 from flashnorm_cli.plan.model import Plan, PlannedRotation
-from flashnorm_cli.plan.planner import TracedPlan, plan_checkpoint
+from flashnorm_cli.plan.planner import HIDDEN_STATES, TracedPlan, plan_checkpoint
 from flashnorm_cli.trace.companions import profile, varying_dims
 from flashnorm_cli.trace.stream import Stream
 from flashnorm_cli.trace.stream_rules import trace_stream
 
-ROTATED_STATES = "all hidden states come out rotated, too: only the logits are the source's"
+ROTATED_STATES = "all hidden states come out rotated: only the logits are the source's"
 REFUSED = "the residual stream cannot be rotated: "
 
 
@@ -48,7 +48,7 @@ def with_rotation(checkpoint: Checkpoint, traced: TracedPlan, stream: Stream, ki
     changed = {*tensors, *(r.tensor for r in traced.plan.readers), *(n.tensor for n in traced.plan.folded)}
     return dataclasses.replace(
         traced.plan,
-        notes=(*traced.plan.notes, ROTATED_STATES),
+        notes=(*(note for note in traced.plan.notes if note != HIDDEN_STATES), ROTATED_STATES),
         rotation=PlannedRotation(kind, stream.size, seed, tensors),
         bytes_changed=sum(e.nbytes for name, e in checkpoint.tensors.items() if name in changed),
     )
@@ -82,9 +82,6 @@ def stream_json(checkpoint: Checkpoint, traced: TracedPlan) -> dict[str, Any]:
 def rotatable(checkpoint: Checkpoint, traced: TracedPlan) -> Stream:
     """The residual stream of a model whose plan is carried out. Raises PlanError where it cannot be rotated."""
     plan = traced.plan
-    stream = trace_stream(traced.model, [gain for gain in traced.trace.gains if gain not in traced.kept])
-    if stream.pinned is not None:
-        raise PlanError(f"{REFUSED}{stream.pinned}")
     if traced.users:
         raise PlanError(f"{REFUSED}its channels are read outside of the model: {traced.users[0].line}")
     unread = [name for name in plan.unread if not NOT_A_READER.search(name)]
@@ -97,6 +94,9 @@ def rotatable(checkpoint: Checkpoint, traced: TracedPlan) -> Stream:
         raise PlanError(
             f"{REFUSED}{quantized.where} says that weights are quantized ({quantized.name}); rotate before that"
         )
+    stream = trace_stream(traced.model, [g for g in traced.trace.gains if g not in traced.kept], traced.kept)
+    if stream.pinned is not None:
+        raise PlanError(f"{REFUSED}{stream.pinned}")
     if plan.not_traced:
         raise PlanError(f"{REFUSED}`{pattern_of(plan.not_traced[0])}` was not reached by the forward")
     return stream

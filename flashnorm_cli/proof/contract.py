@@ -95,14 +95,14 @@ def _flag(pair: Pair) -> list[Finding]:
 
 def _tie(pair: Pair) -> list[Finding]:
     """An output head of its own is ignored as long as the config ties it to the embedding."""
-    if not pair.plan.untie or not pair.expected_added or not pair.foreign:
+    if not pair.untied or not pair.foreign:
         return []  # with our record the whole config is compared
     tied = [
         f"{where}tie_word_embeddings"
         for where, config in levels(pair.folded.config, pair.plan.text_config)
         if config.get("tie_word_embeddings", not where and "tie_word_embeddings" not in config)
     ]
-    head = next(iter(pair.expected_added))
+    head = next(iter(pair.expected_added), "the head")
     return [Finding(CONFIG, f"{key} is true: runtimes may drop {head} and use the embedding") for key in tied]
 
 
@@ -242,7 +242,7 @@ def _config_by_meaning(pair: Pair) -> list[Finding]:
     return [
         Finding(CONFIG, f"{key} is {short(now)}, but {short(was)} in the source")
         for key, now, was in unequal(found, wanted)
-        if not (key.endswith("tie_word_embeddings") and now is False and pair.expected_added)
+        if not (key.endswith("tie_word_embeddings") and now is False and pair.untied)
         and not (key == "architectures" and _renamed(now, was))
     ]
 

@@ -71,7 +71,7 @@ def config_findings(pair: Pair) -> list[Finding]:
     text = pair.plan.text_config
     places = {prefix for prefix, _ in levels(pair.source.config, text)}
     ours = {f"{prefix}{key}" for prefix in places for key in (FLAG, NOTE)}
-    untied = {f"{prefix}{TIE}" for prefix in places} if pair.expected_added and pair.plan.untie else set()
+    untied = {f"{prefix}{TIE}" for prefix in places} if pair.untied else set()
     findings = []
     for key, found, wanted in unequal(pair.folded.config, pair.source.config):
         if key.rsplit(".", 1)[-1] in PLACE_KEYS:  # where it came from, which push-to-hub shortens

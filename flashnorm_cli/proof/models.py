@@ -182,7 +182,7 @@ def fold_in_memory(setting: Setting, dtype: torch.dtype) -> Any:
         for name, dims in rotation.tensors.items():
             state[name] = rotated(rotation, state[name].double(), dims).to(dtype)
     config = copy.deepcopy(setting.config)
-    if pair.plan.untie and pair.expected_added:
+    if pair.untied:
         build.set_tie(config, False)
     with its_own_errors():
         return setting.cls.from_pretrained(

@@ -68,6 +68,11 @@ class Pair:
         }
 
     @property
+    def untied(self) -> bool:
+        """Whether the output head has a tensor of its own in the fold: a new one, or one that was on disk already."""
+        return self.plan.untie and bool(self.expected_added or not self.plan.added)
+
+    @property
     def layout(self) -> str:
         found = {self.states[name] for name in self.gains}
         return "mixed" if {IDENTITY, DROPPED} <= found else "dropped" if DROPPED in found else "identity"

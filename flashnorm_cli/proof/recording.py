@@ -117,7 +117,7 @@ def _adopt(both: Pair) -> dict[str, Any]:
         norms=norms,
         readers=tuple(both.readers.values()),
         added=both.expected_added,
-        untie=both.plan.untie and bool(both.expected_added),
+        untie=both.untied,
         folded_flag=both.plan.folded_flag and not left,
     )
     layout = "dropped" if any(both.states[name] == DROPPED for name in both.gains) else "identity"

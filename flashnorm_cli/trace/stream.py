@@ -15,7 +15,7 @@ cannot be rotated.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,14 +66,18 @@ PART = "only a part of its channels is used"
 
 
 class StreamState(State):
-    """A `State` whose ids say which channel of which axis lies where; `folded` are gains that are the identity."""
+    """A `State` whose ids say which channel of which axis lies where.
 
-    def __init__(self, model: torch.nn.Module, folded: Collection[str]) -> None:
+    `folded` are gains that are the identity, `kept` why others are not.
+    """
+
+    def __init__(self, model: torch.nn.Module, folded: Collection[str], kept: Mapping[str, str]) -> None:
         super().__init__(model)
-        self.folded = frozenset(folded)
+        self.folded, self.kept = frozenset(folded), kept
         self.norms: dict[str, int] = {}  # folded gain -> an axis that it normalises
         self._steps: dict[Step, int] = {}  # with its axis, in the order of the forward
         self._squares: dict[int, torch.Tensor] = {}
+        self._measured: set[int] = set()  # axes whose vectors' length something goes by, as a norm does
         self._axes = [(name, dim) for name, shape in self.shapes.items() for dim in range(len(shape))]
         self._number = {axis: n for n, axis in enumerate(self._axes)}
         sizes = torch.tensor([self.shapes[name][dim] for name, dim in self._axes])
@@ -123,9 +127,12 @@ class StreamState(State):
         whole = n == int(self._sizes[axis]) and torch.equal(ids, torch.arange(n) + self._firsts[axis])
         return axis if whole else None
 
-    def is_whole(self, ids: torch.Tensor) -> bool:
-        """Whether these are all channels of an axis, in order: their norm is that of the vector."""
-        return self._whole_axis(ids) is not None
+    def measure(self, ids: torch.Tensor) -> bool:
+        """The length of vectors with these ids is taken; False where they are not all channels of an axis, in order."""
+        axis = self._whole_axis(ids)
+        if axis is not None:
+            self._measured.add(axis)
+        return axis is not None
 
     def _root(self, axis: int) -> int:
         while self._parent[axis] != axis:
@@ -166,8 +173,27 @@ class StreamState(State):
 
     def pin(self, ids: torch.Tensor, why: str) -> None:
         for axis in self.axes_in(ids):
-            self._pinned.setdefault(axis, why)
-            self._reasons.setdefault(axis, set()).add(why)
+            self._pin(axis, why)
+
+    def _pin(self, axis: int, why: str) -> None:
+        self._pinned.setdefault(axis, why)
+        self._reasons.setdefault(axis, set()).add(why)
+
+    def pin_parts(self, ids: torch.Tensor) -> None:
+        """Pin each axis of which `ids` name some channels only: what is done to them may not be done to the rest.
+
+        Parts that are joined again in their order would look like the whole vector.
+        """
+        present = small(ids).flatten().unique()
+        for axis in self.axes_in(present):
+            first = self._firsts[axis]
+            if int(((present >= first) & (present < first + self._sizes[axis])).sum()) < int(self._sizes[axis]):
+                self._pin(axis, f"a part of its channels is taken by itself in `{self.module}`")
+
+    def escape_by(self, ids: torch.Tensor, weight: str) -> None:
+        """A weight that is no folded gain multiplies channels one by one."""
+        why = f" ({self.kept[weight]})" if weight in self.kept else ""
+        self.escape(ids, f"it is multiplied by `{weight}`, a weight that is kept{why},")
 
     def escape(self, ids: torch.Tensor, why: str) -> None:
         self.accounted_for = True
@@ -206,12 +232,17 @@ class StreamState(State):
         for axis in axes:
             name, dim = self._axes[axis]
             members[name] = (*members.get(name, ()), dim)
+        size = self.shapes[embedding][1]
         pinned = next((why for axis, why in self._pinned.items() if self._root(axis) == root), None)
-        if pinned is None and unreached:
+        if size < 2:
+            pinned = "it has one channel"
+        elif pinned is None and root not in map(self._root, self._measured):
+            pinned = f"no norm normalises what `{embedding}` gives, so it is not the residual stream"
+        elif pinned is None and unreached:
             pinned = f"`{next(iter(unreached))}` was not reached by the forward, and may read or write it"
         norms = tuple(name for name, axis in self.norms.items() if self._root(axis) == root)
         steps = tuple(step for step, axis in self._steps.items() if self._root(axis) == root)
-        return Stream(self.shapes[embedding][1], members, norms, pinned, steps, self._carried())
+        return Stream(size, members, norms, pinned, steps, self._carried())
 
     def _carried(self) -> dict[str, tuple[str, torch.Tensor]]:
         found: dict[str, tuple[str, torch.Tensor]] = {}

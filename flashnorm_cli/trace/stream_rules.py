@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 
 from flashnorm_cli.errors import PlanError
 from flashnorm_cli.trace import rules
+from flashnorm_cli.trace.companions import constant_along
 from flashnorm_cli.trace.forward import run_forwards
 from flashnorm_cli.trace.products import ADDING, PLAIN
 from flashnorm_cli.trace.state import Call, Weight
@@ -20,9 +21,40 @@ Rule = Callable[[StreamState, Call], bool]
 
 
 def _move(state: StreamState, call: Call) -> bool:
-    if any(i is not None for i in call.ids[1:]):
+    ids = call.ids[0]
+    if any(i is not None for i in call.ids[1:]) or (ids is not None and call.name == "diagonal"):
+        return False  # a diagonal would look like one vector, and have a channel of each
+    if not rules.move(state, call):
         return False
-    return rules.move(state, call)
+    if ids is not None:
+        for moved in map(state.ids_of, call.outs):
+            if moved is not None and moved.numel() < ids.numel():
+                state.pin_parts(moved)
+    return True
+
+
+def _gather(state: StreamState, call: Call) -> bool:
+    """Tokens picked by indices, the same ones for all channels."""
+    if call.name == "gather" and call.ids[0] is not None and not _shared(state, call.ids[0], call.args[2]):
+        return False
+    return rules.gather(state, call)
+
+
+def _masked_fill(state: StreamState, call: Call) -> bool:
+    """Tokens become zero, each with all of its channels."""
+    return call.ids[0] is not None and _shared(state, call.ids[0], call.args[1]) and rules.masked_fill(state, call)
+
+
+def _shared(state: StreamState, ids: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a tensor that is broadcast to an activation says the same of all of its channels."""
+    found = state.channels(ids)
+    if found is None:
+        return False
+    d = found[0] - ids.ndim
+    if -d > other.ndim or other.shape[d] == 1 or other.stride(d) == 0:
+        return True
+    known = state.values.of(other)
+    return known is not None and constant_along(known, [d])
 
 
 def _add(state: StreamState, call: Call) -> bool:
@@ -90,13 +122,12 @@ def _multiply(state: StreamState, call: Call) -> bool:
     factor, weight = call.inputs[other], weights[other]
     if weight is not None:
         if weight.name not in state.folded or call.name != "mul":
-            state.escape(wide, f"it is multiplied by `{weight.name}`, a weight that is kept,")
+            state.escape_by(wide, weight.name)
             state.set_ids(out, wide)  # so that what it is added to is known to be the same stream
             return True
         state.normalised(weight.name, wide)
     else:
-        d = found[0] - out.ndim
-        if -d <= factor.ndim and factor.shape[d] != 1:
+        if not _shared(state, wide, factor):
             return False
     state.set_ids(out, wide)
     return True
@@ -117,7 +148,7 @@ def _mean_of_squares(state: StreamState, call: Call) -> bool:
     if found is None or dims is None or found[0] not in [d % call.inputs[0].ndim for d in dims]:
         return False
     state.accounted_for = True
-    return state.is_whole(found[1])
+    return state.measure(found[1])
 
 
 def _vector_norm(state: StreamState, call: Call) -> bool:
@@ -127,7 +158,7 @@ def _vector_norm(state: StreamState, call: Call) -> bool:
     if found is None or (len(args) > 1 and args[1] != 2) or not dims:
         return False
     state.accounted_for = True
-    return found[0] in [d % call.inputs[0].ndim for d in dims] and state.is_whole(found[1])
+    return found[0] in [d % call.inputs[0].ndim for d in dims] and state.measure(found[1])
 
 
 def _same_square(state: StreamState, call: Call) -> bool:
@@ -144,11 +175,13 @@ def _rms_norm(state: StreamState, call: Call) -> bool:
     has_weight = isinstance(call.args[2], torch.Tensor)
     if ids is None:
         return False
-    if found is None or found[0] != ids.ndim - 1 or len(call.args[1]) != 1 or not state.is_whole(found[1]):
+    if found is None or found[0] != ids.ndim - 1 or len(call.args[1]) != 1 or not state.measure(found[1]):
         return False
     if has_weight and (weight is None or weight.name not in state.folded):
-        name = weight.name if weight is not None else "a computed tensor"
-        state.escape(ids, f"its norm's weight `{name}` is kept")
+        if weight is not None:
+            state.escape_by(ids, weight.name)
+        else:
+            state.escape(ids, "its norm multiplies it by a computed tensor")
         state.set_ids(call.outs[0], ids)
         return True
     if weight is not None:
@@ -165,6 +198,7 @@ def _embedding(state: StreamState, call: Call) -> bool:
     if channels is None:
         return False
     state.note("write", channels)
+    state.pin_parts(channels)
     state.set_ids(call.out, channels.expand(call.out.shape))
     return True
 
@@ -197,6 +231,7 @@ def _product(state: StreamState, call: Call, left: int = 0, k_of_right: int = -2
         state.other_use(weight, call.name)
     else:
         state.note("write", written)
+        state.pin_parts(written)
         place = call.out.ndim - (2 if n == 0 and sides[1][0].ndim > 1 else 1)
         shape = [-1 if d == place else 1 for d in range(call.out.ndim)]
         state.set_ids(call.out, written.view(shape).expand(call.out.shape))
@@ -260,7 +295,7 @@ def _linear(state: StreamState, call: Call) -> bool:
 
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(rules.MOVES | rules.SAME, _move),
-    **dict.fromkeys(rules.GATHERS, rules.gather),
+    **dict.fromkeys(rules.GATHERS, _gather),
     **dict.fromkeys(rules.JOINS, rules.join),
     **dict.fromkeys(rules.ADDITIONS, _add),
     **dict.fromkeys(rules.SCALINGS, _multiply),
@@ -274,8 +309,8 @@ _RULES: dict[str, Rule] = {
     "sum": rules.reduce,
     "mean": rules.reduce,
     "constant_pad_nd": rules.pad,
-    "masked_fill": rules.masked_fill,
-    "masked_fill_": rules.masked_fill,
+    "masked_fill": _masked_fill,
+    "masked_fill_": _masked_fill,
     "linalg_vector_norm": _vector_norm,
     "rms_norm": _rms_norm,
     "_fused_rms_norm": _rms_norm,
@@ -292,8 +327,8 @@ class StreamTracer(GainTracer):
 
     state: StreamState
 
-    def __init__(self, model: torch.nn.Module, folded: Collection[str]) -> None:
-        super().__init__(model, StreamState(model, folded))
+    def __init__(self, model: torch.nn.Module, folded: Collection[str], kept: Mapping[str, str]) -> None:
+        super().__init__(model, StreamState(model, folded, kept))
 
     def _follow(self, call: Call) -> None:
         state = self.state
@@ -301,19 +336,26 @@ class StreamTracer(GainTracer):
             return
         state.accounted_for = False
         squares = [t for t in call.inputs if state.is_square(t)]
-        why = f"`{call.name}`, which does not commute with a rotation, is applied to it"
+        does = (
+            "gives it what is not rotated"
+            if call.name in rules.ADDITIONS | rules.JOINS
+            else "does not commute with a rotation"
+        )
+        why = f"`{call.name}`, which {does}, is applied to it"
         rule = _SQUARE_RULES.get(call.name) if squares else _RULES.get(call.name)
         if rule is None or defies_rules(call) or not rule(state, call):
             state.escape_all(call, why)
 
 
-def trace_stream(model: Any, folded: Collection[str]) -> Stream:
+def trace_stream(model: Any, folded: Collection[str], kept: Mapping[str, str] | None = None) -> Stream:
     """The residual stream of a model on the meta device, in eval mode, whose gains `folded` are the identity.
+
+    `kept` says of others why they are not, for the words of a reason.
 
     Raises:
         PlanError: the forward cannot run on the meta device, or there is no one input embedding.
     """
-    tracer = StreamTracer(model, folded)
+    tracer = StreamTracer(model, folded, kept or {})
     run_forwards(model, tracer)
     try:
         embedding = model.get_input_embeddings()

@@ -16,12 +16,13 @@ from command_line import run
 from documents import document
 from safetensors.torch import load_file, save_file
 
-from flashnorm_cli.checkpoint.header import read_header
+from flashnorm_cli.checkpoint.header import TensorEntry, read_header
 from flashnorm_cli.errors import CheckpointError, GainOverflowError, GainUnderflowError, PlanError, UsageError
 from flashnorm_cli.folding import rewrite, rotating
 from flashnorm_cli.folding.edits import Rotate, Scale
 from flashnorm_cli.folding.fold import fold
 from flashnorm_cli.folding.rewrite import ShardJob, rewrite_shard
+from flashnorm_cli.folding.rotating import Rotating, panels
 from flashnorm_cli.folding.rotation import rotation
 from flashnorm_cli.plan.model import Plan
 
@@ -120,11 +121,14 @@ def changed(source: Path, folder: Path, tensors: Any = None, config: dict | None
     return folder
 
 
-@pytest.mark.parametrize("name", ["model.mtp.eh_proj.weight", "value_head.weight"])
-def test_tensors_that_the_model_does_not_read_refuse(tmp_path, llama, name):
+@pytest.mark.parametrize(
+    ("name", "final_norm"),
+    [("model.mtp.eh_proj.weight", "untie"), ("value_head.weight", "untie"), ("value_head.weight", "auto")],
+)
+def test_tensors_that_the_model_does_not_read_refuse(tmp_path, llama, name, final_norm):
     source = changed(llama, tmp_path / "source", lambda t: t.update({name: torch.ones(8, 64)}))
-    with pytest.raises(PlanError, match="not read by the model"):
-        fold(source, tmp_path / "out", rotate="hadamard", final_norm="untie", workers=1)
+    with pytest.raises(PlanError, match="not read by the model; its user may read the stream"):
+        fold(source, tmp_path / "out", rotate="hadamard", final_norm=final_norm, workers=1)
 
 
 def test_users_of_hidden_states_refuse(tmp_path, llama):
@@ -194,6 +198,29 @@ def test_every_layout(tmp_path, monkeypatch, kind, dtype, shape, dims, gain):
         found.append(one_tensor(tmp_path, values, edit)[0])
         limit = torch.finfo(dtype).eps * expected.abs() * 0.5001 + 2e-6
         assert bool(((found[-1].double() - expected).abs() <= limit).all())
+
+
+@pytest.mark.parametrize("shape", [(48, 4096), (48, 4099), (3, 48, 2048), (48, 100), (70, 48, 2)])
+def test_blocks_are_the_same_however_many_workers_there_are(monkeypatch, shape):
+    """BLAS may sum in another order in a block of another size: a fold by other workers would have other bytes."""
+    monkeypatch.setattr(rotating, "BLOCK_ELEMENTS", 48 * 90)
+    action = Rotating(
+        TensorEntry("x", "F32", shape, 0, 0), Rotate(rotation("hadamard", 48, 3), (len(shape) - 2,), None)
+    )
+
+    def blocks(panel_bytes: int) -> list[tuple[int, int, int, int]]:
+        return sorted(
+            (p.outer[0] + o.start, p.outer[0] + o.stop, p.inner[0] + i.start, p.inner[0] + i.stop)
+            for p in panels(action, None, 0, 4 * 123, panel_bytes)  # type: ignore[arg-type]
+            for o, i in p.blocks()
+        )
+
+    found = [blocks(panel_bytes) for panel_bytes in (2**26, 2**19, 2**18, 2**12)]
+    assert all(each == found[0] for each in found)
+    covered = torch.zeros(action.outer, action.inner)
+    for o, p, i, j in found[0]:
+        covered[o:p, i:j] += 1
+    assert bool((covered == 1).all())
 
 
 def test_overflow_stops_and_flushes_are_counted(tmp_path):

@@ -7,13 +7,16 @@ import random
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import families
+import numpy
 import pytest
 import torch
 import transformers
 from packaging.version import Version
 from safetensors.torch import load_file
 from torch import nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from flashnorm_cli import fold, fold_model_, verify, weightless
 from flashnorm_cli.errors import FlashNormError, GainOverflowError, GainUnderflowError, PlanError, UsageError
@@ -145,7 +148,53 @@ def tiny(model):
     return model
 
 
+def with_norm(norm):
+    model = small_llama()
+    norm.weight = model.model.norm.weight
+    model.model.norm = norm
+    return model
+
+
+def hooked(model):
+    model.model.layers[1].register_forward_hook(lambda module, inputs, out: out + torch.arange(48.0))
+    return model
+
+
+def patched(model):
+    layer = model.model.layers[0]
+    forward = layer.forward
+    layer.forward = lambda x, **more: forward(x, **more) * torch.arange(48.0)
+    return model
+
+
+def inferred(model):
+    with torch.inference_mode():
+        model.model.layers[1].mlp.down_proj.weight = nn.Parameter(torch.rand(48, 64), requires_grad=False)
+    return model
+
+
+def expanded(model):
+    model.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.rand(1, 48).expand(64, 48))
+    return model
+
+
+def overlapping(model):
+    memory, layers = torch.rand(96 * 48), model.model.layers
+    layers[0].mlp.up_proj.weight = nn.Parameter(memory[: 64 * 48].view(64, 48))
+    layers[1].mlp.up_proj.weight = nn.Parameter(memory[32 * 48 :].view(64, 48))
+    return model
+
+
 REFUSED = {
+    "another norm with that weight": (lambda: with_norm(nn.LayerNorm(48, bias=False)), {}, FlashNormError, "LayerNorm"),
+    "one by 1 + w": (lambda: with_norm(GemmaRMSNorm(48)), {"rotate": None}, FlashNormError, "makes a LlamaRMSNorm"),
+    "a hook": (lambda: hooked(small_llama()), {}, FlashNormError, "layers.1 has a hook"),
+    "a forward": (lambda: patched(small_llama()), {}, FlashNormError, "layers.0 has a forward of its own"),
+    "inference mode": (lambda: inferred(small_llama()), {}, FlashNormError, "down_proj.*inference_mode"),
+    "one row for all": (lambda: expanded(small_llama()), {"rotate": None}, FlashNormError, "up_proj.* is expanded"),
+    "memory of another": (lambda: overlapping(small_llama()), {}, FlashNormError, "two parameters in one place"),
+    "seed by a text": (small_llama, {"seed": "3"}, UsageError, "a whole number"),
+    "seed by a float": (small_llama, {"seed": 3.0}, UsageError, "a whole number"),
     "post norms": (lambda: model_of("gemma2"), {}, PlanError, "a weight that is kept"),
     "post norms, untied": (
         lambda: model_of("gemma3_text"),
@@ -176,6 +225,17 @@ def test_what_is_refused_is_left_as_it_was(name):
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(p, after[n]) for n, p in before.items())
     assert model.config.to_dict() == config
+
+
+def test_what_others_hang_into_a_model_that_changes_nothing():
+    model, seed = small_llama().eval(), numpy.int64(3)
+    inputs = families.text_inputs(model, seed=3)
+    model(**inputs, output_hidden_states=True)  # transformers leaves its hooks there
+    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    want = families.logits(model, inputs)
+    fold_model_(model, rotate="hadamard", seed=seed)
+    assert (families.logits(model, inputs) - want).norm() / want.norm() < EXACT
+    assert type(model.config.flashnorm["rotation"]["seed"]) is int
 
 
 def test_a_parameter_that_does_not_lie_in_one_piece(tmp_path: Path):

@@ -88,6 +88,7 @@ QUANTIZERS = {
     "int8, zero point": with_zero_point(8, 0),
     "int8, zero point, groups of 64": with_zero_point(8, 64),
     "Q5_1": with_zero_point(5, 32),
+    "int5, groups of 32": symmetric(5, 32, 15),
     "Q4_1": with_zero_point(4, 32),
     "learned 8 bits": learned(8),
     "learned 5 bits": learned(5),

@@ -178,3 +178,18 @@ def test_two_definitions_agree(kind, size):
     values = torch.randn(3, size, dtype=torch.float64)
     there = rotated(PlannedRotation(kind, size, 9, {}), values, (1,))
     assert torch.allclose(there, rotation(kind, size, 9).apply(values), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("rotate", [None, "hadamard"])
+def test_a_tied_head_that_has_its_tensor_on_disk_already(tmp_path, pair, rotate):
+    """Nothing is added then, and config.json unties it all the same."""
+    shutil.copytree(pair[0], tmp_path / "source")
+    tensors = load_file(tmp_path / "source" / "model.safetensors")
+    tensors[HEAD] = tensors[EMBEDDING].flip(0)
+    save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    plan = fold(tmp_path / "source", tmp_path / "out", rotate=rotate, workers=1).plan
+    assert plan.untie and not plan.added
+    found = verify(tmp_path / "out", tmp_path / "source", record=False)
+    assert found.verdict == EQUIVALENT and found.level("logits").status == "passed", found
+    say("config.json", lambda c: c.update(tie_word_embeddings=True))(tmp_path / "source", tmp_path / "out")
+    assert verify(tmp_path / "out", tmp_path / "source", levels=["weights"], record=False).verdict == NOT_EQUIVALENT

@@ -146,11 +146,61 @@ class Vector(nn.Module):
         self.weight = nn.Parameter(torch.rand(*shape))
 
 
+def halved_(x):
+    x[..., :8].mul_(2)
+    return x
+
+
 PINNED = {
     "kept gain": (lambda self, x: x, dict, ("norm.weight",), "`final.weight`, a weight that is kept"),
     "layer scale": (lambda self, x: x * self.scale.weight, lambda: {"scale": Vector(SIZE)}, FOLDED, "scale.weight"),
     "tanh": (lambda self, x: x.tanh(), dict, FOLDED, "`tanh`"),
-    "slice": (lambda self, x: torch.cat([x[..., 8:], x[..., :8]], -1), dict, FOLDED, "`mean`"),
+    "slice": (lambda self, x: torch.cat([x[..., 8:], x[..., :8]], -1), dict, FOLDED, "a part of"),
+    # Each of these has all channels again, in their order.
+    "half scaled": (lambda self, x: torch.cat([x[..., :8] * 2, x[..., 8:]], -1), dict, FOLDED, "a part of"),
+    "half negated": (lambda self, x: torch.cat([x[..., :8], -x[..., 8:]], -1), dict, FOLDED, "a part of"),
+    "half scaled in place": (lambda self, x: halved_(x.clone()), dict, FOLDED, "a part of"),
+    "half of the token before": (
+        lambda self, x: torch.cat([x[..., :8].roll(1, 1), x[..., 8:]], -1),
+        dict,
+        FOLDED,
+        "a part of",
+    ),
+    "every second one": (
+        lambda self, x: torch.stack([x[..., ::2], x[..., 1::2] * 3], -1).flatten(-2),
+        dict,
+        FOLDED,
+        "a part of",
+    ),
+    "a writer in parts": (
+        lambda self, x: (
+            x
+            + torch.cat(
+                [self.up(x) @ self.down.weight[:8].T, torch.roll(self.up(x), 1, 1) @ self.down.weight[8:].T], -1
+            )
+        ),
+        dict,
+        FOLDED,
+        "a part of",
+    ),
+    "channels masked": (
+        lambda self, x: x.masked_fill(torch.arange(SIZE, device=x.device) > 5, 0.0),
+        dict,
+        FOLDED,
+        "`masked_fill`",
+    ),
+    "a token for each channel": (
+        lambda self, x: x.gather(1, (torch.arange(SIZE, device=x.device) % x.shape[1]).expand(x.shape)),
+        dict,
+        FOLDED,
+        "`gather`",
+    ),
+    "diagonal": (
+        lambda self, x: x + x.repeat(1, SIZE, 1)[:, :SIZE].diagonal(0, 1, 2)[:, None],
+        dict,
+        FOLDED,
+        "`diagonal`",
+    ),
     "flip": (lambda self, x: x + x.flip(-1), dict, FOLDED, "`add`"),
     "mean": (lambda self, x: x - x.mean(-1, keepdim=True), dict, FOLDED, "`mean`"),
     "number": (lambda self, x: x + 1.0, dict, FOLDED, "`add`"),
@@ -167,7 +217,7 @@ PINNED = {
         lambda self, x: x * torch.rsqrt(x[..., :8].pow(2).mean(-1, keepdim=True)),
         dict,
         FOLDED,
-        "`mean`",
+        "a part of",
     ),
     "maximum": (lambda self, x: x / x.abs().amax(-1, keepdim=True), dict, FOLDED, "`abs`"),
     "returned": (lambda self, x: (x,), dict, FOLDED, "the model returns it"),
@@ -212,6 +262,8 @@ COMMUTES = {
     "gate per token": lambda self, x: x * torch.sigmoid(self.up(self.norm(x))[..., :1]),
     "similarity": lambda self, x: torch.softmax(x @ x.transpose(1, 2), -1) @ x,
     "negated": lambda self, x: -x,
+    "tokens masked": lambda self, x: x.masked_fill(torch.arange(x.shape[1], device=x.device)[:, None] > 1, 0.0),
+    "tokens picked": lambda self, x: x.gather(1, (torch.arange(x.shape[1]) // 2).to(x.device)[:, None].expand(x.shape)),
 }
 
 
@@ -301,10 +353,36 @@ def test_heads_of_the_values_that_arrive_at_the_output_projection():
         {"change": lambda self, v: v.tanh()},
         {"change": lambda self, v: v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True))},
         {"change": lambda self, v: torch.cat([-v[..., 3:], v[..., :3]], -1)},
+        {"change": lambda self, v: torch.cat([-v[..., :3], v[..., 3:]], -1)},
         {"after": lambda self, out: out * torch.sigmoid(out)},
         {"after": lambda self, out: out + self.scale},
     ],
-    ids=["gain", "tanh", "norm", "half turned", "gate", "vector added"],
+    ids=["gain", "tanh", "norm", "half turned", "half negated", "gate", "vector added"],
 )
 def test_values_that_something_else_touches(changes):
     assert "attention.o.weight" not in heads(**changes)
+
+
+class Factorised(Tiny):
+    """A small embedding that a linear widens, as ALBERT and OPT have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.widen = nn.Embedding(VOCABULARY, 8), nn.Linear(8, SIZE)
+
+    def forward(self, input_ids):
+        x = self.widen(self.embed(input_ids)) + self.positions(torch.arange(input_ids.shape[1]))
+        return self.head(self.final(x + self.down(torch.tanh(self.up(self.norm(x))))))
+
+
+def test_an_embedding_that_is_not_the_residual_stream():
+    with torch.device("meta"):
+        model = Factorised().eval()
+    assert "no norm normalises what `embed.weight` gives" in trace_stream(model, FOLDED).pinned
+
+
+def test_why_a_weight_is_kept_is_said():
+    with torch.device("meta"):
+        model = Tiny().eval()
+    pinned = trace_stream(model, FOLDED[:1], {"final.weight": "somebody reads it"}).pinned
+    assert "`final.weight`, a weight that is kept (somebody reads it)" in pinned

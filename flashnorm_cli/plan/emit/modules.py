@@ -155,10 +155,15 @@ def _fusion(tool: str, traced: TracedPlan, gain: str) -> Fusion:
 
 
 def _smoothing(tool: str, traced: TracedPlan, gain: str) -> Fusion | None:
-    """The same of any folded norm, None where it cannot be said."""
+    """The same of any folded norm, None where it cannot be said.
+
+    A tied head is left out: the plan unties it, and who smooths does not, so that the embedding would be scaled, too.
+    """
     if gain in traced.kept:
         return None
     try:
-        return _fusion(tool, traced, gain)
+        found = _fusion(tool, traced, gain)
     except PlanError:
         return None
+    head = traced.untied[0].rpartition(".")[0] if traced.untied else None
+    return None if head in found.linears else found

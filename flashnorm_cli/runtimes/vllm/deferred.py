@@ -32,7 +32,7 @@ from flashnorm_cli.cuda.linear_variants import MEASURED_ROWS
 from flashnorm_cli.norms import tuning
 from flashnorm_cli.norms.linear import problem_of
 from flashnorm_cli.runtimes.vllm.norms import log, norms_of
-from flashnorm_cli.runtimes.vllm.observe import Call, NotFit, body_of, is_plain_linear, observe, replaced, run
+from flashnorm_cli.runtimes.vllm.observe import Call, NotFit, body_of, is_plain_linear, observe, replace, run
 
 # Of the hidden states' own size: what the same model may differ by when it rounds elsewhere. A wrong wiring
 # differs by 1.
@@ -132,7 +132,29 @@ def defer(model: nn.Module, config: Any, without: list[str]) -> dict[str, Any]:
             way_back.pop_all()  # it stays
     except NotFit as reason:
         return {"why_not": str(reason)}
-    return {"norms": len(wiring.readers), "activations": len(wiring.activations), "adds": len(wiring.adds)}
+    return _counts(model)
+
+
+def deferred_state(model: nn.Module) -> dict[str, Any]:
+    """What came of `deferred` for a loaded vLLM model, for `LLM.apply_model`.
+
+    Returns:
+        norms, activations, adds: how many of each run inside a linear, as the modules are now; or why_not; nothing
+        where it was not asked for.
+    """
+    found: dict[str, Any] = getattr(model, "_flashnorm_deferred", {})
+    return _counts(model) if "norms" in found else found
+
+
+def _counts(model: nn.Module) -> dict[str, Any]:
+    methods = [getattr(module, "quant_method", None) for module in model.modules()]
+    products = [method for method in methods if isinstance(method, _Product)]
+    norms = [getattr(getattr(m, "_forward_method", None), "__self__", None) for m in model.modules()]
+    return {
+        "norms": sum(isinstance(norm, _Norm) and norm.deferred for norm in norms),
+        "activations": sum(product.activation is not None for product in products),
+        "adds": sum(product.adds for product in products),
+    }
 
 
 def _why_not(config: Any) -> str | None:
@@ -230,7 +252,7 @@ def _rewire(way_back: ExitStack, modules: dict[str, nn.Module], wiring: Wiring) 
     slot = Slot()
 
     def put(name: str, attribute: str, value: Any) -> None:
-        way_back.enter_context(replaced(modules[name], attribute, value))
+        replace(way_back, modules[name], attribute, value)
 
     eps: dict[str, float] = {r: modules[norm].variance_epsilon for norm, rs in wiring.readers.items() for r in rs}  # type: ignore[misc]
     kinds = {name: kind for name, (_, kind) in wiring.activations.items()}

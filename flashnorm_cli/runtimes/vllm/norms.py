@@ -109,13 +109,3 @@ def norm_states(model: nn.Module) -> dict[str, bool]:
 def norms_with_ones(model: nn.Module) -> list[str]:
     """The norms that run with ones of their activations' dtype in the place of vLLM's float32 `1 + w`."""
     return [name for name, norm, kind in norms_of(model) if kind.state(norm) == "ones"]
-
-
-def deferred_state(model: nn.Module) -> dict[str, Any]:
-    """What came of `deferred` for a loaded vLLM model, for `LLM.apply_model`.
-
-    Returns:
-        norms, activations, adds: how many of each run inside a linear; or why_not; nothing where it was not asked for.
-    """
-    found: dict[str, Any] = getattr(model, "_flashnorm_deferred", {})
-    return found

@@ -83,7 +83,7 @@ def observe(body: Body, norms: dict[str, Any], vocabulary: int) -> tuple[list[Ca
             hook = module.register_forward_hook(partial(note, name), with_kwargs=True)
             stack.callback(hook.remove)
             if name in norms:
-                stack.enter_context(replaced(module, "_forward_method", partial(_norm, module.variance_epsilon)))
+                replace(stack, module, "_forward_method", partial(_norm, module.variance_epsilon))
         return calls, run(body, vocabulary)
 
 
@@ -112,14 +112,14 @@ def _outside_of_vllm(body: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in body.modules():
             if is_plain_linear(module):
-                stack.enter_context(replaced(module, "quant_method", _Linear()))
+                replace(stack, module, "quant_method", _Linear())
             elif {"hidden_states", "router_logits"} <= inspect.signature(type(module).forward).parameters.keys():
-                stack.enter_context(replaced(module, "forward", _experts))
+                replace(stack, module, "forward", _experts)
             if not isinstance(module, AttentionLayerBase):
                 continue
             if not all(hasattr(module, name) for name in ("num_heads", "num_kv_heads", "head_size")):
                 raise NotFit(f"its attention is a {type(module).__name__}")
-            stack.enter_context(replaced(module, "forward", partial(_attention, module)))
+            replace(stack, module, "forward", partial(_attention, module))
         yield
 
 
@@ -137,19 +137,18 @@ def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, 
     return (0.5 * heads + 0.25 * k + v).reshape(rows, -1)
 
 
-@contextmanager
-def replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Give a module an attribute, or a child, in the place of what it has by that name, until the block ends."""
+def replace(way_back: ExitStack, module: nn.Module, name: str, value: Any) -> None:
+    """Give a module an attribute, or a child, in the place of what it has by that name, until `way_back` is closed.
+
+    A plain callback: a context of `contextlib.contextmanager` would put things back as soon as nobody holds it.
+    """
     place: dict[str, Any] = module._modules if name in module._modules else vars(module)
     had, before = name in place, place.get(name)
     place[name] = value
-    try:
-        yield
-    finally:
-        if had:
-            place[name] = before
-        else:
-            del place[name]
+    if had:
+        way_back.callback(place.__setitem__, name, before)
+    else:
+        way_back.callback(place.pop, name)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

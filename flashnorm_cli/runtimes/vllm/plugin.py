@@ -87,7 +87,7 @@ class _Watch:
                 kind.run(norm, wanted)
             changed[kind.state(norm)].append(name)
         if not self.settled:
-            self._report(changed["without"])
+            self._report(changed["without"], changed["ones"])
             self._defer(changed["without"])
             self._key_of_cached_graphs(changed["without"], changed["ones"])
         self.settled = True
@@ -108,7 +108,7 @@ class _Watch:
                 self.deferred,
             )
 
-    def _report(self, without: list[str]) -> None:
+    def _report(self, without: list[str], ones: list[str]) -> None:
         if self.lies:
             log.warning(
                 "flashnorm: the checkpoint's record names %d norm(s) as folded that are not the identity, the first is "
@@ -119,6 +119,8 @@ class _Watch:
             )
         if self.blocked:
             log.warning("flashnorm: norms keep their weights: %s", self.blocked)
+            if ones:
+                log.info("flashnorm: %d norm(s) hand on ones of their activations' dtype instead of 1 + w", len(ones))
         else:
             log.info("flashnorm: %d norm(s) run without a weight", len(without))
         if self.config.lora_config is not None:
