@@ -74,10 +74,21 @@ def ratio(model: dict[str, Any], variant: str, name: str) -> float | None:
     return round(sum(row["kl"]) / sum(source["kl"]), 3) if row and source else None
 
 
+def texts_of(model: dict[str, Any], variant: str, name: str) -> list[float]:
+    """The ratios of single texts, ascending; none where it was not measured."""
+    row, source = row_of(model, variant, name), row_of(model, "source", name)
+    return sorted(a / b for a, b in zip(row["kl"], source["kl"], strict=True)) if row and source else []
+
+
 def figures() -> dict[str, Any]:
+    """For each format and model, of the fold and of its rotation: the ratio to the source, and that of the worst text."""
     found: dict[str, Any] = {}
     for name, what in FORMATS.items():
-        ratios = {m["model"]: [ratio(m, variant, name) for variant in OTHERS] for m in models()}
+        ratios = {}
+        for model in models():
+            worst = [texts_of(model, variant, name)[-1:] for variant in OTHERS]
+            means = [ratio(model, variant, name) for variant in OTHERS]
+            ratios[model["model"]] = [[m, round(w[0], 3)] if w else None for m, w in zip(means, worst, strict=True)]
         found[name] = {"what": what, "ratios": {m: pair for m, pair in ratios.items() if pair[0] is not None}}
     return {name: each for name, each in found.items() if each["ratios"]}
 
@@ -93,7 +104,7 @@ def cell(model: dict[str, Any], variant: str, name: str) -> str:
     text = f"{mean:.2g} ± {error:.1g}, {row['perplexity']:.4g}"
     if variant == "source":
         return text
-    each = sorted(a / b for a, b in zip(kl, source["kl"], strict=True))
+    each = texts_of(model, variant, name)
     ratio_of_all = ratio(model, variant, name) or 0
     shown = f"{ratio_of_all:.2f}"
     return f"{'**' + shown + '**' if ratio_of_all <= 1 else shown} ({each[0]:.2f} to {each[-1]:.2f}); {text}"

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from flashnorm_cli.errors import UsageError, quoted
 
@@ -33,33 +33,46 @@ CAUTION = (
 GROUP, UNEVEN = 32, 1.2
 
 
+class Ratio(NamedTuple):
+    """A KL divergence from the float32 source, relative to the source's own in the same format."""
+
+    mean: float  # of all texts
+    worst: float  # of single texts
+
+
 @dataclass(frozen=True)
 class Format:
-    """A format of quantization. `ratios` are KL divergences from the float32 source, relative to the source's own in
-    this format, by model: of the fold, and of the fold with a rotation (None: refused for this model)."""
+    """A format of quantization. `ratios` are those of the fold, and of the fold with a rotation (None: refused for
+    this model, or not measured), by model."""
 
     name: str
     what: str
-    ratios: Mapping[str, tuple[float, float | None]]
+    ratios: Mapping[str, tuple[Ratio, Ratio | None]]
+
+    def of(self, choice: str) -> dict[str, Ratio]:
+        """The ratios of a choice, by model."""
+        pairs = {name: pair[choice == ROTATE] for name, pair in self.ratios.items()}
+        return {name: ratio for name, ratio in pairs.items() if ratio is not None}
 
     def largest(self, choice: str) -> float:
         """The ratio of a choice on the model where it is worst; infinity where fewer than two models had it."""
-        found = [r for pair in self.ratios.values() if (r := pair[choice == ROTATE]) is not None]
+        found = [ratio.mean for ratio in self.of(choice).values()]
         return max(found) if len(found) > 1 else math.inf
 
+    def pays(self, choice: str) -> bool:
+        """Whether a choice was no worse than the source on any text of any model: means alone may be chance."""
+        return self.largest(choice) < math.inf and all(ratio.worst <= 1 for ratio in self.of(choice).values())
+
     def best(self, rotatable: bool = True) -> str:
-        """What to do with a model that will be quantized so: never what was worse than the source on any model."""
-        choices = [FOLD, ROTATE] if rotatable else [FOLD]
-        best = min(choices, key=self.largest)
-        return best if self.largest(best) <= 1 else KEEP
+        """What to do with a model that will be quantized so: never what was worse than the source on any text."""
+        choices = [choice for choice in (FOLD, ROTATE) if self.pays(choice) and (rotatable or choice == FOLD)]
+        return min(choices, key=self.largest, default=KEEP)
 
     def measured(self, choice: str) -> str:
         """Ratios of a choice in words: "0.57 (SmolLM2) and 0.7 (demo) times"."""
-        pairs = [(name, pair[choice == ROTATE]) for name, pair in self.ratios.items()]
         return ", ".join(
-            f"{ratio:.0f} ({name})" if ratio >= 100 else f"{ratio:.2g} ({name})"
-            for name, ratio in pairs
-            if ratio is not None
+            f"{ratio.mean:.0f} ({name})" if ratio.mean >= 100 else f"{ratio.mean:.2g} ({name})"
+            for name, ratio in self.of(choice).items()
         )
 
 
@@ -68,7 +81,11 @@ def formats() -> dict[str, Format]:
     """All formats that were measured, by name."""
     found = json.loads(FIGURES.read_text(encoding="utf-8"))
     return {
-        name: Format(name, each["what"], {model: (pair[0], pair[1]) for model, pair in each["ratios"].items()})
+        name: Format(
+            name,
+            each["what"],
+            {m: (Ratio(*pair[0]), Ratio(*pair[1]) if pair[1] else None) for m, pair in each["ratios"].items()},
+        )
         for name, each in found.items()
     }
 
@@ -92,13 +109,14 @@ def keep_line(form: Format, why: str = "") -> str:
 def card_line(rotated: bool) -> str:
     """What a model card says of quantizing a fold further, in sentences."""
     choice = ROTATE if rotated else FOLD
-    better = [name for name, form in formats().items() if form.largest(choice) <= 1]
-    worse = [name for name, form in formats().items() if 1 < form.largest(choice) < math.inf]
+    measured = [(name, form) for name, form in formats().items() if form.largest(choice) < math.inf]
+    better = [name for name, form in measured if form.pays(choice)]
+    worse = [name for name, form in measured if not form.pays(choice)]
     models = dict.fromkeys(model for form in formats().values() for model in form.ratios)
     done = "rotated folds" if rotated else "folds"
     line = (
-        f"not measured on this model. On {_names(models)}, {done} lost more than their sources when quantized to "
-        f"{_names(worse)}: quantize the source for these."
+        f"not measured on this model. On {_names(models)}, {done} lost more than their sources on some text "
+        f"when quantized to {_names(worse)}: quantize the source for these."
     )
     return f"{line} To {_names(better)} they lost no more on any of them." if better else line
 

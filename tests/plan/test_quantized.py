@@ -60,7 +60,7 @@ def test_the_page_types_no_ratio_by_hand(table: ModuleType) -> None:
 
 
 def test_no_choice_is_worse_than_the_source_left_alone() -> None:
-    """From the raw results, by sums of this test's own."""
+    """On any text, from the raw results."""
     chosen = set()
     for name, form in quantized.formats().items():
         for rotatable in (True, False):
@@ -76,7 +76,7 @@ def test_no_choice_is_worse_than_the_source_left_alone() -> None:
                 here, source = rows.get(variant, {}).get(name, {}), rows["source"].get(name, {})
                 if "kl" in here and "kl" in source:
                     seen += 1
-                    assert np.mean(here["kl"]) <= np.mean(source["kl"]) * 1.0005, (name, path)
+                    assert len(here["kl"]) > 3 and (np.divide(here["kl"], source["kl"]) <= 1.0005).all(), (name, path)
             assert seen >= 2, name
     assert {"keep", "rotate"} <= chosen
 
