@@ -81,7 +81,7 @@ def texts_of(model: dict[str, Any], variant: str, name: str) -> list[float]:
 
 
 def figures() -> dict[str, Any]:
-    """For each format and model, of the fold and of its rotation: the ratio to the source, and that of the worst text."""
+    """By format and model, of the fold and of its rotation: the ratio to the source, and that of the worst text."""
     found: dict[str, Any] = {}
     for name, what in FORMATS.items():
         ratios = {}

@@ -101,7 +101,7 @@ def format_of(name: str) -> Format:
 def keep_line(form: Format, why: str = "") -> str:
     """Why a model is better left alone, to follow its name."""
     rotated = f", with a rotation {form.measured(ROTATE)}" if form.of(ROTATE) else ""
-    chance = ", but more on single texts" if form.largest(ROTATE) <= 1 else ""
+    chance = ", but above 1 on single texts" if form.largest(ROTATE) <= 1 else ""
     return (
         f"`target={form.name!r}`: keep the norms, and quantize the source as it is: KL divergence after a fold was "
         f"{form.measured(FOLD)} times the source's{rotated}{chance}{why} ({DOCS}); fold without `target` to do it all "
