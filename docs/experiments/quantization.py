@@ -211,6 +211,29 @@ def describe(results: Results, asked: argparse.Namespace, texts: list[tuple[str,
     results.write()
 
 
+def later_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of scripts that look closer at what this one has left with --work."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--name", default="")
+    parser.add_argument("--texts", type=Path, nargs="+", required=True)
+    parser.add_argument("--pieces", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=256)
+    return parser
+
+
+def later(asked: argparse.Namespace) -> tuple[Measure, dict[str, Any]]:
+    """The measure on the texts that are asked for, and the results: what is in OUT.json already, or none yet."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    texts = texts_of(asked.work / "source", asked.texts, asked.pieces, asked.tokens)
+    result: dict[str, Any] = {"model": asked.name, "date": str(date.today()), "texts": [name for name, _ in texts]}
+    result |= {"tokens": asked.tokens, "rows": {}}
+    if asked.out.exists():  # rows that are there are not measured again
+        result = json.loads(asked.out.read_text())
+    return Measure(asked.work, texts), result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)

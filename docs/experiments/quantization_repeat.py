@@ -15,17 +15,13 @@ are in OUT.json are not measured again.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
-from quantization import VARIANTS, Measure, load, texts_of
+from quantization import VARIANTS, later, later_parser, load
 from quantizers import TINY, integers
 
 SITES = ("all", "but down", "but down's first token")
@@ -66,25 +62,13 @@ def rounded_inputs(model: Any, site: str, bits: int, stretch: float) -> Iterator
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--name", default="")
-    parser.add_argument("--texts", type=Path, nargs="+", required=True)
-    parser.add_argument("--pieces", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=256)
+    parser = later_parser(__doc__)
     parser.add_argument("--bits", default="8,6")
     parser.add_argument("--stretch", default="1,1.01,1.02")
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--sites", default=",".join(SITES))
     asked = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    texts = texts_of(asked.work / "source", asked.texts, asked.pieces, asked.tokens)
-    measure = Measure(asked.work, texts)
-    result: dict[str, Any] = {"model": asked.name, "date": str(date.today()), "texts": [name for name, _ in texts]}
-    result |= {"tokens": asked.tokens, "rows": {}}
-    if asked.out.exists():
-        result["rows"] = json.loads(asked.out.read_text())["rows"]
+    measure, result = later(asked)
     for bits in map(int, asked.bits.split(",")):
         for variant in asked.variants.split(","):
             model = load(asked.work / variant)

@@ -15,17 +15,13 @@ largest and the 8 largest of its channels hold, before and after the gain, mean 
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
-from quantization import Measure, load, texts_of
+from quantization import later, later_parser, load
 from quantizers import integers
 
 SITES = {
@@ -107,21 +103,8 @@ def smooth(model: Any, found: dict[Any, dict[str, torch.Tensor]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--name", default="")
-    parser.add_argument("--texts", type=Path, nargs="+", required=True)
-    parser.add_argument("--pieces", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=256)
-    asked = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    texts = texts_of(asked.work / "source", asked.texts, asked.pieces, asked.tokens)
-    measure = Measure(asked.work, texts)
-    result: dict[str, Any] = {"model": asked.name, "date": str(date.today()), "texts": [name for name, _ in texts]}
-    result |= {"tokens": asked.tokens, "rows": {}}
-    if asked.out.exists():  # rows that are there are not measured again
-        result = json.loads(asked.out.read_text())
+    asked = later_parser(__doc__).parse_args()
+    measure, result = later(asked)
     for variant in ("source", "smoothed", "fold", "rotated"):
         model = load(asked.work / ("source" if variant == "smoothed" else variant))
         if variant in ("source", "smoothed"):

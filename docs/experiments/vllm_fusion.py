@@ -165,7 +165,7 @@ def compare(name: str, form: str, work: Path, batches: list[int], turns: int) ->
     print(found["distance_from_float32"], flush=True)
     for batch in batches:
         asked = vllm_speed.prompts(batch, vllm_speed.CONTEXT, vocabulary)
-        row = found["batches"][str(batch)] = measure(engines, asked, turns)
+        row = found["batches"][str(batch)] = vllm_speed.measure(engines, asked, turns)
         steps = {way: median(times) for way, times in row["step_us"].items()}
         print(batch, {way: (round(us, 1), round(us / steps["stock"], 4)) for way, us in steps.items()}, end=" ")
         print({way: each["us"] for way, each in row["busy"].items()}, flush=True)
@@ -177,18 +177,6 @@ def compare(name: str, form: str, work: Path, batches: list[int], turns: int) ->
     gc.collect()
     torch.cuda.empty_cache()
     return found
-
-
-def measure(engines: dict[str, LLM], asked: list[dict[str, list[int]]], turns: int) -> dict[str, Any]:
-    graphs = {way: vllm_speed.decode_graph(llm, asked) for way, llm in engines.items()}
-    row: dict[str, Any] = {"step_us": {way: [] for way in engines}}
-    names = list(engines)
-    for turn in range(turns):
-        for way in names[turn % len(names) :] + names[: turn % len(names)]:
-            row["step_us"][way].append(round(vllm_speed.replays(graphs[way]), 2))
-    row["busy"] = {way: vllm_speed.busy(llm, asked) for way, llm in engines.items()}
-    row["tokens_per_s"] = vllm_speed.served(engines, asked, 3)
-    return row
 
 
 def control(work: Path, weights: bool) -> None:

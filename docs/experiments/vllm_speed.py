@@ -224,8 +224,9 @@ def main() -> None:
 def measure(engines: dict[str, LLM], asked: list[dict[str, list[int]]], turns: int) -> dict[str, Any]:
     graphs = {way: decode_graph(llm, asked) for way, llm in engines.items()}
     row: dict[str, Any] = {"step_us": {way: [] for way in engines}}
+    ways = list(engines)
     for turn in range(turns):
-        for way in (*WAYS[turn % 3 :], *WAYS[: turn % 3]):
+        for way in ways[turn % len(ways) :] + ways[: turn % len(ways)]:
             row["step_us"][way].append(round(replays(graphs[way]), 2))
     row["busy"] = {way: busy(llm, asked) for way, llm in engines.items()}
     row["tokens_per_s"] = served(engines, asked, max(2, turns // 4))

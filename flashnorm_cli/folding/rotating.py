@@ -5,10 +5,10 @@ whole, which lies in one piece on disk, or, where one alone is too large, some o
 row by row: a memory map would be shorter, and would kill the process where a file is cut off underneath.
 
 What makes it fast, in CPU time per value, where reading and writing bf16 take 0.6 ns: a panel is multiplied in blocks
-that stay in a core's cache, through buffers that each thread keeps (fresh ones fault on every page). A Hadamard
-matrix of order 2048 is three passes of small matrix products, 1.0 ns (matrices of 64 and 32: 1.3 ns); widening with
-gain and signs, rounding, and looking for zeros and inf take 0.5 ns. Rows of 4 kB cost twice as much to read and
-write as whole tensors do, where they do not begin with a page three times.
+that stay in a cache and are large enough that threads do not wait for the interpreter, through buffers that each thread
+keeps (fresh ones fault on every page). A Hadamard matrix of order 2048 is three passes of small matrix products, 1.0 ns
+(matrices of 64 and 32: 1.3 ns); widening with gain and signs, rounding, and looking for zeros and inf take 0.5 ns. Rows
+of 4 kB cost twice as much to read and write as whole tensors do, where they do not begin with a page three times.
 """
 
 from __future__ import annotations
